@@ -1,0 +1,118 @@
+"""The shape of a model, and named presets: a shape with its training recipe."""
+
+from dataclasses import dataclass, field, fields
+
+from model.settings import UserError
+
+BLOCKS = ("modern", "gpt2")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT. Raises UserError where the numbers do not fit together."""
+
+    vocab_size: int = 10_000
+    block_size: int = 256  # context length, in tokens
+    n_layer: int = 8
+    n_head: int = 8
+    n_embd: int = 256
+    dropout: float = 0.0
+    tie_weights: bool = True  # the output head is the token embedding
+    blocks: str = "modern"  # "modern" is Qwen3's dense architecture, "gpt2" is GPT-2's
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: each head takes an equal part"
+            )
+        if self.blocks not in BLOCKS:
+            raise UserError(f"blocks is one of {' and '.join(BLOCKS)}, not {self.blocks!r}")
+        if self.blocks == "modern" and self.head_dim % 2:
+            raise UserError(f"modern blocks need an even head size, n_embd / n_head is {self.head_dim}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def n_hidden(self) -> int:
+        """Width of the feed-forward layer: 4 n_embd, or for SwiGLU's three matrices 8/3, in steps of 64."""
+        return 4 * self.n_embd if self.blocks == "gpt2" else -(-8 * self.n_embd // (3 * 64)) * 64
+
+
+CONFIG_FIELDS = tuple(f.name for f in fields(GPTConfig))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a preset is trained. Learning rates are peaks; tokens are per optimizer step, over all processes."""
+
+    batch_tokens: int = 65_536
+    cpu_batch_tokens: int | None = 8_192  # on a CPU, which takes seconds for each 10,000 tokens
+    max_steps: int = 20_000
+    max_minutes: float | None = None
+    optimizer: str = "muon"
+    learning_rate: float = 6e-3
+    weight_decay: float = 0.1
+    warmup_steps: int = 100
+    schedule: str = "linear"
+    decay_fraction: float = 0.6  # the last part of the run, over which the learning rate falls
+    final_learning_rate: float = 0.0  # as a fraction of the peak
+    grad_clip: float = 1.0
+
+
+RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if f.name != "cpu_batch_tokens")
+
+ADAMW = Recipe(
+    optimizer="adamw", learning_rate=1e-3, schedule="cosine", decay_fraction=1.0, final_learning_rate=0.1
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    config: GPTConfig  # vocab_size is the intended one; training takes the tokenizer's
+    recipe: Recipe = field(default_factory=Recipe)
+    tokenizer: str = "bpe"
+
+
+def _adamw(**changes: object) -> Recipe:
+    return Recipe(**{**vars(ADAMW), "cpu_batch_tokens": None, **changes})
+
+
+GPT2_SMALL = {"vocab_size": 50_257, "n_layer": 6, "n_head": 6, "n_embd": 384, "dropout": 0.1, "blocks": "gpt2"}
+SLM = _adamw(batch_tokens=32 * 32 * 128, learning_rate=1e-4, warmup_steps=1_000)
+
+PRESETS = {
+    "stories-9m": Preset(GPTConfig()),
+    "tinystories-gpt": Preset(GPTConfig(blocks="gpt2"), _adamw(cpu_batch_tokens=8_192)),
+    "slm-30m": Preset(GPTConfig(block_size=128, **GPT2_SMALL), SLM, "gpt2"),
+    "slm-50m": Preset(GPTConfig(block_size=128, tie_weights=False, **GPT2_SMALL), SLM, "gpt2"),
+    "tinystories-33m": Preset(
+        GPTConfig(block_size=512, **GPT2_SMALL),
+        # 80 windows of 512 tokens, 16 times a step; 20 epochs of 470 million tokens
+        _adamw(batch_tokens=80 * 16 * 512, max_steps=14_300, learning_rate=5e-4, grad_clip=0.5),
+        "gpt2",
+    ),
+    "stories-15m": Preset(GPTConfig(vocab_size=32_000, n_layer=6, n_head=6, n_embd=288)),
+    "stories-42m": Preset(GPTConfig(vocab_size=32_000, block_size=1_024, n_embd=512)),
+    "stories-110m": Preset(
+        GPTConfig(vocab_size=32_000, block_size=1_024, n_layer=12, n_head=12, n_embd=768),
+        Recipe(batch_tokens=131_072, learning_rate=4e-3),
+    ),
+    "quickstart": Preset(
+        GPTConfig(vocab_size=2_048, n_layer=4, n_head=4, n_embd=192),
+        Recipe(batch_tokens=8_192, cpu_batch_tokens=None, max_steps=1_000, max_minutes=4.0, warmup_steps=20),
+    ),
+}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name. Raises UserError with the known names."""
+    if name not in PRESETS:
+        raise UserError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,197 @@
+"""The constants at the top of a script are also its command line.
+
+A setting is one line, an UPPER_CASE name with a literal value and a trailing comment:
+
+    BATCH_TOKENS = 65_536  # tokens per optimizer step
+    LEARNING_RATE: float | None = None  # peak learning rate; None takes the preset's
+
+The same lines are the flags --batch-tokens and --learning-rate, with type, default and help taken
+from there. A value that may be None, or a list, says its type in an annotation.
+"""
+
+import argparse
+import ast
+import difflib
+import errno
+import io
+import os
+import signal
+import sys
+import tokenize
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+REPO = Path(__file__).resolve().parent.parent
+
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one line: what is wrong, and what to do."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    name: str  # lower case, as in the namespace that read_settings returns
+    value: object
+    kind: type  # of the value, or of one element where many
+    optional: bool  # may be None
+    many: bool  # a list: the flag takes several values and may be repeated
+    help: str
+
+
+def read_constants(script: str | Path) -> list[Constant]:
+    """The settings of a script, in file order, read from its source without running it."""
+    source = Path(script).read_text(encoding="utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    constants = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign):
+            target, annotation = node.targets[0], ""
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+            target, annotation = node.target, ast.unparse(node.annotation)
+        else:
+            continue
+        if not (isinstance(target, ast.Name) and target.id.isupper() and node.end_lineno in comments):
+            continue
+        value = ast.literal_eval(node.value)
+        many = isinstance(value, list)
+        words = annotation.replace("[", " ").replace("]", " ").split()
+        kind = next((k for k in (int, float, bool, str) if k.__name__ in words), None)
+        kind = kind or (str if many else type(value))
+        constants.append(
+            Constant(target.id.lower(), value, kind, "None" in words, many, comments[node.end_lineno])
+        )
+    return constants
+
+
+def parse_value(text: str, constant: Constant) -> object:
+    """One command-line word as the constant's type. Raises ValueError where it is not one."""
+    if constant.optional and text.lower() == "none":
+        return None
+    if constant.kind is bool:
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+    if constant.kind is int and not text.lstrip("+-").replace("_", "").isdigit():
+        number = float(text)  # 1e6 is a whole number too
+        if not number.is_integer():
+            raise ValueError(text)
+        return int(number)
+    return constant.kind(text)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def make_parser(constants: list[Constant], prog: str, description: str) -> Parser:
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    for constant in constants:
+
+        def convert(text: str, constant: Constant = constant) -> object:
+            try:
+                return parse_value(text, constant)
+            except (ValueError, KeyError, OverflowError):
+                flag = "--" + constant.name.replace("_", "-")
+                raise UserError(f"{flag} takes {TYPE_NAMES[constant.kind]}, not {text!r}") from None
+
+        options = {"type": convert, "default": None, "metavar": constant.kind.__name__.upper()}
+        if constant.kind is bool:
+            options |= {"nargs": "?", "const": True}
+        if constant.many:
+            options |= {"nargs": "+", "action": "extend"}
+        shown = constant.help.replace("%", "%%") + f" [{constant.value}]".replace("%", "%%")
+        parser.add_argument("--" + constant.name.replace("_", "-"), help=shown, **options)
+    return parser
+
+
+def normalise(argv: list[str], flags: set[str], aliases: dict[str, str]) -> list[str]:
+    """Spell flags in the one way that the parser knows: --batch_tokens, aliases, --no-fresh."""
+    words = []
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("_", "-")
+            name = aliases.get(name, name)
+            if name.startswith("no-") and name not in flags and name[3:] in flags and not equals:
+                name, equals, value = name[3:], "=", "false"
+            word = f"--{name}{equals}{value}"
+        words.append(word)
+    return words
+
+
+def read_settings(
+    script: str | Path,
+    argv: list[str] | None = None,
+    *,
+    description: str = "",
+    choices: dict[str, tuple[str, ...]] | None = None,
+    aliases: dict[str, str] | None = None,
+) -> SimpleNamespace:
+    """A script's constants, overridden by its command line, as a namespace of lower-case names.
+
+    `choices` lists the allowed words of a setting, `aliases` maps further flag names to settings.
+    Two more attributes: `given`, the names set on the command line, and `defaults`, the values in
+    the file. A setting that ends in _dir becomes an absolute Path: a default is relative to the
+    repository, a flag to the current directory. Raises UserError for an unknown flag or bad value.
+    """
+    constants = read_constants(script)
+    flags = {constant.name.replace("_", "-") for constant in constants}
+    prog = os.path.relpath(script, REPO)
+    parser = make_parser(constants, prog, description)
+    argv = normalise(sys.argv[1:] if argv is None else argv, flags, aliases or {})
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        nearest = difflib.get_close_matches(word.lstrip("-"), flags | {"help"}, n=1, cutoff=0.5)
+        hint = f"; did you mean --{nearest[0]}?" if nearest and word.startswith("-") else ""
+        raise UserError(f"{prog} has no flag {word}{hint} (--help lists all)")
+
+    settings = SimpleNamespace(given=set(), defaults={c.name: c.value for c in constants})
+    seen = {word.partition("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
+    for constant in constants:
+        given = constant.name in seen
+        value = getattr(parsed, constant.name) if given else constant.value
+        if given:
+            settings.given.add(constant.name)
+        allowed = (choices or {}).get(constant.name)
+        if allowed and value not in allowed and not (value is None and constant.optional):
+            flag = "--" + constant.name.replace("_", "-")
+            raise UserError(f"{flag} takes {', '.join(allowed[:-1])} or {allowed[-1]}, not {value!r}")
+        if constant.name.endswith("_dir"):
+            value = (Path.cwd() if given else REPO) / str(value)
+        setattr(settings, constant.name, value)
+    return settings
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main(): what the user can mend ends in one line and exit status 2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that clean-up code runs
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        message = f"cannot write or read {error.filename or 'a file'}: {error.strerror}"
+    else:
+        return
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)

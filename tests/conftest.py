@@ -1,0 +1,35 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub starts its own
+
+
+@pytest.fixture
+def run():
+    """Run a script of the project as a user would: run("data/ingestion.py", "--seed", 1)."""
+
+    def run(script, *arguments, cwd=REPO, env=None, timeout=300, check=None):
+        command = [sys.executable, str(REPO / script), *map(str, arguments)]
+        result = subprocess.run(
+            command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout
+        )
+        if check is not None:
+            assert result.returncode == check, f"{command}\n{result.stdout}\n{result.stderr}"
+        return result
+
+    return run
+
+
+def assert_one_line_error(result, *needles):
+    """Exit status 2, one line on stderr, no traceback, and each needle in it."""
+    assert result.returncode == 2, f"{result.returncode}\n{result.stdout}\n{result.stderr}"
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for needle in needles:
+        assert needle in lines[0], f"{needle!r} not in {lines[0]!r}"
