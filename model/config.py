@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 
 from model.settings import UserError
 
-BLOCKS = ("modern", "gpt2")
+BLOCK_FAMILIES = ("modern", "gpt2")
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class GPTConfig:
             raise UserError(
                 f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: each head takes an equal part"
             )
-        if self.blocks not in BLOCKS:
-            raise UserError(f"blocks is one of {' and '.join(BLOCKS)}, not {self.blocks!r}")
+        if self.blocks not in BLOCK_FAMILIES:
+            raise UserError(f"blocks is one of {' and '.join(BLOCK_FAMILIES)}, not {self.blocks!r}")
         if self.blocks == "modern" and self.head_dim % 2:
             raise UserError(f"modern blocks need an even head size, n_embd / n_head is {self.head_dim}")
         if not 0 <= self.dropout < 1:
@@ -64,9 +64,11 @@ class Recipe:
     decay_fraction: float = 0.6  # the last part of the run, over which the learning rate falls
     final_learning_rate: float = 0.0  # as a fraction of the peak
     grad_clip: float = 1.0
+    eval_interval: int = 250
+    cpu_eval_interval: int | None = 100
 
 
-RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if f.name != "cpu_batch_tokens")
+RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if not f.name.startswith("cpu_"))
 
 ADAMW = Recipe(
     optimizer="adamw", learning_rate=1e-3, schedule="cosine", decay_fraction=1.0, final_learning_rate=0.1
@@ -84,7 +86,14 @@ def _adamw(**changes: object) -> Recipe:
     return Recipe(**{**vars(ADAMW), "cpu_batch_tokens": None, **changes})
 
 
-GPT2_SMALL = {"vocab_size": 50_257, "n_layer": 6, "n_head": 6, "n_embd": 384, "dropout": 0.1, "blocks": "gpt2"}
+GPT2_SMALL = {
+    "vocab_size": 50_257,
+    "n_layer": 6,
+    "n_head": 6,
+    "n_embd": 384,
+    "dropout": 0.1,
+    "blocks": "gpt2",
+}
 SLM = _adamw(batch_tokens=32 * 32 * 128, learning_rate=1e-4, warmup_steps=1_000)
 
 PRESETS = {
@@ -106,7 +115,15 @@ PRESETS = {
     ),
     "quickstart": Preset(
         GPTConfig(vocab_size=2_048, n_layer=4, n_head=4, n_embd=192),
-        Recipe(batch_tokens=8_192, cpu_batch_tokens=None, max_steps=1_000, max_minutes=4.0, warmup_steps=20),
+        Recipe(
+            batch_tokens=8_192,
+            cpu_batch_tokens=None,
+            max_steps=1_000,
+            max_minutes=4.0,
+            warmup_steps=20,
+            eval_interval=50,
+            cpu_eval_interval=None,
+        ),
     ),
 }
 

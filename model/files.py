@@ -72,7 +72,9 @@ def read_json(path: Path) -> dict:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise UserError(f"{shown(path)} is not a JSON object: delete it and run the step that writes it again")
+        raise UserError(
+            f"{shown(path)} is not a JSON object: delete it and run the step that writes it again"
+        )
     return value
 
 

@@ -17,7 +17,12 @@ def run():
     def run(script, *arguments, cwd=REPO, env=None, timeout=300, check=None):
         command = [sys.executable, str(REPO / script), *map(str, arguments)]
         result = subprocess.run(
-            command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout
+            command,
+            cwd=cwd,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
         if check is not None:
             assert result.returncode == check, f"{command}\n{result.stdout}\n{result.stderr}"

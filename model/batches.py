@@ -1,0 +1,129 @@
+"""Reading packed tokens: step number -> batch, as a pure function.
+
+The tokens of a split lie in one ring. An epoch cuts the ring into windows of block_size tokens,
+beginning at an offset of its own, and visits them in an order of its own; both come from
+(seed, epoch) alone. So any step's batch can be named without replaying the steps before it, and it is
+the same for 1 process and for 8.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from model.files import read_json, sha256_file, shown
+from model.settings import UserError
+
+PREPARE = "python data/prepare_data.py"
+
+
+@dataclass(frozen=True)
+class Split:
+    """One packed file and what meta.json says of it."""
+
+    tokens: np.ndarray  # memory-mapped, 1-D, uint16 or uint32
+    stories: int
+    bytes: int  # UTF-8 bytes of the stories' text
+    sha256: str  # of the file
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Split
+    validation: Split
+    vocab_size: int
+    eot_id: int
+    tokenizer_json: str
+
+
+def load_data(data_dir: Path, verify: bool = False) -> Data:
+    """Memory-map data_dir/processed and check it against meta.json (with `verify`, the SHA-256 too).
+
+    Raises UserError where a file is missing, cut short, or made with another tokenizer.
+    """
+    processed = data_dir / "processed"
+    meta = read_json(processed / "meta.json")
+    if not meta:
+        raise UserError(f"no packed stories in {shown(processed)} yet: run {PREPARE}")
+    tokenizer_path = data_dir / "tokenizer" / "tokenizer.json"
+    if not tokenizer_path.exists():
+        raise UserError(f"no tokenizer at {shown(tokenizer_path)} yet: run python data/train_tokenizer.py")
+    if sha256_file(tokenizer_path) != meta["tokenizer_sha256"]:
+        raise UserError(
+            f"{shown(processed)} was packed with another tokenizer than {shown(tokenizer_path)}: run {PREPARE}"
+        )
+    splits = {}
+    for name in ("train", "validation"):
+        path, facts = processed / f"{name}.bin", meta["splits"][name]
+        expected = facts["tokens"] * np.dtype(meta["dtype"]).itemsize
+        size = path.stat().st_size if path.exists() else 0
+        if size != expected:
+            raise UserError(
+                f"{shown(path)} has {size:,} bytes where meta.json says {expected:,}: run {PREPARE}"
+            )
+        if verify and sha256_file(path) != facts["sha256"]:
+            raise UserError(f"{shown(path)} is damaged (its SHA-256 is not meta.json's): run {PREPARE}")
+        tokens = np.memmap(path, dtype=np.dtype(meta["dtype"]).newbyteorder("<"), mode="r")
+        splits[name] = Split(tokens, facts["stories"], facts["bytes"], facts["sha256"])
+    return Data(
+        splits["train"],
+        splits["validation"],
+        meta["vocab_size"],
+        meta["eot_id"],
+        tokenizer_path.read_text(encoding="utf-8"),
+    )
+
+
+class Batches:
+    """The endless sequence of training windows of a split, cut into steps of equal size."""
+
+    def __init__(self, tokens: np.ndarray, block_size: int, windows_per_step: int, seed: int):
+        if len(tokens) <= block_size:
+            raise UserError(
+                f"block_size {block_size} is longer than the {len(tokens):,} training tokens: "
+                "lower it or ingest more stories"
+            )
+        self.tokens, self.block_size, self.seed = tokens, block_size, seed
+        self.windows_per_step = windows_per_step
+        self.windows_per_epoch = len(tokens) // block_size
+        self._epochs: dict[int, tuple[int, np.ndarray]] = {}
+
+    def epoch_order(self, epoch: int) -> tuple[int, np.ndarray]:
+        """The epoch's offset into the ring, and its permutation of the windows."""
+        if epoch not in self._epochs:
+            rng = np.random.default_rng((self.seed, epoch))
+            self._epochs = {e: order for e, order in self._epochs.items() if e == epoch - 1}
+            self._epochs[epoch] = int(rng.integers(len(self.tokens))), rng.permutation(self.windows_per_epoch)
+        return self._epochs[epoch]
+
+    def starts(self, step: int) -> np.ndarray:
+        """Where each window of a step begins in the ring, (windows_per_step,) int64."""
+        positions = np.arange(step * self.windows_per_step, (step + 1) * self.windows_per_step)
+        starts = np.empty_like(positions)
+        for epoch in np.unique(positions // self.windows_per_epoch):
+            offset, order = self.epoch_order(int(epoch))
+            inside = positions // self.windows_per_epoch == epoch
+            starts[inside] = offset + order[positions[inside] % self.windows_per_epoch] * self.block_size
+        return starts % len(self.tokens)
+
+    def windows(self, starts: np.ndarray) -> np.ndarray:
+        """The tokens of each window and the one after it, (len(starts), block_size + 1) int64."""
+        indices = starts[:, None] + np.arange(self.block_size + 1)
+        return self.tokens[indices % len(self.tokens)].astype(np.int64)
+
+
+def validation_windows(tokens: np.ndarray, block_size: int, limit: int) -> np.ndarray:
+    """Up to `limit` windows spread evenly over the validation tokens, (N, block_size + 1) int64."""
+    available = (len(tokens) - 1) // block_size
+    if available < 1:
+        raise UserError(
+            f"block_size {block_size} is longer than the {len(tokens):,} validation tokens: "
+            "lower it or hold out more stories"
+        )
+    chosen = np.linspace(0, available - 1, min(limit, available)).round().astype(np.int64)
+    indices = chosen[:, None] * block_size + np.arange(block_size + 1)
+    return tokens[indices].astype(np.int64)

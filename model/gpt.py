@@ -1,0 +1,210 @@
+"""The network: a decoder-only transformer in two block families.
+
+`modern` is Qwen3's dense architecture: RMSNorm, rotary positions, RMS-normalised queries and keys,
+SwiGLU, no biases. `gpt2` is GPT-2's: LayerNorm, learned positions, GELU, biases. With the same
+weights they give the logits of transformers' Qwen3ForCausalLM and GPT2LMHeadModel.
+
+Shapes: B sequences, T tokens each, C = n_embd, H heads of size D, V = vocab_size.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import GPTConfig
+
+ROPE_BASE = 10_000.0
+
+
+class Cache(Protocol):
+    """What attention needs of a key-value cache; model.generation has one."""
+
+    length: int  # positions already stored
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions (Su et al. 2021), each (block_size, D)."""
+    frequencies = ROPE_BASE ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    angles = torch.outer(torch.arange(config.block_size).float(), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[d], x[d + D/2]) of a (B, H, T, D) tensor by its position's angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), in the type of x."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), eps=1e-6)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention, (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        bias = config.blocks == "gpt2"
+        self.config, self.layer = config, layer
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=bias)
+        if config.blocks == "modern":
+            self.q_norm = RMSNorm(config.head_dim)
+            self.k_norm = RMSNorm(config.head_dim)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
+        B, T, C = x.shape
+        # three times (B, H, T, D)
+        q, k, v = self.qkv(x).view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)
+        if rotary is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = rotate(q, *rotary).type_as(v), rotate(k, *rotary).type_as(v)
+        mask = None
+        if cache is not None:
+            past = cache.length
+            k, v = cache.extend(self.layer, k, v)
+            if past and T > 1:  # each new token sees the past and the new ones up to itself
+                mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.config.dropout if self.training else 0.0,
+            is_causal=mask is None and T > 1,
+        )
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class GELUMLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, config.n_hidden)
+        self.down = nn.Linear(config.n_hidden, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), Shazeer 2020; gate and up are one matrix."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)
+        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    if config.blocks == "gpt2":
+        return nn.LayerNorm(config.n_embd, eps=1e-5)
+    return RMSNorm(config.n_embd)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = make_norm(config)
+        self.mlp = GELUMLP(config) if config.blocks == "gpt2" else SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.blocks == "gpt2":
+            self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            cos, sin = rotary_tables(config)
+            self.register_buffer("rotary_cos", cos, persistent=False)
+            self.register_buffer("rotary_sin", sin, persistent=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = make_norm(config)
+        if not config.tie_weights:
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """GPT-2's initialisation: std 0.02, the matrices that write to the residual stream 1/sqrt(2 L) of it."""
+        for name, parameter in self.named_parameters():
+            if name.endswith(("proj.weight", "down.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix, (V, C)."""
+        return self.token_embedding.weight if self.config.tie_weights else self.head.weight
+
+    def hidden(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+        """Token ids (B, T) -> final normalised states (B, T, C), after the positions already in the cache."""
+        start = cache.length if cache is not None else 0
+        T = idx.shape[1]
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens exceed the context of {self.config.block_size}")
+        x = self.token_embedding(idx)
+        rotary = None
+        if self.config.blocks == "gpt2":
+            x = x + self.position_embedding.weight[start : start + T]
+        else:
+            rotary = self.rotary_cos[start : start + T], self.rotary_sin[start : start + T]
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rotary, cache)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V), or with targets (B, T) the mean cross-entropy in nats per token (float32)."""
+        logits = F.linear(self.hidden(idx), self.head_weight)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def last_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits of the last position only, (B, V) in float32: all that generation needs."""
+        return F.linear(self.hidden(idx, cache)[:, -1], self.head_weight).float()
+
+    def count_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> float:
+        """Floating-point operations to train on one token: 6 per weight in a matrix product, and attention.
+
+        The formula of PaLM's appendix B (Chowdhery et al. 2022); the embedding look-up counts nothing,
+        the output head does. Attention is counted in full, though half of it is masked.
+        """
+        matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and "embedding" not in n)
+        matrices += self.head_weight.numel() if self.config.tie_weights else 0
+        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size

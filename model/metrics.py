@@ -1,0 +1,109 @@
+"""What a run leaves to look at: metrics.jsonl, and the loss curve and samples drawn from it alone."""
+
+import json
+from pathlib import Path
+
+from model.files import atomic_write
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line, in the order of the steps.
+
+    A training row has step, train_loss (nats per token of that step's batch), learning_rate,
+    gradient_norm, tokens, seconds (of training) and tokens_per_second. An evaluation row has step,
+    validation_loss, bits_per_byte, sample, tokens and seconds.
+    """
+
+    def __init__(self, folder: Path, step: int, last_evaluation: int):
+        """Open the folder's file and drop what a killed run wrote after its last checkpoint."""
+        self.folder, self.path = folder, folder / "metrics.jsonl"
+        self.rows = [
+            row
+            for row in read_rows(self.path)
+            if row["step"] <= (last_evaluation if "validation_loss" in row else step)
+        ]
+        with atomic_write(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def draw(self) -> None:
+        """Write loss_curve.png and samples.md anew."""
+        draw_loss_curve(self.rows, self.folder / "loss_curve.png")
+        write_samples(self.rows, self.folder / "samples.md")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, without a last line that was cut short."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
+    return rows
+
+
+def smooth(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    average, total, smoothed = 0.0, 0.0, []
+    for value in values:
+        average, total = weight * average + (1 - weight) * value, weight * total + (1 - weight)
+        smoothed.append(average / total)
+    return smoothed
+
+
+def draw_loss_curve(rows: list[dict], path: Path) -> None:
+    """Training loss (each logged batch, and smoothed) and validation loss against steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train = [row for row in rows if "train_loss" in row]
+    validation = [row for row in rows if "validation_loss" in row]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if train:
+        steps, losses = [row["step"] for row in train], [row["train_loss"] for row in train]
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smooth(losses), color="tab:blue", label="train (smoothed)")
+        # the first steps fall from ln(vocabulary) and would press the rest flat
+        low = min(losses + [row["validation_loss"] for row in validation])
+        high = max(losses[len(losses) // 20 :])
+        axes.set_ylim(low - 0.05 * (high - low) - 0.02, high + 0.05 * (high - low) + 0.02)
+    if validation:
+        best = min(validation, key=lambda row: row["validation_loss"])
+        axes.plot(
+            [row["step"] for row in validation],
+            [row["validation_loss"] for row in validation],
+            color="tab:orange",
+            marker="o",
+            markersize=3,
+            label=f"validation (best {best['validation_loss']:.3f} at step {best['step']:,})",
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(alpha=0.3)
+    if train or validation:
+        axes.legend()
+    with atomic_write(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)
+
+
+def write_samples(rows: list[dict], path: Path) -> None:
+    """The story that each evaluation wrote, latest first."""
+    parts = [
+        "# A story at each evaluation\n\nThe same beginning and the same seed each time; latest first.\n"
+    ]
+    for row in reversed(rows):
+        if row.get("sample"):
+            parts.append(
+                f"## Step {row['step']:,}, validation loss {row['validation_loss']:.3f}\n\n{row['sample']}\n"
+            )
+    with atomic_write(path) as temporary:
+        temporary.write_text("\n".join(parts), encoding="utf-8")

@@ -1,0 +1,125 @@
+"""Which parameters are trained how, and the learning rate of each step."""
+
+import math
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from model.config import Recipe
+
+ADAMW_SHARE = 0.5  # of the Muon learning rate, for what Muon does not train
+
+# Quintic Newton-Schulz iteration (Jordan et al. 2024), the coefficients that torch.optim.Muon uses too
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+@torch.no_grad()
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest (semi-)orthogonal matrices, roughly: (N, rows, columns) -> the same shape.
+
+    Singular values come out between about 0.7 and 1.2, which training does not mind.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised Nesterov momentum for matrices (Jordan et al. 2024).
+
+    A group's `parts` says how many equal matrices lie above each other in its parameters (3 in a joint
+    query-key-value matrix); each is orthogonalised by itself, all of one shape in one batch. An update
+    has root mean square 0.2 like AdamW's (Liu et al. 2025), so learning rate and weight decay
+    carry over. Products are in bfloat16 where `low_precision`, as in torch.optim.Muon.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict],
+        lr: float,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        low_precision: bool = True,
+    ):
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": 1}
+        super().__init__(groups, defaults)
+        self.low_precision = low_precision
+
+    @torch.no_grad()
+    def step(self) -> None:
+        same_shape = defaultdict(list)  # shape of a part -> (parameter, update, group)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(state["momentum"], group["momentum"])
+                update = update.view(group["parts"], -1, parameter.size(1))
+                same_shape[update.shape[1:]].append((parameter, update, group))
+        for shape, entries in same_shape.items():
+            stack = torch.cat([update for _, update, _ in entries])
+            directions = orthogonalise(stack.bfloat16() if self.low_precision else stack)
+            pieces = directions.split([len(update) for _, update, _ in entries])
+            scale = 0.2 * math.sqrt(max(shape))
+            for (parameter, _, group), piece in zip(entries, pieces, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                step = piece.reshape(parameter.shape).to(parameter.dtype)
+                parameter.add_(step, alpha=-group["lr"] * scale)
+
+
+def parts_of(name: str) -> int:
+    """How many matrices of the architecture lie in one joint parameter."""
+    return 3 if name.endswith("qkv.weight") else 2 if name.endswith("gate_up.weight") else 1
+
+
+def make_optimizers(model: nn.Module, recipe: Recipe, low_precision: bool) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest.
+
+    Weight decay acts on matrices and embeddings only. Each group carries `share`, the factor between
+    the schedule's learning rate and its own.
+    """
+    muon: dict[int, list] = defaultdict(list)
+    decayed, undecayed = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            undecayed.append(parameter)
+        elif recipe.optimizer == "muon" and name.startswith("blocks."):
+            muon[parts_of(name)].append(parameter)
+        else:
+            decayed.append(parameter)
+    share = ADAMW_SHARE if muon else 1.0
+    adamw = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": recipe.weight_decay, "share": share},
+            {"params": undecayed, "weight_decay": 0.0, "share": share},
+        ],
+        lr=recipe.learning_rate * share,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    if not muon:
+        return [adamw]
+    groups = [{"params": parameters, "parts": parts, "share": 1.0} for parts, parameters in muon.items()]
+    return [Muon(groups, recipe.learning_rate, recipe.weight_decay, low_precision=low_precision), adamw]
+
+
+def learning_rate(recipe: Recipe, step: int, progress: float) -> float:
+    """The learning rate of a step (counted from 0) at `progress` (0 to 1) through the run.
+
+    It rises linearly over warmup_steps, stays, and over the last decay_fraction of the run falls to
+    final_learning_rate of its peak: in a line or along a half cosine.
+    """
+    warmup = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
+    fallen = min(1.0, max(0.0, (progress - (1 - recipe.decay_fraction)) / max(recipe.decay_fraction, 1e-9)))
+    if recipe.schedule == "cosine":
+        fallen = (1 - math.cos(math.pi * fallen)) / 2
+    return recipe.learning_rate * warmup * (1 - fallen * (1 - recipe.final_learning_rate))

@@ -1,0 +1,156 @@
+"""Settling what a run is: from the preset where it begins, from the checkpoint where it goes on."""
+
+import dataclasses
+import hashlib
+import math
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from model.batches import Data
+from model.checkpoint import list_checkpoints
+from model.config import CONFIG_FIELDS, RECIPE_FIELDS, GPTConfig, Recipe, find_preset
+from model.files import shown
+from model.gpt import GPT
+from model.settings import UserError
+
+# What makes a run this run and not another; the rest may change when it goes on.
+FIXED = ("preset", *CONFIG_FIELDS, "seed", "batch_tokens", "optimizer")
+KEPT = (
+    *FIXED,
+    *RECIPE_FIELDS,
+    "save_interval",
+    "eval_tokens",
+    "log_interval",
+    "sample_prompt",
+    "sample_tokens",
+)
+
+
+@dataclass
+class TrainingState:
+    """All that changes during training. There is no random state: data order and dropout follow from
+    the seed and the step."""
+
+    model: GPT
+    optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # spent in them
+    best_loss: float = math.inf  # lowest validation loss so far
+    last_evaluation: int = -1  # the step of the latest evaluation
+
+    COUNTERS = ("step", "seconds", "best_loss", "last_evaluation")
+
+    def snapshot(self, settings: SimpleNamespace, data: Data) -> dict:
+        """The checkpoint of this state: it suffices to go on, generate, evaluate and export."""
+        return {
+            "config": dataclasses.asdict(self.model.config),
+            "settings": {name: getattr(settings, name) for name in KEPT},
+            "defaults": settings.defaults,
+            "weights": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "tokenizer": data.tokenizer_json,
+            "eot_id": data.eot_id,
+            "data": fingerprints(data),
+            **{name: getattr(self, name) for name in self.COUNTERS},
+        }
+
+    def restore(self, checkpoint: dict) -> None:
+        self.model.load_state_dict(checkpoint["weights"])
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        if checkpoint["scaler"]:
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        for name in self.COUNTERS:
+            setattr(self, name, checkpoint[name])
+
+
+def fingerprints(data: Data) -> dict[str, str]:
+    """What must be the same when a run goes on: the SHA-256 of both splits and of the tokenizer."""
+    return {
+        "training stories": data.train.sha256,
+        "validation stories": data.validation.sha256,
+        "tokenizer": hashlib.sha256(data.tokenizer_json.encode()).hexdigest(),
+    }
+
+
+def settle(
+    settings: SimpleNamespace, checkpoint: dict | None, data: Data, on_cpu: bool
+) -> tuple[GPTConfig, Recipe]:
+    """Fill in every setting that was left open; return the model's shape and the recipe.
+
+    A new run takes them from its preset. A run that goes on keeps its own, but for what the user set by
+    a flag, or edited in the script since it began. Raises UserError with the list of what may not differ.
+    """
+    if checkpoint is None:
+        fill_from_preset(settings, data, on_cpu)
+    else:
+        keep_from_checkpoint(settings, checkpoint, data)
+    if settings.vocab_size < data.vocab_size:
+        raise UserError(f"vocab_size {settings.vocab_size} is below the tokenizer's {data.vocab_size}")
+    for name in (
+        "batch_tokens",
+        "max_steps",
+        "eval_interval",
+        "save_interval",
+        "log_interval",
+        "eval_tokens",
+    ):
+        if getattr(settings, name) < 1:
+            raise UserError(f"{name} must be at least 1, not {getattr(settings, name)}")
+    for name, words in (("optimizer", ("muon", "adamw")), ("schedule", ("linear", "cosine"))):
+        if getattr(settings, name) not in words:
+            raise UserError(f"{name} takes {' or '.join(words)}, not {getattr(settings, name)!r}")
+    config = GPTConfig(**{name: getattr(settings, name) for name in CONFIG_FIELDS})
+    return config, Recipe(**{name: getattr(settings, name) for name in RECIPE_FIELDS})
+
+
+def fill_from_preset(settings: SimpleNamespace, data: Data, on_cpu: bool) -> None:
+    preset = find_preset(settings.preset)
+    recipe = preset.recipe
+    if on_cpu:  # a CPU learns more from many small steps than from few large ones
+        recipe = dataclasses.replace(
+            recipe,
+            batch_tokens=recipe.cpu_batch_tokens or recipe.batch_tokens,
+            eval_interval=recipe.cpu_eval_interval or recipe.eval_interval,
+        )
+    values = {**vars(recipe), **vars(preset.config), "vocab_size": data.vocab_size}
+    for name in (*CONFIG_FIELDS, *RECIPE_FIELDS):
+        if getattr(settings, name) is None:
+            setattr(settings, name, values[name])
+    if settings.save_interval is None:
+        settings.save_interval = settings.eval_interval
+
+
+def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data) -> None:
+    saved, then = checkpoint["settings"], checkpoint["defaults"]
+    edited = {name for name, value in settings.defaults.items() if name in then and value != then[name]}
+    differences = []
+    for name in KEPT:
+        value = getattr(settings, name)
+        if name not in settings.given | edited or value is None:
+            setattr(settings, name, saved[name])
+        elif name in FIXED and value != saved[name]:
+            differences.append(f"{name} {saved[name]} is now {value}")
+    current = fingerprints(data)
+    differences += [f"other {name}" for name, value in checkpoint["data"].items() if value != current[name]]
+    if differences:
+        raise UserError(
+            f"the run in {shown(settings.checkpoint_dir)} cannot go on with: {'; '.join(differences)}. "
+            "Change that back, or begin a new run with --fresh (it moves the old one aside) "
+            "or another --checkpoint-dir"
+        )
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move an earlier run's folder out of the way; return where it went, None where there was none."""
+    if not folder.exists() or not (list_checkpoints(folder) or (folder / "best.pt").exists()):
+        return None
+    moved = folder.with_name(f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    folder.rename(moved)
+    return moved

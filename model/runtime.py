@@ -1,0 +1,170 @@
+"""Where and how to compute: device, precision, compilation, processes. Each choice says its reason."""
+
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from model.settings import REPO, UserError
+
+# Dense bfloat16 (float16 on the T4 and V100) peak in FLOP/s, from the makers' data sheets
+PEAK_FLOPS = {
+    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "T4": 65e12,
+    "V100": 125e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 4080": 97e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train together; one without torchrun."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """The process that prints and writes."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Runtime:
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    reasons: str  # one line for people
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def start_processes(device: str) -> Processes:
+    """Join torchrun's process group (nccl on CUDA, gloo elsewhere), if there is one."""
+    if "RANK" not in os.environ:
+        return Processes()
+    processes = Processes(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    if cuda:
+        if processes.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"{torch.cuda.device_count()} GPUs here: start torchrun with that --nproc_per_node or lower"
+            )
+        torch.cuda.set_device(processes.local_rank)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return processes
+
+
+def stop_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes CUDA, else Apple's MPS, else the CPU. Raises UserError where the device is not there."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"there is no device {name!r}: choose auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(
+                "this PyTorch finds no CUDA GPU: use --device cpu, or install a CUDA build and driver"
+            )
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(
+                f"there is no {name}: {torch.cuda.device_count()} GPUs are here, counted from cuda:0"
+            )
+        device = torch.device("cuda", device.index or torch.cuda.current_device())
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("this PyTorch finds no MPS device: use --device cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {name!r} is not supported: choose auto, cpu, cuda, cuda:1 or mps")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "Apple GPU"
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
+
+
+def choose_dtype(device: torch.device, name: str) -> tuple[torch.dtype, str]:
+    """The precision of matrix products and activations, and why. Master weights are always float32."""
+    if name != "auto":
+        if name == "float16" and device.type == "cpu":
+            raise UserError("float16 training needs a GPU: use --dtype bfloat16 or float32 on a CPU")
+        return DTYPES[name], "as asked"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return torch.bfloat16, "this GPU has it in hardware"
+        return torch.float16, "this GPU has no bfloat16; gradients are scaled"
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        unit = next((u for u in ("amx_bf16", "avx512_bf16") if found.get(u)), None)
+        if unit:
+            return torch.bfloat16, f"this CPU has {unit.upper().replace('_', '-')}"
+        return torch.float32, "this CPU has no bfloat16 units"
+    return torch.float32, "the safe choice on MPS"
+
+
+def choose_compile(device: torch.device, name: str) -> tuple[bool, str]:
+    """Whether to torch.compile, and why."""
+    if name != "auto":
+        return name == "on", "as asked"
+    if device.type == "mps":
+        return False, "not on MPS"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        return False, "this GPU is too old for it"
+    if device.type == "cpu":
+        if not any(shutil.which(c) for c in ("g++", "clang++", "c++")):
+            return False, "no C++ compiler here"
+        if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+            return False, "no Python headers here (python3-dev)"
+    return True, "the first step takes longer"
+
+
+def choose_runtime(device_name_: str, dtype_name: str, compile_name: str) -> Runtime:
+    """Settle device, precision and compilation from settings that may say auto."""
+    device = choose_device(device_name_)
+    dtype, dtype_reason = choose_dtype(device, dtype_name)
+    compiled, compile_reason = choose_compile(device, compile_name)
+    # A compiled step is found again by the next run; torch's own default is a folder under /tmp.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(REPO / ".cache" / "inductor"))
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != torch.float32
+    reasons = (
+        f"{device_name(device)}; {str(dtype).removeprefix('torch.')} ({dtype_reason}); "
+        f"torch.compile {'on' if compiled else 'off'} ({compile_reason})"
+    )
+    return Runtime(device, dtype, compiled, reasons)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense half-precision peak in FLOP/s, where it is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,331 @@
+"""Step 4: train a GPT on the packed stories. Run it again, and it goes on from the latest checkpoint.
+
+python train.py                              the default model
+python train.py --preset quickstart          a small one: minutes on two CPU cores
+python train.py --max-minutes 30             be done, learning rate at its end, after 30 minutes
+torchrun --nproc_per_node=2 train.py         two GPUs, or two CPU processes
+"""
+
+import contextlib
+import math
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model.batches import Batches, Data, load_data, validation_windows
+from model.checkpoint import load_latest, prune, save_checkpoint
+from model.config import BLOCK_FAMILIES, PRESETS
+from model.console import ProgressBar, StopRequest, agree, print_end, print_plan
+from model.files import shown
+from model.generation import Sampling, generate_all, text_tokenizer
+from model.gpt import GPT
+from model.metrics import Metrics
+from model.optimizer import learning_rate, make_optimizers
+from model.resume import TrainingState, set_aside, settle
+from model.runtime import Processes, Runtime, choose_runtime, start_processes, stop_processes, warn
+from model.settings import UserError, read_settings, run_script
+
+# Edit these, or give them as flags: MAX_STEPS is --max-steps. None takes the preset's value.
+PRESET = "stories-9m"  # shape and recipe, by a name in model/config.py
+
+BLOCKS: str | None = None  # modern (Qwen3's) or gpt2 (GPT-2's)
+BLOCK_SIZE: int | None = None  # context length, in tokens
+N_LAYER: int | None = None  # transformer blocks
+N_HEAD: int | None = None  # attention heads in each
+N_EMBD: int | None = None  # width
+DROPOUT: float | None = None  # share of activations dropped; helps where the epochs are many
+TIE_WEIGHTS: bool | None = None  # use the token embedding as the output head
+VOCAB_SIZE: int | None = None  # None takes the tokenizer's; a larger one only pads
+
+MAX_STEPS: int | None = None  # optimizer steps in all
+MAX_MINUTES: float | None = None  # minutes of training steps in all (compiling and evaluating come on top)
+BATCH_TOKENS: int | None = None  # tokens per optimizer step, over all processes
+MICRO_BATCH = 0  # windows in one forward pass; lower it when memory runs out; 0 finds it
+OPTIMIZER: str | None = None  # muon (for the blocks' matrices; AdamW for the rest) or adamw
+LEARNING_RATE: float | None = None  # peak
+WEIGHT_DECAY: float | None = None  # on matrices and embeddings
+WARMUP_STEPS: int | None = None  # over which the learning rate rises
+SCHEDULE: str | None = None  # how it falls: linear or cosine
+DECAY_FRACTION: float | None = None  # the last part of the run, over which it falls
+FINAL_LEARNING_RATE: float | None = None  # where it ends, as a fraction of the peak
+GRAD_CLIP: float | None = None  # longest gradient norm; 0 is off
+
+EVAL_INTERVAL: int | None = None  # steps between evaluations, each with a sample and a new loss curve
+EVAL_TOKENS = 65_536  # validation tokens in each, evenly spread
+SAVE_INTERVAL: int | None = None  # steps between checkpoints; None: as EVAL_INTERVAL
+KEEP = 3  # latest checkpoints kept, beside best.pt
+LOG_INTERVAL = 10  # steps between rows in metrics.jsonl
+SAMPLE_PROMPT = "Once upon a time"  # beginning of the sample story at each evaluation
+SAMPLE_TOKENS = 200  # longest sample
+
+SEED = 1337  # of the weights, the data order and dropout
+DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
+DTYPE = "auto"  # auto, bfloat16, float16 or float32
+COMPILE = "auto"  # auto, on or off: torch.compile
+FRESH = False  # begin a new run; the folder of the old one is moved aside, not deleted
+VERIFY = False  # check the .bin files' SHA-256 before training
+DATA_DIR = "data"  # holds tokenizer/ and processed/
+CHECKPOINT_DIR = "checkpoints"  # where checkpoints, metrics.jsonl, loss_curve.png and samples.md go
+
+
+def main() -> None:
+    settings = read_settings(
+        __file__,
+        description=__doc__,
+        choices={
+            "preset": tuple(PRESETS),
+            "blocks": BLOCK_FAMILIES,
+            "dtype": ("auto", "bfloat16", "float16", "float32"),
+            "compile": ("auto", "on", "off"),
+            "optimizer": ("muon", "adamw"),
+            "schedule": ("linear", "cosine"),
+        },
+        aliases={"max-iters": "max-steps", "lr": "learning-rate", "out-dir": "checkpoint-dir"},
+    )
+    processes = start_processes(settings.device)
+    try:
+        train(settings, processes)
+    finally:
+        stop_processes()
+
+
+def train(settings: SimpleNamespace, processes: Processes) -> None:
+    # What: the stories, and the run to begin or to go on with
+    data = load_data(settings.data_dir, settings.verify)
+    runtime = choose_runtime(settings.device, settings.dtype, settings.compile)
+    folder = settings.checkpoint_dir
+    if settings.fresh:
+        if processes.first and (moved := set_aside(folder)):
+            print(f"the earlier run is now in {shown(moved)}")
+        wait_for_all(processes)
+    path, checkpoint = load_latest(folder) or (None, None)
+    config, recipe = settle(settings, checkpoint, data, on_cpu=runtime.device.type == "cpu")
+    windows_per_step = max(1, recipe.batch_tokens // config.block_size)
+    tokens_per_step = windows_per_step * config.block_size
+    batches = Batches(data.train.tokens, config.block_size, windows_per_step, settings.seed)
+    validation = validation_windows(
+        data.validation.tokens, config.block_size, max(1, settings.eval_tokens // config.block_size)
+    )
+
+    # With what: the model and its optimizers
+    torch.manual_seed(settings.seed)
+    model = GPT(config).to(runtime.device)
+    optimizers = make_optimizers(model, recipe, low_precision=runtime.dtype == torch.bfloat16)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    state = TrainingState(model, optimizers, scaler)
+    if checkpoint:
+        state.restore(checkpoint)
+    if processes.first:
+        print_plan(settings, recipe, data, state, runtime, processes)
+        if checkpoint:
+            print(f"going on     from {shown(path)}, after step {state.step:,}")
+    time_limit = 60 * recipe.max_minutes if recipe.max_minutes else math.inf
+    if max(state.step / recipe.max_steps, state.seconds / time_limit) >= 1:
+        if processes.first:
+            print(
+                "finished already: a larger --max-steps or --max-minutes extends this run, --fresh begins anew"
+            )
+        return
+
+    # How: compiled where that works, in micro-batches that fit into memory
+    mine = np.array_split(np.arange(windows_per_step), processes.count)[processes.rank]
+    loss_of, micro_batch = prepare_forward(model, runtime, settings.micro_batch, len(mine))
+    if processes.first:
+        print(f"micro-batch  {micro_batch} windows, {-(-len(mine) // micro_batch)} to a step", flush=True)
+    if processes.count > 1:
+        loss_of = DistributedDataParallel(loss_of, broadcast_buffers=False)
+    metrics = Metrics(folder, state.step, state.last_evaluation) if processes.first else None
+    progress_bar = ProgressBar(state, recipe, tokens_per_step, runtime, shows=processes.first)
+    stop = StopRequest(processes)
+    saved_at = state.step if checkpoint else 0
+
+    while True:
+        # The state is now that after state.step steps: evaluate, save, or be done.
+        progress = max(state.step / recipe.max_steps, state.seconds / time_limit)
+        finished = progress >= 1
+        if processes.first and state.step != state.last_evaluation:
+            if finished or (state.step and state.step % settings.eval_interval == 0 and not stop):
+                row = evaluate(model, validation, data, runtime)
+                row |= {"step": state.step, "tokens": state.step * tokens_per_step}
+                metrics.add({**row, "sample": write_sample(model, data, settings)})
+                metrics.draw()
+                state.last_evaluation = state.step
+                mark = ""
+                if row["validation_loss"] < state.best_loss:
+                    state.best_loss, mark = row["validation_loss"], "; best so far"
+                    save_checkpoint(folder / "best.pt", state.snapshot(settings, data))
+                progress_bar.say(
+                    f"step {state.step:,}: validation loss {row['validation_loss']:.4f} nats per token, "
+                    f"{row['bits_per_byte']:.4f} bits per byte{mark}"
+                )
+        if processes.first and state.step != saved_at:
+            if finished or stop or state.step % settings.save_interval == 0:
+                save_checkpoint(folder / f"ckpt_{state.step}.pt", state.snapshot(settings, data))
+                prune(folder, settings.keep)
+                saved_at = state.step
+        if finished or stop:
+            break
+
+        # One step: batch_tokens tokens in micro-batches, whose gradients add up
+        started = time.perf_counter()
+        rate = learning_rate(recipe, state.step, progress)
+        starts = batches.starts(state.step)[mine]
+        loss = torch.zeros((), device=runtime.device)
+        for first in range(0, len(mine), micro_batch):
+            chosen = starts[first : first + micro_batch]
+            windows = to_device(batches.windows(chosen), runtime.device)
+            if config.dropout:  # which activations are dropped follows from the seed and the step alone
+                torch.manual_seed(dropout_seed(settings.seed, state.step, int(mine[first])))
+            share = len(chosen) / windows_per_step
+            # Several processes exchange gradients once a step, and DDP averages where a sum is meant.
+            alone = processes.count > 1 and first + micro_batch < len(mine)
+            with loss_of.no_sync() if alone else contextlib.nullcontext():
+                with runtime.autocast():
+                    mean = loss_of(windows[:, :-1], windows[:, 1:])
+                scaler.scale(mean * share * processes.count).backward()
+            loss += mean.detach() * share
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip or math.inf)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["share"]
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+        state.step += 1
+
+        # What to show of it. Reading a number waits for the GPU, so it is done only now and then.
+        if state.step % settings.log_interval == 0 or state.step == recipe.max_steps:
+            loss = total_over(loss, processes)
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {state.step}; nothing of it was saved. Try a lower "
+                    f"--learning-rate than {recipe.learning_rate:g}, or --dtype float32"
+                )
+            state.seconds += time.perf_counter() - started
+            row = {
+                "step": state.step,
+                "train_loss": loss,
+                "learning_rate": rate,
+                "gradient_norm": norm.item(),
+            }
+            speed = progress_bar.update(loss)
+            if processes.first:
+                row |= {"tokens": state.step * tokens_per_step, "seconds": round(state.seconds, 2)}
+                metrics.add({**row, "tokens_per_second": round(speed)})
+        else:
+            state.seconds += time.perf_counter() - started
+        agree(state, stop, processes)
+
+    progress_bar.close()
+    if processes.first:
+        print_end(state, settings, tokens_per_step, finished)
+    if not finished:
+        sys.exit(128 + stop.signal)
+
+
+def dropout_seed(seed: int, step: int, window: int) -> int:
+    return int(np.random.SeedSequence((seed, step, window)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def to_device(windows: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(windows)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def guess_micro_batch(model: GPT, runtime: Runtime) -> int:
+    """Windows that should fit: on a GPU by its free memory, on a CPU as many as still get faster."""
+    config = model.config
+    tokens = 4_096
+    if runtime.device.type == "cuda":
+        bytes_per_token = 40 * config.n_layer * config.n_embd + 12 * config.vocab_size
+        tokens = int(0.5 * torch.cuda.mem_get_info(runtime.device)[0] / bytes_per_token)
+    return max(1, min(tokens, 131_072) // config.block_size)
+
+
+def prepare_forward(model: GPT, runtime: Runtime, wanted: int, windows: int) -> tuple[nn.Module, int]:
+    """The function (idx, targets) -> loss, compiled where that works, and the windows it takes at once.
+
+    Tries it, so that what fails does so before the first step: where memory runs out it takes half as
+    many windows, where compilation fails it goes on without.
+    """
+    micro_batch = min(wanted or guess_micro_batch(model, runtime), windows)
+    if not wanted:  # equal micro-batches, so that only one size is compiled
+        micro_batch = -(-windows // -(-windows // micro_batch))
+    forward = torch.compile(model, dynamic=False) if runtime.compile else model
+    while True:
+        zeros = torch.zeros(micro_batch, model.config.block_size, dtype=torch.long, device=runtime.device)
+        try:
+            with runtime.autocast():
+                loss = forward(zeros, zeros)
+            loss.backward()
+        except torch.OutOfMemoryError:
+            if micro_batch == 1:
+                raise UserError(
+                    "not even one window fits into the GPU's memory: use a smaller model"
+                ) from None
+            micro_batch //= 2
+        except Exception as error:  # compilation has many ways to fail, and each leaves eager mode
+            if forward is model:
+                raise
+            warn(
+                f"torch.compile does not work here, going on without: {str(error).strip().splitlines()[0][:120]}"
+            )
+            forward = model
+        else:
+            return forward, micro_batch
+        finally:
+            model.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def evaluate(model: GPT, validation: np.ndarray, data: Data, runtime: Runtime) -> dict[str, float]:
+    """Mean loss over the validation windows, in nats per token and in bits per byte of text."""
+    model.eval()
+    total = 0.0
+    chunk = max(1, 16_384 // model.config.block_size)
+    for first in range(0, len(validation), chunk):
+        windows = to_device(validation[first : first + chunk], runtime.device)
+        with runtime.autocast():
+            total += model(windows[:, :-1], windows[:, 1:]).item() * len(windows)
+    model.train()
+    loss = total / len(validation)
+    return {
+        "validation_loss": loss,
+        "bits_per_byte": loss / math.log(2) / data.validation.bytes_per_token,
+    }
+
+
+def write_sample(model: GPT, data: Data, settings: SimpleNamespace) -> str:
+    """The same beginning, continued with the same seed at each evaluation."""
+    model.eval()
+    tokenizer = text_tokenizer(data.tokenizer_json)
+    prompt = [data.eot_id, *tokenizer.encode(settings.sample_prompt, add_special_tokens=False).ids]
+    written = generate_all(
+        model, [prompt], settings.sample_tokens, data.eot_id, Sampling(top_p=0.95), [settings.seed]
+    )
+    model.train()
+    return tokenizer.decode(prompt[1:] + written[0], skip_special_tokens=False)
+
+
+def total_over(loss: Tensor, processes: Processes) -> float:
+    """The step's loss, summed over the processes' shares of it."""
+    if processes.count > 1:
+        dist.all_reduce(loss)
+    return loss.item()
+
+
+def wait_for_all(processes: Processes) -> None:
+    if processes.count > 1:
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    run_script(main)
