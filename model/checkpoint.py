@@ -15,14 +15,17 @@ import sys
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from model.config import GPTConfig
 from model.files import atomic_write, shown
+from model.generation import text_tokenizer
+from model.gpt import GPT
 from model.settings import UserError
 
 FORMAT = 1
 NAME = re.compile(r"ckpt_(\d+)\.pt")
-ENTRIES = ("config", "settings", "weights", "step", "tokenizer", "data")
+ENTRIES = ("config", "settings", "weights", "step", "tokenizer", "eot_id", "data")
 
 
 class BadCheckpoint(UserError):
@@ -117,10 +120,13 @@ def prune(folder: Path, keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def load_model(checkpoint: dict, device: str | torch.device = "cpu"):
-    """The model of a checkpoint, in evaluation mode on the device."""
-    from model.gpt import GPT
-
-    model = GPT(GPTConfig(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["weights"])
-    return model.to(device).eval()
+def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
+    """The model of a checkpoint (in evaluation mode, on the device), its tokenizer, and all the rest."""
+    checkpoint = load_checkpoint(path)
+    try:
+        model = GPT(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint.pop("weights"))
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadCheckpoint(f"{shown(path)} does not fit its own config ({reason})") from error
+    return model.to(device).eval(), text_tokenizer(checkpoint["tokenizer"]), checkpoint

@@ -190,6 +190,10 @@ def run_script(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in (
             errno.ENOSPC,
+            errno.ENOTDIR,
+            errno.EISDIR,
+            errno.EEXIST,
+            errno.ENAMETOOLONG,
             errno.EDQUOT,
             errno.EFBIG,
             errno.EACCES,
