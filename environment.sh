@@ -1,0 +1,32 @@
+# Sourced by quickstart.sh and test.sh: a virtual environment in .venv with what a requirements file names.
+# use_environment FILE...   installs only what changed since the last time; sets $PYTHON.
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+find_python() {
+  for candidate in "${PYTHON:-}" python3 python python3.13 python3.12 python3.11 python3.10; do
+    [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 || continue
+    "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || continue
+    echo "$candidate"
+    return 0
+  done
+  return 1
+}
+
+use_environment() {
+  local found wanted file arguments=()
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    found=$(find_python) || fail "Python 3.10 or newer is needed and was not found (set PYTHON=/path/to/python3)"
+    echo "making a virtual environment in .venv with $("$found" --version)"
+    "$found" -m venv --clear .venv || fail "could not make .venv (on Debian and Ubuntu: apt install python3-venv)"
+  fi
+  PYTHON="$PWD/.venv/bin/python"
+  wanted=$(cat "$@" && "$PYTHON" --version)
+  if [ "$(cat .venv/installed-"${!#}" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing $* (a few minutes the first time)"
+    for file in "$@"; do arguments+=(-r "$file"); done
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check "${arguments[@]}" ||
+      fail "the installation of $* failed; pip says why above. Run this script again to go on"
+    printf '%s\n' "$wanted" >.venv/installed-"${!#}"
+  fi
+}

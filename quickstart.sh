@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# From nothing to a new story: a virtual environment, the packages, and all six steps with a small model.
+#   bash quickstart.sh                               the built-in stories
+#   bash quickstart.sh --source FILES...             your own (.txt, .jsonl, .json, .csv, .parquet; folders, globs)
+#   bash quickstart.sh --max-minutes 10 --kind char  any flag goes to the step that knows it
+set -euo pipefail
+cd "$(dirname "$0")"
+source ./environment.sh
+trap 'echo; echo "stopped; bash quickstart.sh goes on from here" >&2; exit 130' INT
+
+ingestion=() tokenizer=() packing=() training=()
+step=ingestion
+for word in "$@"; do
+  case "$word" in
+    --help | -h) sed -n '2,5s/^# *//p' quickstart.sh && exit ;;
+    --data[-_]dir* | --checkpoint[-_]dir*) fail "quickstart.sh works in data and checkpoints; run the six steps for others" ;;
+    --kind* | --gpt2* | --vocab[-_]size*) step=tokenizer ;;
+    --workers*) step=packing ;;
+    --source* | --validation[-_]* | --text[-_]* | --max[-_]stories*) step=ingestion ;;
+    --*) step=training ;;
+  esac
+  case "$step" in
+    ingestion) ingestion+=("$word") ;;
+    tokenizer) tokenizer+=("$word") ;;
+    packing) packing+=("$word") ;;
+    training) training+=("$word") ;;
+  esac
+done
+case " ${ingestion[*]-} " in *" --source"*) ;; *) ingestion=(--source sample ${ingestion[@]+"${ingestion[@]}"}) ;; esac
+case " ${tokenizer[*]-} " in *" --vocab"* | *" --kind"*) ;; *) tokenizer+=(--vocab-size 2048) ;; esac
+case " ${training[*]-} " in *" --preset"*) ;; *) training=(--preset quickstart ${training[@]+"${training[@]}"}) ;; esac
+
+run() { # run NUMBER TITLE SCRIPT [FLAGS...]
+  local number=$1 title=$2
+  shift 2
+  printf '\n== step %s of 6: %s ==\n$ python %s\n' "$number" "$title" "$*"
+  "$PYTHON" "$@" || {
+    status=$?
+    [ "$status" = 130 ] && exit 130
+    echo "error: step $number ($1) failed; its message is above" >&2
+    exit 2
+  }
+}
+
+use_environment requirements.txt
+run 1 "collect the stories" data/ingestion.py "${ingestion[@]}"
+run 2 "train the tokenizer" data/train_tokenizer.py ${tokenizer[@]+"${tokenizer[@]}"}
+run 3 "turn the stories into tokens" data/prepare_data.py ${packing[@]+"${packing[@]}"}
+# Other stories need a run of their own; the earlier one is kept beside it.
+if [ -d checkpoints ] && ! cmp -s data/processed/meta.json checkpoints/meta.json; then
+  kept="checkpoints-before-$(date +%Y%m%d-%H%M%S)"
+  mv checkpoints "$kept"
+  printf '\nthe checkpoints of other stories are now in %s\n' "$kept"
+fi
+mkdir -p checkpoints
+cp data/processed/meta.json checkpoints/meta.json
+run 4 "train the model" train.py "${training[@]}"
+run 5 "write a new story" generate.py
+run 6 "score the model on stories that it has not seen" evaluate.py --checkpoint best
+cat <<END
+
+done. The loss curve is checkpoints/loss_curve.png, the model is checkpoints/best.pt.
+Another story:  .venv/bin/python generate.py --prompt "Once upon a time"
+END
