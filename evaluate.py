@@ -45,7 +45,6 @@ DTYPE = "float32"  # float32, or for speed bfloat16 or float16
 def main() -> None:
     settings = read_settings(
         __file__,
-        description=__doc__,
         choices={
             "split": ("train", "validation", "all"),
             "dtype": ("auto", "float32", "bfloat16", "float16"),

@@ -41,7 +41,6 @@ DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
 def main() -> None:
     settings = read_settings(
         __file__,
-        description=__doc__,
         aliases={
             "model": "checkpoint",
             "start": "prompt",

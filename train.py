@@ -77,7 +77,6 @@ CHECKPOINT_DIR = "checkpoints"  # where checkpoints, metrics.jsonl, loss_curve.p
 def main() -> None:
     settings = read_settings(
         __file__,
-        description=__doc__,
         choices={
             "preset": tuple(PRESETS),
             "blocks": BLOCK_FAMILIES,

@@ -15,6 +15,7 @@ from model.files import read_json, sha256_file, shown
 from model.settings import UserError
 
 PREPARE = "python data/prepare_data.py"
+META = ("dtype", "vocab_size", "eot_id", "tokenizer_sha256", "splits")
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,14 @@ def load_data(data_dir: Path, verify: bool = False) -> Data:
     meta = read_json(processed / "meta.json")
     if not meta:
         raise UserError(f"no packed stories in {shown(processed)} yet: run {PREPARE}")
+    missing = [entry for entry in META if entry not in meta]
+    if missing:
+        raise UserError(f"{shown(processed / 'meta.json')} lacks {', '.join(missing)}: run {PREPARE}")
     tokenizer_path = data_dir / "tokenizer" / "tokenizer.json"
     if not tokenizer_path.exists():
         raise UserError(f"no tokenizer at {shown(tokenizer_path)} yet: run python data/train_tokenizer.py")
+    if not {"dtype", "vocab_size", "eot_id", "tokenizer_sha256", "splits"} <= meta.keys():
+        raise UserError(f"{shown(processed / 'meta.json')} is not of this version: run {PREPARE}")
     if sha256_file(tokenizer_path) != meta["tokenizer_sha256"]:
         raise UserError(
             f"{shown(processed)} was packed with another tokenizer than {shown(tokenizer_path)}: run {PREPARE}"

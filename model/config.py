@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field, fields
 
-from model.settings import UserError
+from model.settings import UserError, require
 
 BLOCK_FAMILIES = ("modern", "gpt2")
+OPTIMIZERS = ("muon", "adamw")
+SCHEDULES = ("linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -22,18 +24,17 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_embd % self.n_head:
-            raise UserError(
-                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: each head takes an equal part"
-            )
-        if self.blocks not in BLOCK_FAMILIES:
-            raise UserError(f"blocks is one of {' and '.join(BLOCK_FAMILIES)}, not {self.blocks!r}")
-        if self.blocks == "modern" and self.head_dim % 2:
-            raise UserError(f"modern blocks need an even head size, n_embd / n_head is {self.head_dim}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        require(
+            self.n_embd % self.n_head == 0,
+            f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: each head takes an equal part",
+        )
+        require(self.blocks in BLOCK_FAMILIES, f"blocks is modern or gpt2, not {self.blocks!r}")
+        require(
+            self.blocks == "gpt2" or self.head_dim % 2 == 0,
+            f"modern blocks need an even head size; n_embd {self.n_embd} / n_head {self.n_head} is {self.head_dim}",
+        )
+        require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
 
     @property
     def head_dim(self) -> int:
@@ -66,6 +67,23 @@ class Recipe:
     grad_clip: float = 1.0
     eval_interval: int = 250
     cpu_eval_interval: int | None = 100
+
+    def __post_init__(self):
+        for name in ("batch_tokens", "max_steps", "eval_interval"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_steps", "grad_clip", "final_learning_rate"):
+            require(getattr(self, name) >= 0, f"{name} must be 0 or more, not {getattr(self, name)}")
+        require(self.learning_rate > 0, f"learning_rate must be above 0, not {self.learning_rate}")
+        require(
+            0 < self.decay_fraction <= 1,
+            f"decay_fraction is above 0 and at most 1, not {self.decay_fraction}",
+        )
+        require(
+            self.max_minutes is None or self.max_minutes > 0,
+            f"max_minutes must be above 0, not {self.max_minutes}",
+        )
+        require(self.optimizer in OPTIMIZERS, f"optimizer is muon or adamw, not {self.optimizer!r}")
+        require(self.schedule in SCHEDULES, f"schedule is linear or cosine, not {self.schedule!r}")
 
 
 RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if not f.name.startswith("cpu_"))

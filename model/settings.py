@@ -88,7 +88,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(constants: list[Constant], prog: str, description: str) -> Parser:
-    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    plain = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of the script's docstring
+    parser = Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=plain)
     for constant in constants:
 
         def convert(text: str, constant: Constant = constant) -> object:
@@ -108,15 +109,15 @@ def make_parser(constants: list[Constant], prog: str, description: str) -> Parse
     return parser
 
 
-def normalise(argv: list[str], flags: set[str], aliases: dict[str, str]) -> list[str]:
-    """Spell flags in the one way that the parser knows: --batch_tokens, aliases, --no-fresh."""
+def normalise(argv: list[str], switches: set[str], aliases: dict[str, str]) -> list[str]:
+    """Spell flags in the one way that the parser knows: --batch_tokens, aliases, --no-fresh for a switch."""
     words = []
     for word in argv:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
             name = name.replace("_", "-")
             name = aliases.get(name, name)
-            if name.startswith("no-") and name not in flags and name[3:] in flags and not equals:
+            if name.startswith("no-") and name[3:] in switches and not equals:
                 name, equals, value = name[3:], "=", "false"
             word = f"--{name}{equals}{value}"
         words.append(word)
@@ -141,8 +142,10 @@ def read_settings(
     constants = read_constants(script)
     flags = {constant.name.replace("_", "-") for constant in constants}
     prog = os.path.relpath(script, REPO)
-    parser = make_parser(constants, prog, description)
-    argv = normalise(sys.argv[1:] if argv is None else argv, flags, aliases or {})
+    docstring = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8"))) or ""
+    parser = make_parser(constants, prog, description or docstring)
+    switches = {constant.name.replace("_", "-") for constant in constants if constant.kind is bool}
+    argv = normalise(sys.argv[1:] if argv is None else argv, switches, aliases or {})
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].partition("=")[0]

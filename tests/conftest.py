@@ -38,3 +38,17 @@ def assert_one_line_error(result, *needles):
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     for needle in needles:
         assert needle in lines[0], f"{needle!r} not in {lines[0]!r}"
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory):
+    """A data folder that the first three scripts made of 300 built-in stories. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("packed")
+    for words in (
+        ["data/ingestion.py", "--source", "sample", "--max-stories", "300"],
+        ["data/train_tokenizer.py", "--vocab-size", "400"],
+        ["data/prepare_data.py"],
+    ):
+        command = [sys.executable, str(REPO / words[0]), *words[1:], "--data-dir", str(folder)]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return folder

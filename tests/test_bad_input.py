@@ -1,0 +1,159 @@
+"""What the user can get wrong ends in one line on stderr and exit status 2, and changes no file."""
+
+import json
+import shutil
+
+import pytest
+from conftest import assert_one_line_error
+
+TINY = "--preset quickstart --n-layer 1 --n-head 1 --n-embd 16 --block-size 16 --batch-tokens 64 --compile off".split()
+
+
+@pytest.fixture
+def data(packed, tmp_path):
+    """A data folder of one's own to break."""
+    return shutil.copytree(packed, tmp_path / "data")
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_steps_out_of_order_name_the_command_to_run(run, packed, tmp_path):
+    empty = ["--data-dir", tmp_path / "data"]
+    assert_one_line_error(run("data/train_tokenizer.py", *empty), "no raw data", "python data/ingestion.py")
+    assert_one_line_error(run("data/prepare_data.py", *empty), "no raw data", "python data/ingestion.py")
+    shutil.copytree(packed / "raw", tmp_path / "data" / "raw")
+    assert_one_line_error(
+        run("data/prepare_data.py", *empty), "no tokenizer", "python data/train_tokenizer.py"
+    )
+    assert_one_line_error(run("train.py", *empty), "no packed stories", "python data/prepare_data.py")
+    nothing = ["--checkpoint-dir", tmp_path / "checkpoints"]
+    assert_one_line_error(run("generate.py", *nothing), "no checkpoint", "python train.py")
+    assert_one_line_error(run("evaluate.py", *nothing), "no checkpoint", "python train.py")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, needles",
+    [
+        (["--n-embd", "30", "--n-head", "4"], ["n_embd 30", "n_head 4"]),
+        (["--block-size", "1000000"], ["block_size 1000000", "lower it"]),
+        (["--preset", "storys-9m"], ["storys-9m", "stories-9m"]),
+        (["--learning-rte", "1"], ["--learning-rte", "did you mean --learning-rate?"]),
+        (["--max-steps", "many"], ["--max-steps takes a whole number", "'many'"]),
+        (["--learning-rate", "fast"], ["--learning-rate takes a number"]),
+        (["--max-steps"], ["--max-steps"]),
+        (["--max-steps", "0"], ["max_steps must be at least 1"]),
+        (["--blocks", "gpt3"], ["--blocks takes modern or gpt2"]),
+        (["--dtype", "float16", "--device", "cpu"], ["float16", "--dtype bfloat16"]),
+        (["--device", "gpu"], ["gpu", "choose auto"]),
+        (["--vocab-size", "100"], ["vocab_size 100", "400"]),
+        (["--micro-batch", "-1"], ["--micro-batch"]),
+        (["--dropout", "1"], ["dropout"]),
+    ],
+)
+def test_train_refuses(run, packed, tmp_path, flags, needles):
+    places = ["--data-dir", packed, "--checkpoint-dir", tmp_path / "checkpoints"]
+    assert_one_line_error(run("train.py", *TINY, *places, *flags), *needles)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_bin_cut_short(run, data, tmp_path):
+    path = data / "processed" / "train.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    before = contents(data)
+    result = run("train.py", *TINY, "--data-dir", data, "--checkpoint-dir", tmp_path / "checkpoints")
+    assert_one_line_error(result, "train.bin", "python data/prepare_data.py")
+    assert contents(data) == before
+
+
+def test_a_damaged_bin_is_found_on_request(run, data, tmp_path):
+    path = data / "processed" / "validation.bin"
+    path.write_bytes(b"\1\0" + path.read_bytes()[2:])
+    result = run(
+        "train.py", *TINY, "--verify", "--data-dir", data, "--checkpoint-dir", tmp_path / "checkpoints"
+    )
+    assert_one_line_error(result, "validation.bin", "damaged")
+
+
+def test_tokens_of_another_tokenizer(run, data, tmp_path):
+    run("data/train_tokenizer.py", "--vocab-size", 300, "--data-dir", data, check=0)
+    result = run("train.py", *TINY, "--data-dir", data, "--checkpoint-dir", tmp_path / "checkpoints")
+    assert_one_line_error(result, "another tokenizer", "python data/prepare_data.py")
+
+
+def test_a_meta_json_that_is_none(run, data, tmp_path):
+    (data / "processed" / "meta.json").write_text("{")
+    result = run("train.py", *TINY, "--data-dir", data, "--checkpoint-dir", tmp_path / "checkpoints")
+    assert_one_line_error(result, "meta.json")
+    (data / "processed" / "meta.json").write_text(json.dumps({"format": 1}))
+    result = run("train.py", *TINY, "--data-dir", data, "--checkpoint-dir", tmp_path / "checkpoints")
+    assert_one_line_error(result, "meta.json", "python data/prepare_data.py")
+
+
+@pytest.fixture(scope="session")
+def trained(packed, tmp_path_factory):
+    """A folder with the checkpoints of a model that trained for two steps."""
+    import os
+    import subprocess
+    import sys
+
+    from conftest import REPO
+
+    folder = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, REPO / "train.py", *TINY, "--max-steps", "2", "--sample-tokens", "4"]
+    places = ["--data-dir", packed, "--checkpoint-dir", folder]
+    subprocess.run(
+        [*map(str, command), *map(str, places)], check=True, capture_output=True, env=dict(os.environ)
+    )
+    return folder
+
+
+def test_a_checkpoint_of_another_vocabulary(run, data, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "checkpoints")
+    before = contents(folder)
+    run("data/train_tokenizer.py", "--vocab-size", 300, "--data-dir", data, check=0)
+    run("data/prepare_data.py", "--data-dir", data, check=0)
+    result = run("train.py", *TINY, "--max-steps", 4, "--data-dir", data, "--checkpoint-dir", folder)
+    assert_one_line_error(result, "other tokenizer", "--fresh")
+    assert contents(folder) == before
+
+
+def test_no_checkpoint_that_loads(run, packed, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "checkpoints")
+    for path in folder.glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    before = contents(folder)
+    result = run("train.py", *TINY, "--data-dir", packed, "--checkpoint-dir", folder)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: none of the")
+    assert contents(folder) == before
+    assert_one_line_error(run("generate.py", "--checkpoint-dir", folder), "does not load")
+
+
+@pytest.mark.parametrize(
+    "flags, needles",
+    [
+        (["--checkpoint", "nowhere.pt"], ["nowhere.pt"]),
+        (["--checkpoint", "77"], ["77"]),
+        (["--temperature", "-1"], ["temperature"]),
+        (["--top-p", "0"], ["top_p"]),
+        (["--num-samples", "0"], ["--num-samples"]),
+        (["--max-tokens", "0"], ["--max-tokens"]),
+        (["--prompts-file", "nowhere.txt"], ["nowhere.txt"]),
+        (["--promt", "x"], ["did you mean --prompt?"]),
+    ],
+)
+def test_generate_refuses(run, trained, flags, needles):
+    assert_one_line_error(run("generate.py", "--checkpoint-dir", trained, *flags), *needles)
+
+
+def test_evaluate_refuses(run, packed, trained, tmp_path):
+    places = ["--checkpoint-dir", trained]
+    assert_one_line_error(run("evaluate.py", *places, "--data-dir", tmp_path), "no packed stories")
+    places += ["--data-dir", packed]
+    assert_one_line_error(
+        run("evaluate.py", *places, "--split", "test"), "--split takes train, validation or all"
+    )
+    assert_one_line_error(run("evaluate.py", *places, "--max-samples", "-1"), "--max-samples")
