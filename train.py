@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.batches import Batches, Data, load_data, validation_windows
 from model.checkpoint import load_latest, prune, save_checkpoint
-from model.config import BLOCK_FAMILIES, PRESETS
+from model.config import BLOCK_FAMILIES, OPTIMIZERS, PRESETS, SCHEDULES
 from model.console import ProgressBar, StopRequest, agree, print_end, print_plan
 from model.files import shown
 from model.generation import Sampling, generate_all, text_tokenizer
@@ -29,7 +29,7 @@ from model.metrics import Metrics
 from model.optimizer import learning_rate, make_optimizers
 from model.resume import TrainingState, set_aside, settle
 from model.runtime import Processes, Runtime, choose_runtime, start_processes, stop_processes, warn
-from model.settings import UserError, read_settings, run_script
+from model.settings import UserError, read_settings, require, run_script
 
 # Edit these, or give them as flags: MAX_STEPS is --max-steps. None takes the preset's value.
 PRESET = "stories-9m"  # shape and recipe, by a name in model/config.py
@@ -62,7 +62,7 @@ SAVE_INTERVAL: int | None = None  # steps between checkpoints; None: as EVAL_INT
 KEEP = 3  # latest checkpoints kept, beside best.pt
 LOG_INTERVAL = 10  # steps between rows in metrics.jsonl
 SAMPLE_PROMPT = "Once upon a time"  # beginning of the sample story at each evaluation
-SAMPLE_TOKENS = 200  # longest sample
+SAMPLE_TOKENS = 200  # longest sample; 0 for none
 
 SEED = 1337  # of the weights, the data order and dropout
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
@@ -80,13 +80,20 @@ def main() -> None:
         choices={
             "preset": tuple(PRESETS),
             "blocks": BLOCK_FAMILIES,
+            "optimizer": OPTIMIZERS,
+            "schedule": SCHEDULES,
             "dtype": ("auto", "bfloat16", "float16", "float32"),
             "compile": ("auto", "on", "off"),
-            "optimizer": ("muon", "adamw"),
-            "schedule": ("linear", "cosine"),
         },
         aliases={"max-iters": "max-steps", "lr": "learning-rate", "out-dir": "checkpoint-dir"},
     )
+    for name in ("keep", "log_interval", "eval_tokens"):
+        require(getattr(settings, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+    require(
+        settings.save_interval is None or settings.save_interval >= 1, "--save-interval must be at least 1"
+    )
+    require(settings.micro_batch >= 0, "--micro-batch must be 0 (found) or more")
+    require(settings.sample_tokens >= 0, "--sample-tokens must be 0 (no sample) or more")
     processes = start_processes(settings.device)
     try:
         train(settings, processes)
@@ -304,6 +311,8 @@ def evaluate(model: GPT, validation: np.ndarray, data: Data, runtime: Runtime) -
 
 def write_sample(model: GPT, data: Data, settings: SimpleNamespace) -> str:
     """The same beginning, continued with the same seed at each evaluation."""
+    if not settings.sample_tokens:
+        return ""
     model.eval()
     tokenizer = text_tokenizer(data.tokenizer_json)
     prompt = [data.eot_id, *tokenizer.encode(settings.sample_prompt, add_special_tokens=False).ids]

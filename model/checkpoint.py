@@ -126,7 +126,10 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
     try:
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint.pop("weights"))
-    except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadCheckpoint(f"{shown(path)} does not fit its own config ({reason})") from error
-    return model.to(device).eval(), text_tokenizer(checkpoint["tokenizer"]), checkpoint
+        tokenizer = text_tokenizer(checkpoint["tokenizer"])
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises nothing more special
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise BadCheckpoint(f"the parts of {shown(path)} do not fit together ({reason})") from error
+    return model.to(device).eval(), tokenizer, checkpoint

@@ -113,7 +113,8 @@ def generate(
     its prompt or has ended. A sequence ends with eot_id, which is not yielded. All sequences walk
     through the same positions in one batch, longer prompts feeding their own tokens where shorter ones
     already write. Sequence k draws from a stream of its own (seeds[k]), so it does not depend on
-    the others. Beyond block_size the model goes on from the last block_size // 2 tokens.
+    the others. Whenever the context is full, only its last block_size // 2 tokens stay; that happens at the
+    same positions for every sequence, also within a prompt that exceeds the context.
     """
     device, block_size = model.head_weight.device, model.config.block_size
     lengths = torch.tensor([len(p) for p in prompts])
@@ -126,11 +127,13 @@ def generate(
         tokens[row, : len(prompt)] = torch.tensor(prompt)
     alive = torch.arange(len(prompts))  # rows still going on
     cache = KVCache(model.config, len(prompts), model.head_weight)
+    begin = 0  # of the window that the model reads
     read = 0  # tokens of the sequences that the cache has seen, or slid over
     for position in range(int(lengths.min()), total):
-        if cache.length + position - read > block_size:
-            kept = min(position, max(1, block_size // 2))
-            cache, read = KVCache(model.config, len(alive), model.head_weight), position - kept
+        if position - begin > block_size:
+            while position - begin > block_size:
+                begin += block_size + 1 - max(1, block_size // 2)
+            cache, read = KVCache(model.config, len(alive), model.head_weight), begin
         logits = model.last_logits(tokens[alive, read:position].to(device), cache)
         read = position
         writing = lengths[alive] <= position

@@ -93,19 +93,6 @@ def settle(
         keep_from_checkpoint(settings, checkpoint, data)
     if settings.vocab_size < data.vocab_size:
         raise UserError(f"vocab_size {settings.vocab_size} is below the tokenizer's {data.vocab_size}")
-    for name in (
-        "batch_tokens",
-        "max_steps",
-        "eval_interval",
-        "save_interval",
-        "log_interval",
-        "eval_tokens",
-    ):
-        if getattr(settings, name) < 1:
-            raise UserError(f"{name} must be at least 1, not {getattr(settings, name)}")
-    for name, words in (("optimizer", ("muon", "adamw")), ("schedule", ("linear", "cosine"))):
-        if getattr(settings, name) not in words:
-            raise UserError(f"{name} takes {' or '.join(words)}, not {getattr(settings, name)!r}")
     config = GPTConfig(**{name: getattr(settings, name) for name in CONFIG_FIELDS})
     return config, Recipe(**{name: getattr(settings, name) for name in RECIPE_FIELDS})
 
