@@ -207,27 +207,27 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
         scaler.update()
         state.step += 1
 
-        # What to show of it. Reading a number waits for the GPU, so it is done only now and then.
-        if state.step % settings.log_interval == 0 or state.step == recipe.max_steps:
+        # What to show of it. Reading the loss waits for the GPU, so there it is done only now and then.
+        logging = state.step % settings.log_interval == 0 or state.step == recipe.max_steps
+        if logging or runtime.device.type == "cpu":
             loss = total_over(loss, processes)
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss is {loss} at step {state.step}; nothing of it was saved. Try a lower "
-                    f"--learning-rate than {recipe.learning_rate:g}, or --dtype float32"
+                    f"the loss is {loss} at step {state.step}, which is not saved. "
+                    f"Try a lower --learning-rate than {recipe.learning_rate:g}, or --dtype float32"
                 )
-            state.seconds += time.perf_counter() - started
+        state.seconds += time.perf_counter() - started
+        if isinstance(loss, float):
+            progress_bar.update(loss)
+        if logging and processes.first:
             row = {
                 "step": state.step,
                 "train_loss": loss,
                 "learning_rate": rate,
                 "gradient_norm": norm.item(),
             }
-            speed = progress_bar.update(loss)
-            if processes.first:
-                row |= {"tokens": state.step * tokens_per_step, "seconds": round(state.seconds, 2)}
-                metrics.add({**row, "tokens_per_second": round(speed)})
-        else:
-            state.seconds += time.perf_counter() - started
+            row |= {"tokens": state.step * tokens_per_step, "seconds": round(state.seconds, 2)}
+            metrics.add({**row, "tokens_per_second": round(progress_bar.speed)})
         agree(state, stop, processes)
 
     progress_bar.close()

@@ -54,7 +54,7 @@ class Recipe:
     """How a preset is trained. Learning rates are peaks; tokens are per optimizer step, over all processes."""
 
     batch_tokens: int = 65_536
-    cpu_batch_tokens: int | None = 8_192  # on a CPU, which takes seconds for each 10,000 tokens
+    cpu_batch_tokens: int | None = 4_096  # on a CPU, which takes a second for some thousand tokens
     max_steps: int = 20_000
     max_minutes: float | None = None
     optimizer: str = "muon"
@@ -66,7 +66,7 @@ class Recipe:
     final_learning_rate: float = 0.0  # as a fraction of the peak
     grad_clip: float = 1.0
     eval_interval: int = 250
-    cpu_eval_interval: int | None = 100
+    cpu_eval_interval: int | None = 200
 
     def __post_init__(self):
         for name in ("batch_tokens", "max_steps", "eval_interval"):
@@ -116,7 +116,7 @@ SLM = _adamw(batch_tokens=32 * 32 * 128, learning_rate=1e-4, warmup_steps=1_000)
 
 PRESETS = {
     "stories-9m": Preset(GPTConfig()),
-    "tinystories-gpt": Preset(GPTConfig(blocks="gpt2"), _adamw(cpu_batch_tokens=8_192)),
+    "tinystories-gpt": Preset(GPTConfig(blocks="gpt2"), _adamw(cpu_batch_tokens=4_096)),
     "slm-30m": Preset(GPTConfig(block_size=128, **GPT2_SMALL), SLM, "gpt2"),
     "slm-50m": Preset(GPTConfig(block_size=128, tie_weights=False, **GPT2_SMALL), SLM, "gpt2"),
     "tinystories-33m": Preset(
@@ -134,12 +134,12 @@ PRESETS = {
     "quickstart": Preset(
         GPTConfig(vocab_size=2_048, n_layer=4, n_head=4, n_embd=192),
         Recipe(
-            batch_tokens=8_192,
+            batch_tokens=4_096,
             cpu_batch_tokens=None,
-            max_steps=1_000,
-            max_minutes=4.0,
-            warmup_steps=20,
-            eval_interval=50,
+            max_steps=1_200,
+            max_minutes=3.5,
+            warmup_steps=40,
+            eval_interval=100,
             cpu_eval_interval=None,
         ),
     ),

@@ -58,28 +58,29 @@ class ProgressBar:
         peak = peak_flops(runtime.device)
         self.flops_share = state.model.flops_per_token() / peak if peak else None
         self.step, self.seconds, self.printed = state.step, state.seconds, time.monotonic()
+        self.speed = 0.0  # tokens per second
         self.bar = tqdm(
             total=recipe.max_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.05,
             disable=None if shows else True,
         )  # fmt: skip
 
-    def update(self, loss: float) -> float:
-        """Show the loss of the latest step; return the tokens per second since the last call."""
+    def update(self, loss: float) -> None:
+        """Show the loss of the latest step, and the speed, smoothed over about ten calls."""
         steps, seconds = self.state.step - self.step, self.state.seconds - self.seconds
         self.step, self.seconds = self.state.step, self.state.seconds
-        speed = steps * self.tokens_per_step / max(seconds, 1e-9)
-        left = min(self.max_steps - self.step, (self.time_limit - self.seconds) * steps / max(seconds, 1e-9))
-        self.bar.total = self.step + math.ceil(max(0, left))
-        mfu = f", MFU {100 * self.flops_share * speed:.1f} %" if self.flops_share else ""
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s{mfu}", refresh=False)
+        now = steps * self.tokens_per_step / max(seconds, 1e-9)
+        self.speed = 0.9 * self.speed + 0.1 * now if self.speed else now
+        per_second = self.speed / self.tokens_per_step
+        left = max(0, min(self.max_steps - self.step, (self.time_limit - self.seconds) * per_second))
+        self.bar.total = self.step + math.ceil(left)
+        mfu = f", MFU {100 * self.flops_share * self.speed:.1f} %" if self.flops_share else ""
+        text = f"loss {loss:.3f}, {self.speed:,.0f} tokens/s{mfu}"
+        self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(steps)
         if self.shows and self.bar.disable and time.monotonic() - self.printed > QUIET_SECONDS:
-            eta = max(0, left) * seconds / max(steps, 1)
             self.say(
-                f"step {self.step:,} of {self.bar.total:,}: loss {loss:.3f}, {speed:,.0f} tokens/s{mfu}, "
-                f"{eta / 60:.1f} minutes to go"
+                f"step {self.step:,} of {self.bar.total:,}: {text}, {left / per_second / 60:.1f} minutes to go"
             )
-        return speed
 
     def say(self, text: str) -> None:
         if self.shows:

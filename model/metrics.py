@@ -50,8 +50,9 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+def smooth(values: list[float]) -> list[float]:
+    """Exponential moving average over about a fortieth of the values, corrected for its start."""
+    weight = 1 - 1 / max(1, len(values) / 40)
     average, total, smoothed = 0.0, 0.0, []
     for value in values:
         average, total = weight * average + (1 - weight) * value, weight * total + (1 - weight)
