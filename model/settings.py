@@ -128,7 +128,6 @@ def read_settings(
     script: str | Path,
     argv: list[str] | None = None,
     *,
-    description: str = "",
     choices: dict[str, tuple[str, ...]] | None = None,
     aliases: dict[str, str] | None = None,
 ) -> SimpleNamespace:
@@ -143,7 +142,7 @@ def read_settings(
     flags = {constant.name.replace("_", "-") for constant in constants}
     prog = os.path.relpath(script, REPO)
     docstring = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8"))) or ""
-    parser = make_parser(constants, prog, description or docstring)
+    parser = make_parser(constants, prog, docstring)
     switches = {constant.name.replace("_", "-") for constant in constants if constant.kind is bool}
     argv = normalise(sys.argv[1:] if argv is None else argv, switches, aliases or {})
     parsed, unknown = parser.parse_known_args(argv)

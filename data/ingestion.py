@@ -1,0 +1,254 @@
+"""Step 1: collect stories, clean them, and part them into training and validation stories.
+
+    python data/ingestion.py                                  # TinyStories from the Hugging Face hub
+    python data/ingestion.py --source sample                  # the built-in stories, no network needed
+    python data/ingestion.py --source my_stories/ more.jsonl  # files, folders, globs
+
+Files are .txt (stories parted by lines `<|endoftext|>`, or by blank lines where there is no such line),
+.jsonl, .json, .csv and .parquet. Empty stories and exact duplicates are dropped, and no validation story
+is a training story. The result is data/raw/train and data/raw/validation, which datasets.load_from_disk
+reads, and data/raw/manifest.json, which says what they were made from.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.hub import open_hub
+from data.stories import (
+    SPLITS,
+    find_files,
+    next_step,
+    open_raw,
+    progress,
+    quiet_datasets,
+    raw_batches,
+    read_file,
+    read_manifest,
+)
+from model.files import atomic_folder, sha256_file, shown, size_text, write_json
+from model.settings import REPO, UserError, read_settings, require, run_script
+
+SOURCE: list[str] = ["hub"]  # hub (TinyStories), sample (built in), a hub data set's name[:config], or files
+VALIDATION_SOURCE: list[str] = []  # the same kinds; none takes the hub's validation split, else a part of all
+TEXT_COLUMN = "text"  # the column, or JSON key, that holds the story
+MAX_STORIES = 0  # training stories to keep; 0 keeps all (of the built-in ones 20,000)
+VALIDATION_FRACTION = 0.05  # of all stories, drawn at random, where the source has no validation split
+SEED = 1  # of the built-in stories and of that draw
+DATA_DIR = "data"  # the folder of raw/, tokenizer/ and processed/
+
+FORMAT = 1
+TINYSTORIES = "roneneldan/TinyStories"
+SAMPLE_STORIES = 20_000
+
+
+def main():
+    settings = read_settings(__file__)
+    require(0 < settings.validation_fraction < 1, "--validation-fraction lies between 0 and 1, both excluded")
+    require(settings.max_stories >= 0, "--max-stories is 0 (all) or more")
+    sources = find_sources(settings.source, settings.data_dir)
+    validation_sources = find_sources(settings.validation_source, settings.data_dir)
+    names = ("text_column", "max_stories", "validation_fraction", "seed")
+    made_from = {name: getattr(settings, name) for name in names}
+    made_from["source"] = [identity(source) for source in sources]
+    made_from["validation_source"] = [identity(source) for source in validation_sources]
+
+    raw = settings.data_dir / "raw"
+    if splits := up_to_date(settings.data_dir, made_from):
+        print(f"{shown(raw)} is up to date (delete it to make it anew)")
+    else:
+        with atomic_folder(raw) as folder:
+            splits = write_splits(folder, sources, validation_sources, settings)
+            write_json(folder / "manifest.json", {"format": FORMAT, "made_from": made_from, "splits": splits})
+    for split, counts in splits.items():
+        print(f"{split:<10} {counts['stories']:>9,} stories  {size_text(counts['bytes']):>9}")
+    print(next_step("data/train_tokenizer.py", settings))
+
+
+# What to read. A source is a hub data set's name, the word "sample", or the path of a file.
+
+
+def find_sources(words: list[str], data_dir: Path) -> list[str | Path]:
+    sources = []
+    for word in words:
+        if word == "sample":
+            sources.append(word)
+        elif word == "hub":
+            sources.append(TINYSTORIES)
+        else:
+            sources += find_files(word, generated=data_dir) or [word]
+    return list(dict.fromkeys(sources))  # a file that two globs match counts once
+
+
+def identity(source: str | Path) -> dict:
+    """What tells whether a source is still the same; of a hub data set nothing but the name."""
+    if isinstance(source, Path):
+        status = source.stat()
+        return {"file": str(source), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    if source == "sample":
+        return {"sample": sha256_file(REPO / "data" / "sample_stories.py")}
+    return {"hub": source}
+
+
+def up_to_date(data_dir: Path, made_from: dict) -> dict:
+    """The split counts of a data/raw that is whole and made from the same, else {}."""
+    with contextlib.suppress(UserError):
+        manifest = read_manifest(data_dir)
+        if manifest.get("format") == FORMAT and manifest.get("made_from") == made_from:
+            for split in SPLITS:
+                open_raw(data_dir, split, manifest)
+            return manifest["splits"]
+    return {}
+
+
+def open_source(source: str | Path, limit: int, settings: SimpleNamespace) -> dict[str, Iterator[str]]:
+    """The stories of a source, read as they are asked for: {"train": ...}, and "validation" if it has one."""
+    if isinstance(source, Path):
+        return {"train": read_file(source, settings.text_column)}
+    if source == "sample":
+        return {"train": built_in(limit, settings.seed)}
+    print(f"opening {source} on the Hugging Face hub", flush=True)
+    return open_hub(source, settings.text_column, stream=settings.max_stories > 0)
+
+
+def built_in(limit: int, seed: int) -> Iterator[str]:
+    from data.sample_stories import sample_stories
+
+    count = limit or SAMPLE_STORIES
+    with progress(total=count, desc="built-in stories", unit=" stories") as bar:
+        for story in sample_stories(2 * count if limit else count, seed):  # some may be duplicates
+            bar.update()
+            yield story
+
+
+# Cleaning, and parting into training and validation
+
+
+def write_splits(folder: Path, sources: list, validation_sources: list, settings: SimpleNamespace) -> dict:
+    """Write both splits into the folder; returns stories, bytes and digest of each."""
+    fraction, limit = settings.validation_fraction, settings.max_stories
+    total = stories_in_all(limit, fraction) if limit else 0
+    opened = [open_source(source, total, settings) for source in sources]
+    validation = [source["validation"] for source in opened if "validation" in source]
+    if validation_sources:
+        apart = [open_source(source, 0, settings) for source in validation_sources]
+        validation = [source.get("validation", source["train"]) for source in apart]
+    train = itertools.chain(*(source["train"] for source in opened))
+
+    dropped = Counter()
+    if validation:
+        taken: set[bytes] = set()
+        stories = clean(itertools.chain(*validation), dropped, taken)
+        splits = {"validation": write_split(folder / "validation", stories)}
+        stories = itertools.islice(clean(train, dropped, set(), taken), limit or None)
+        splits["train"] = write_split(folder / "train", stories)
+        for split, counts in splits.items():
+            require(counts["stories"] > 0, f"no {split} stories found{describe(dropped, '; dropped: ')}")
+    else:
+        stories = itertools.islice(clean(train, dropped, set()), total or None)
+        splits = part(folder, stories, settings, dropped)
+    print(describe(dropped, "dropped: ") or "dropped: nothing")
+    return {split: splits[split] for split in SPLITS}
+
+
+def clean(stories: Iterable[str], dropped: Counter, seen: set[bytes], taken: Iterable = ()) -> Iterator[str]:
+    """Stories with \\n line ends and no space around, without empty, repeated and `taken` ones (counted)."""
+    for story in stories:
+        story = story.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff").strip()
+        key = story_digest(story)
+        if not story:
+            dropped["empty"] += 1
+        elif key in taken:
+            dropped["in validation too"] += 1
+        elif key in seen:
+            dropped["duplicates"] += 1
+        else:
+            seen.add(key)
+            yield story
+
+
+def story_digest(story: str) -> bytes:
+    return hashlib.blake2b(story.encode(), digest_size=16).digest()
+
+
+def describe(dropped: Counter, start: str) -> str:
+    text = ", ".join(f"{count:,} {why}" for why, count in sorted(dropped.items()))
+    return start + text if text else ""
+
+
+def validation_count(total: int, fraction: float) -> int:
+    return max(1, round(total * fraction))
+
+
+def stories_in_all(train: int, fraction: float) -> int:
+    """How many stories leave `train` of them when the validation part is taken away."""
+    total = int(train / (1 - fraction))
+    while total - validation_count(total, fraction) < train:
+        total += 1
+    return total
+
+
+def part(folder: Path, stories: Iterable[str], settings: SimpleNamespace, dropped: Counter) -> dict:
+    """Draw the validation stories at random; both splits keep the order of the source."""
+    everything = folder / "everything.arrow"
+    total = write_arrow(everything, stories)["stories"]
+    require(total > 0, f"no stories found in {' '.join(settings.source)}{describe(dropped, '; dropped: ')}")
+    require(total > 1, "only one story found: training and validation need one each")
+    count = min(total - 1, validation_count(total, settings.validation_fraction))
+    chosen = set(random.Random(settings.seed).sample(range(total), count))
+    splits = {}
+    for split in SPLITS:
+        numbered = enumerate(itertools.chain.from_iterable(raw_batches(open_arrow(everything))))
+        mine = (story for index, story in numbered if (index in chosen) == (split == "validation"))
+        splits[split] = write_split(folder / split, mine)
+    everything.unlink()
+    return splits
+
+
+# Writing
+
+
+def write_split(folder: Path, stories: Iterable[str]) -> dict:
+    """Write stories as a datasets folder; returns how many, their UTF-8 bytes, and a digest of them all."""
+    arrow = folder.with_suffix(".arrow")
+    counts = write_arrow(arrow, stories)
+    open_arrow(arrow).save_to_disk(str(folder))
+    arrow.unlink()
+    return counts
+
+
+def write_arrow(path: Path, stories: Iterable[str]) -> dict:
+    """Write stories as an Arrow stream, a thousand at a time, so that memory does not grow with them."""
+    import pyarrow
+
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    stories, digest = iter(stories), hashlib.sha256()
+    counts = {"stories": 0, "bytes": 0}
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+        while batch := list(itertools.islice(stories, 1_000)):
+            writer.write_batch(pyarrow.record_batch([pyarrow.array(batch, pyarrow.string())], schema))
+            for story in batch:
+                digest.update(story_digest(story))
+            counts["stories"] += len(batch)
+            counts["bytes"] += sum(len(story.encode()) for story in batch)
+    return {**counts, "sha256": digest.hexdigest()}
+
+
+def open_arrow(path: Path) -> object:
+    import datasets
+
+    quiet_datasets(datasets)
+    datasets.disable_progress_bars()  # copying a split takes a second or two
+    return datasets.Dataset.from_file(str(path))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,217 @@
+"""Step 2: make the tokenizer, the table that turns text into token numbers and back.
+
+    python data/train_tokenizer.py               # learn 10,000 byte-pair tokens from data/raw/train
+    python data/train_tokenizer.py --kind gpt2   # GPT-2's 50,257 tokens, from the Hugging Face hub
+    python data/train_tokenizer.py --kind char   # one token per character of the stories
+
+The result is data/tokenizer/tokenizer.json, which the tokenizers library reads. Each kind encodes any
+Unicode text, and decoding gives exactly that text back. `<|endoftext|>`, which stands after each story, is
+a token of its own; the scripts set `encode_special_tokens`, so that no story's text becomes that token.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # learn and encode on all cores
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from data.hub import reach_hub
+from data.stories import END_OF_TEXT, first_line, next_step, open_raw, progress, raw_batches, read_manifest
+from model.files import atomic_write, read_json, sha256_file, shown, write_json
+from model.settings import UserError, read_settings, require, run_script
+
+KIND = "bpe"  # "bpe" (learned), "gpt2" (GPT-2's 50,257 tokens) or "char" (one token per character)
+VOCAB_SIZE = 10_000  # of bpe: `<|endoftext|>`, the 256 bytes, and the most useful pieces of words
+MAX_STORIES = 0  # training stories to learn from, the first so many; 0 is all
+GPT2_FILES: list[str] = []  # vocab.json merges.txt, to make gpt2 without a network
+DATA_DIR = "data"  # the folder of raw/, tokenizer/ and processed/
+
+FORMAT = 1
+# of GPT-2's vocabulary and merges
+GPT2_SHA256 = "7af2255eedd60b16dd34cbba614d328a4b0726f23b66fb09c942a867f3ccac38"
+EXAMPLE = "Once upon a time, there was a little dragonfly named Lily."
+
+
+def main():
+    settings = read_settings(__file__, choices={"kind": ("bpe", "gpt2", "char")})
+    check(settings)
+    manifest = read_manifest(settings.data_dir)
+    stories = open_raw(settings.data_dir, "train", manifest)
+    if settings.max_stories:
+        stories = stories.select(range(min(settings.max_stories, len(stories))))
+
+    path = settings.data_dir / "tokenizer" / "tokenizer.json"
+    made_from = {"format": FORMAT, "kind": settings.kind}
+    if settings.kind == "bpe":
+        made_from["vocab_size"] = settings.vocab_size
+    if settings.kind != "gpt2":
+        made_from |= {
+            "max_stories": settings.max_stories,
+            "raw_sha256": manifest["splits"]["train"]["sha256"],
+        }
+    if up_to_date(path, made_from):
+        print(f"{shown(path)} is up to date (delete it to make it anew)")
+        tokenizer = Tokenizer.from_file(str(path))
+    else:
+        start = time.monotonic()
+        make = {"bpe": learn_bpe, "gpt2": load_gpt2, "char": collect_characters}[settings.kind]
+        tokenizer = make(stories, settings)
+        with atomic_write(path) as temporary:
+            tokenizer.save(str(temporary))
+        write_json(path.with_name("made_from.json"), {**made_from, "tokenizer_sha256": sha256_file(path)})
+        print(f"wrote {shown(path)} in {time.monotonic() - start:.1f} s")
+    describe(tokenizer, stories, asked=made_from.get("vocab_size", 0))
+    print(next_step("data/prepare_data.py", settings))
+
+
+def check(settings: SimpleNamespace) -> None:
+    kind = settings.kind
+    bytes_and_end = 257
+    require(
+        kind == "bpe" or "vocab_size" not in settings.given, f"--vocab-size is for --kind bpe, not {kind}"
+    )
+    require(
+        settings.vocab_size >= bytes_and_end,
+        f"--vocab-size is at least {bytes_and_end}: one token for each byte, and {END_OF_TEXT}",
+    )
+    require(settings.max_stories >= 0, "--max-stories is 0 (all) or more")
+    require(kind == "gpt2" or not settings.gpt2_files, "--gpt2-files goes with --kind gpt2")
+
+
+def up_to_date(path: Path, made_from: dict) -> bool:
+    try:
+        recorded = read_json(path.with_name("made_from.json"))
+    except UserError:  # broken: make it again
+        return False
+    return path.is_file() and recorded == {**made_from, "tokenizer_sha256": sha256_file(path)}
+
+
+# The three kinds. In each, `<|endoftext|>` is the one special token.
+
+
+def byte_level(model: models.BPE) -> Tokenizer:
+    """A BPE over UTF-8 bytes, as GPT-2's: text is cut into words, and a word into learned pieces."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def learn_bpe(stories: object, settings: SimpleNamespace) -> Tokenizer:
+    tokenizer = byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        min_frequency=2,  # a pair seen once is chance
+        special_tokens=[END_OF_TEXT],  # gets id 0
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so that any text can be encoded
+        show_progress=False,
+    )
+    stop = threading.Event()
+    with progress(total=len(stories), desc="words", unit=" stories") as bar, ThreadPoolExecutor(1) as thread:
+
+        def counted() -> Iterator[list[str]]:
+            for batch in raw_batches(stories):
+                if stop.is_set():
+                    raise RuntimeError("stopped")
+                yield batch
+                bar.update(len(batch))
+
+        # In a thread, because Ctrl-C comes to the main one, which would be deaf inside the library.
+        learning = thread.submit(tokenizer.train_from_iterator, counted(), trainer)
+        try:
+            learning.result()
+        finally:
+            stop.set()
+    return tokenizer
+
+
+def load_gpt2(stories: object, settings: SimpleNamespace) -> Tokenizer:
+    model = gpt2_from_files(settings.gpt2_files) if settings.gpt2_files else gpt2_from_hub()
+    tokenizer = byte_level(model)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    content = json.loads(tokenizer.to_str())["model"]
+    table = json.dumps([tokenizer.get_vocab(), content["merges"]], sort_keys=True)
+    whole = hashlib.sha256(table.encode()).hexdigest() == GPT2_SHA256
+    source = " and ".join(settings.gpt2_files) or "the hub's copy"
+    require(whole, f"{source}: this is not GPT-2's vocabulary of 50,257 tokens with its 50,000 merges")
+    return tokenizer
+
+
+def gpt2_from_hub() -> models.BPE:
+    offline = reach_hub()
+    try:
+        return Tokenizer.from_pretrained("gpt2").model
+    except Exception as error:  # the hub's client and the tokenizers library each raise their own
+        reason = offline or first_line(error)
+        raise UserError(
+            f"cannot load GPT-2's vocabulary from the hub, {reason}: give --gpt2-files vocab.json merges.txt"
+        ) from None
+
+
+def gpt2_from_files(names: list[str]) -> models.BPE:
+    """GPT-2's model from its two files, in either order: a JSON object, and a list of merges."""
+    require(len(names) == 2, "--gpt2-files takes two files, vocab.json and merges.txt")
+    vocab, merges = None, None
+    for name in names:
+        path = Path(name).expanduser()
+        require(path.is_file(), f"there is no file {name}")
+        try:
+            text = path.read_text(encoding="utf-8")
+            if text.lstrip().startswith("{"):
+                vocab = json.loads(text)
+            else:
+                lines = [line for line in text.splitlines() if line and not line.startswith("#version")]
+                merges = [tuple(line.split(" ")) for line in lines]
+        except ValueError as error:
+            raise UserError(
+                f"{name} is neither GPT-2's vocab.json nor its merges.txt: {first_line(error)}"
+            ) from None
+    require(vocab is not None and merges is not None, "--gpt2-files takes one vocab.json and one merges.txt")
+    try:
+        return models.BPE(vocab, merges)
+    except Exception as error:  # the tokenizers library raises the bare class
+        raise UserError(f"{' and '.join(names)} do not fit together: {first_line(error)}") from None
+
+
+def collect_characters(stories: object, settings: SimpleNamespace) -> Tokenizer:
+    """A token for each character of the stories; any other character becomes its UTF-8 bytes."""
+    characters = set()
+    with progress(total=len(stories), desc="characters", unit=" stories") as bar:
+        for batch in raw_batches(stories):
+            characters.update(*batch)
+            bar.update(len(batch))
+    tokens = [END_OF_TEXT, *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(characters)]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+# What the user sees
+
+
+def describe(tokenizer: Tokenizer, stories: object, asked: int) -> None:
+    tokenizer.encode_special_tokens = True
+    sample = next(raw_batches(stories))
+    tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(sample))
+    ratio = sum(len(story.encode()) for story in sample) / tokens
+    print(
+        f"vocabulary: {tokenizer.get_vocab_size():,} tokens; a token holds {ratio:.2f} bytes of these stories"
+    )
+    pieces = [tokenizer.decode([number]) for number in tokenizer.encode(EXAMPLE).ids]
+    print(f"example:    {'|'.join(pieces)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

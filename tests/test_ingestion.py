@@ -1,0 +1,425 @@
+import csv
+import io
+import json
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import assert_one_line_error
+from fake_hub import serve_hub
+
+from data import ingestion
+from data.stories import find_files, read_file
+from model.settings import UserError
+
+STORIES = [
+    "Once there was a cat.\n\nIt purred.",
+    "A \u201cquoted\u201d, comma'd story, with 🐉 and caf\u00e9.",
+    'He said, "Hello!"\nThen he left.',
+    "The end.",
+]
+
+
+def read_split(data_dir, split):
+    return datasets.load_from_disk(str(data_dir / "raw" / split))["text"][:]
+
+
+def read_all(data_dir):
+    return read_split(data_dir, "train"), read_split(data_dir, "validation")
+
+
+def manifest(data_dir):
+    return json.loads((data_dir / "raw" / "manifest.json").read_text(encoding="utf-8"))
+
+
+def parquet(stories, column="text"):
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(stories))), column: stories}), buffer)
+    return buffer.getvalue()
+
+
+def write_stories(path, stories=STORIES):
+    """The stories as a file of the type that the suffix says."""
+    rows = [{"id": number, "text": story} for number, story in enumerate(stories)]
+    if path.suffix == ".parquet":
+        path.write_bytes(parquet(stories))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["id", "text"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text(
+            {
+                ".txt": "\n<|endoftext|>\n".join(stories),
+                ".jsonl": "\n".join(map(json.dumps, rows)),
+                ".json": json.dumps(rows, indent=1),
+            }[path.suffix],
+            encoding="utf-8",
+        )
+    return path
+
+
+# Reading files
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet", ".TXT"])
+def test_every_file_type_gives_the_stories(tmp_path, suffix):
+    path = write_stories(tmp_path / f"stories{suffix.lower()}").rename(tmp_path / f"stories{suffix}")
+    assert [story.strip() for story in read_file(path, "text")] == STORIES
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(STORIES),
+        json.dumps({"data": [{"text": story} for story in STORIES]}),
+        json.dumps({"id": [1, 2, 3, 4], "text": STORIES}),
+        json.dumps({"text": {str(number): story for number, story in enumerate(STORIES)}}),
+        "\n\n".join(json.dumps({"text": story}) for story in STORIES),
+        "\ufeff \r\n [" + ",\r\n".join(json.dumps({"text": story}) for story in STORIES) + " ]\n",
+    ],
+    ids=["texts", "data", "columns", "pandas", "lines", "array"],
+)
+def test_every_form_of_json(tmp_path, text):
+    path = tmp_path / "stories.json"
+    path.write_bytes(text.encode())
+    assert list(read_file(path, "text")) == STORIES
+
+
+def test_json_elements_may_lie_across_the_blocks_it_is_read_in(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.stories.BLOCK", 7)
+    path = write_stories(tmp_path / "stories.json")
+    assert list(read_file(path, "text")) == STORIES
+
+
+def test_blank_lines_part_stories_only_where_no_separator_line_is(tmp_path):
+    path = tmp_path / "stories.txt"
+    path.write_text("one\nstill one\n\n\n \ntwo\n\nthree", encoding="utf-8")
+    assert [story.strip() for story in read_file(path, "text")] == ["one\nstill one", "two", "three"]
+    path.write_text("one\n\nstill one\n  <|endoftext|> \ntwo\n\nstill two\n", encoding="utf-8")
+    assert [story.strip() for story in read_file(path, "text")] == ["one\n\nstill one", "two\n\nstill two"]
+
+
+def test_a_separator_within_a_line_is_text(tmp_path):
+    path = tmp_path / "stories.txt"
+    path.write_text("one <|endoftext|> more\n\ntwo", encoding="utf-8")
+    assert [story.strip() for story in read_file(path, "text")] == ["one <|endoftext|> more", "two"]
+
+
+def test_folders_and_globs(tmp_path):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / ".hidden").mkdir()
+    names = ("b.txt", "deep/a.jsonl", "a.csv", "notes.md", ".hidden/x.txt", ".x.txt")
+    for name in names:
+        (tmp_path / "in" / name).write_text("x", encoding="utf-8")
+    found = [
+        path.relative_to(tmp_path / "in").as_posix() for path in find_files(str(tmp_path / "in"), tmp_path)
+    ]
+    assert found == ["a.csv", "b.txt", "deep/a.jsonl"]
+    found = [path.name for path in find_files(str(tmp_path / "in" / "*.txt"), tmp_path)]
+    assert found == ["b.txt"]
+    found = [path.name for path in find_files(str(tmp_path / "in" / "**" / "*.jsonl"), tmp_path)]
+    assert found == ["a.jsonl"]
+
+
+def test_a_folder_source_leaves_out_what_the_scripts_wrote(tmp_path):
+    write_stories(tmp_path / "mine.json")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}", encoding="utf-8")
+    assert [path.name for path in find_files(str(tmp_path), tmp_path)] == ["mine.json"]
+
+
+BROKEN = {
+    "bad.txt": (b"fine\r\nstill fine\r\nbad \xff\r\n", "line 3 is not UTF-8"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2 is not UTF-8"),
+    "utf16.txt": ("text".encode("utf-16"), "line 1 is not UTF-8"),
+    "cut.jsonl": (b'{"text": "a"}\n\n{"text": "b\n', "line 3 is not JSON"),
+    "cut.json": (b'[{"text": "a"},\n{"text": "b"}\n', "line 3 is not JSON"),
+    "comma.json": (b'[{"text": "a"}\n{"text": "b"}]', "line 2 is not JSON"),
+    "more.json": (b'[{"text": "a"}]\n[]', "line 1 is not JSON"),
+    "object.json": (b'{"text": \n oops}', "line 2 is not JSON"),
+    "deep.json": (b"[" * 100_000, "line 1 is not JSON"),
+    "column.json": (
+        b'[{"text": "a"},\n {"title": "b", "story": "c"}]',
+        "line 2 has no column 'text': it has title, story",
+    ),
+    "column.jsonl": (b'{"title": "b"}', "line 1 has no column 'text': it has title"),
+    "column.csv": (b"title,story\na,b\n", "line 1 has no column 'text': it has title, story"),
+    "quote.csv": (b'text\n"one"\n"two\n', "line 3 is not CSV"),
+    "number.jsonl": (b'{"text": "a"}\n{"text": 4}', "line 2: a story is text, not int"),
+    "list.json": (b'[["a"]]', "line 1: a story is text, not list"),
+    "half.jsonl": (b'{"text": "\\ud83d"}', "line 1: the story holds half of a surrogate pair"),
+    "bad.parquet": (b"PAR1 and no more", "is not a readable parquet file"),
+    "column.parquet": (parquet(["a"], "story"), "has no column 'text': it has id, story"),
+    "number.parquet": (parquet([1, 2]), "row 1: a story is text, not int"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_wrong_with_a_file_is_said_with_its_place(tmp_path, name):
+    content, message = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        list(read_file(tmp_path / name, "text"))
+    assert name in str(caught.value) and message in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+# Cleaning and parting
+
+
+def test_mixed_sources_line_ends_duplicates_and_empties(run, tmp_path):
+    (tmp_path / "a.txt").write_bytes(
+        b"\xef\xbb\xbf  one\r\n\r\nmore\r<|endoftext|>\r\n\r\n<|endoftext|>\r\ntwo\r\n"
+    )
+    rows = [{"story": "two"}, {"story": "one\n\nmore\n"}, {"story": None}, {"story": "three "}]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "c.txt").write_text("four\n\nfive\n\ntwo", encoding="utf-8")
+    data = tmp_path / "data"
+    result = run(
+        "data/ingestion.py", "--source", "a.txt", "*.jsonl", "c.txt", "a.txt", "--text-column", "story",
+        "--validation-fraction", "0.4", "--data-dir", data, cwd=tmp_path, check=0,
+    )  # fmt: skip
+    train, validation = read_all(data)
+    assert sorted(train + validation) == sorted(["one\n\nmore", "two", "three", "four", "five"])
+    assert len(validation) == 2
+    order = ["one\n\nmore", "two", "three", "four", "five"]
+    assert train == [story for story in order if story in train]
+    assert "dropped: 3 duplicates, 2 empty" in result.stdout
+    assert (
+        "3 stories" in result.stdout
+        and "2 stories" in result.stdout
+        and "data/train_tokenizer.py" in result.stdout
+    )
+    assert result.stderr == ""
+    counts = manifest(data)["splits"]
+    assert counts["train"]["bytes"] == sum(len(story.encode()) for story in train)
+    assert counts["validation"]["stories"] == 2
+    leftovers = sorted(path.name for path in data.rglob("*") if path.is_file())
+    assert leftovers == sorted(
+        ["manifest.json", *["data-00000-of-00001.arrow", "dataset_info.json", "state.json"] * 2]
+    )
+
+
+def test_the_drawn_part_depends_on_the_seed_alone(tmp_path, run):
+    path = write_stories(tmp_path / "many.txt", [f"story {number}" for number in range(200)])
+    drawn = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run("data/ingestion.py", "--source", path, "--seed", seed, "--data-dir", tmp_path / name, check=0)
+        drawn[name] = read_all(tmp_path / name)
+    assert drawn["a"] == drawn["b"] != drawn["c"]
+    train, validation = drawn["a"]
+    assert len(train) == 190 and len(validation) == 10 and not set(train) & set(validation)
+    assert (
+        manifest(tmp_path / "a")["splits"]
+        == manifest(tmp_path / "b")["splits"]
+        != manifest(tmp_path / "c")["splits"]
+    )
+
+
+def test_a_validation_source_is_taken_whole_and_kept_out_of_training(run, tmp_path):
+    write_stories(tmp_path / "train.txt", ["a", "b", "c", "b", "d"])
+    write_stories(tmp_path / "valid.csv", ["c", "x", "x"])
+    result = run(
+        "data/ingestion.py", "--source", "train.txt", "--validation-source", "valid.csv", "--data-dir", "out",
+        cwd=tmp_path, check=0,
+    )  # fmt: skip
+    assert read_all(tmp_path / "out") == (["a", "b", "d"], ["c", "x"])
+    assert "dropped: 2 duplicates, 1 in validation too" in result.stdout
+
+
+@pytest.mark.parametrize(("limit", "fraction"), [(1, 0.05), (10, 0.05), (19, 0.05), (50, 0.3), (3, 0.9)])
+def test_max_stories_counts_training_stories(tmp_path, limit, fraction, monkeypatch):
+    path = write_stories(tmp_path / "many.txt", [f"story {number}" for number in range(150)])
+    arguments = [
+        "--source",
+        path,
+        "--max-stories",
+        limit,
+        "--validation-fraction",
+        fraction,
+        "--data-dir",
+        tmp_path / "d",
+    ]
+    monkeypatch.setattr("sys.argv", ["ingestion.py", *map(str, arguments)])
+    ingestion.main()
+    train, validation = read_all(tmp_path / "d")
+    assert len(train) == limit
+    assert len(validation) == max(1, round((limit + len(validation)) * fraction))
+
+
+def test_line_ends_are_the_same_everywhere():
+    dropped = ingestion.Counter()
+    stories = ["a\r\nb\rc\n", "\ufeff a\nb\nc", "\r\n", "d"]
+    assert list(ingestion.clean(stories, dropped, set())) == ["a\nb\nc", "d"]
+    assert dropped == {"duplicates": 1, "empty": 1}
+
+
+def test_built_in_stories(run, tmp_path):
+    run("data/ingestion.py", "--source", "sample", "--max-stories", 60, "--data-dir", tmp_path / "a", check=0)
+    run("data/ingestion.py", "--source", "sample", "--max-stories", 30, "--data-dir", tmp_path / "b", check=0)
+    train, validation = read_all(tmp_path / "a")
+    fewer = [story for part in read_all(tmp_path / "b") for story in part]
+    assert len(train) == 60 and set(fewer) < set(train + validation)
+
+
+# Up to date
+
+
+def test_what_is_up_to_date_is_left_alone(run, tmp_path):
+    path = write_stories(tmp_path / "a.txt")
+    arguments = ("data/ingestion.py", "--source", path, "--data-dir", tmp_path / "data")
+    run(*arguments, check=0)
+    made = (tmp_path / "data" / "raw" / "manifest.json").stat().st_mtime_ns
+    again = run(*arguments, check=0)
+    assert "up to date" in again.stdout and "3 stories" in again.stdout
+    assert (tmp_path / "data" / "raw" / "manifest.json").stat().st_mtime_ns == made
+
+    assert "up to date" not in run(*arguments, "--seed", 5, check=0).stdout
+    write_stories(path, [*STORIES, "one more"])
+    assert "up to date" not in run(*arguments, "--seed", 5, check=0).stdout
+    assert len(read_split(tmp_path / "data", "train")) == 4
+    next((tmp_path / "data" / "raw" / "train").glob("*.arrow")).write_bytes(b"damaged")
+    assert "up to date" not in run(*arguments, "--seed", 5, check=0).stdout
+    assert len(read_split(tmp_path / "data", "train")) == 4
+    (tmp_path / "data" / "raw" / "manifest.json").write_text('{"format": 1', encoding="utf-8")
+    assert "up to date" not in run(*arguments, "--seed", 5, check=0).stdout
+
+
+def test_a_failure_leaves_the_old_stories(run, tmp_path):
+    path = write_stories(tmp_path / "a.txt")
+    run("data/ingestion.py", "--source", path, "--data-dir", tmp_path / "data", check=0)
+    before = manifest(tmp_path / "data")
+    (tmp_path / "b.jsonl").write_text('{"text": "fine"}\n{"text":', encoding="utf-8")
+    result = run("data/ingestion.py", "--source", tmp_path / "b.jsonl", "--data-dir", tmp_path / "data")
+    assert_one_line_error(result, "b.jsonl line 2")
+    assert manifest(tmp_path / "data") == before and len(read_split(tmp_path / "data", "train")) == 3
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["raw"]
+
+
+def test_file_sources_need_no_home(run, tmp_path):
+    path = write_stories(tmp_path / "a.parquet")
+    (tmp_path / "home").mkdir()
+    env = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home")}
+    env |= {"HF_HOME": str(tmp_path / "home" / "hf")}
+    run("data/ingestion.py", "--source", path, "--data-dir", tmp_path / "data", env=env, check=0)
+    assert [file for file in (tmp_path / "home").rglob("*") if file.is_file()] == []
+
+
+# Wrong settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        (["--source", "missing.txt"], ["no file or folder missing.txt"]),
+        (["--source", "missing/"], ["missing/"]),
+        (["--source", "./missing"], ["./missing"]),
+        (["--source", "*.csv"], ["*.csv"]),
+        (["--source", "empty"], ["empty", "no story files"]),
+        (["--source", "notes.md"], ["notes.md", ".jsonl"]),
+        (["--source", "blank.txt"], ["no stories", "blank.txt"]),
+        (["--source", "one.txt"], ["only one story"]),
+        (["--source", "json"], ["'json'"]),
+        (
+            ["--source", "one.txt", "--validation-source", "one.txt"],
+            ["no train stories", "1 in validation too"],
+        ),
+        (["--source", "one.txt", "--validation-source", "blank.txt"], ["no validation stories"]),
+        (["--validation-fraction", "1"], ["--validation-fraction"]),
+        (["--max-stories", "-1"], ["--max-stories"]),
+        (["--source", "one.txt", "--data-dir", "one.txt"], ["one.txt"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_wrong_settings_are_one_line(run, tmp_path, arguments, needles):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.md").write_text("x", encoding="utf-8")
+    (tmp_path / "blank.txt").write_text("\n \n\n", encoding="utf-8")
+    (tmp_path / "one.txt").write_text("one", encoding="utf-8")
+    directory = [] if "--data-dir" in arguments else ["--data-dir", "out"]
+    assert_one_line_error(run("data/ingestion.py", *arguments, *directory, cwd=tmp_path), *needles)
+    assert not (tmp_path / "out" / "raw").exists()
+
+
+# The hub: the real client against a small hub on this machine
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    stories = [f"story {number}" for number in range(1_100)]
+    repositories = {
+        "datasets/roneneldan/TinyStories": {
+            "data/train-00000-of-00002.parquet": parquet([*stories, "story 3", ""]),
+            "data/train-00001-of-00002.parquet": parquet(["last story"]),
+            "data/validation-00000-of-00001.parquet": parquet(["story 7", "story 100"]),
+        },
+        "datasets/someone/lines": {"train.jsonl": b"".join(b'{"story": "tale %d"}\n' % n for n in range(30))},
+        "datasets/someone/tested": {"test.csv": b"text\na\nb\n"},
+        "datasets/someone/empty": {"README.md": b"nothing here"},
+    }
+    with serve_hub(repositories, tmp_path_factory.mktemp("hub")) as served:
+        yield served
+
+
+def test_hub_with_a_validation_split(run, tmp_path, hub):
+    env, _ = hub
+    result = run("data/ingestion.py", "--data-dir", tmp_path, env=env, check=0)
+    train, validation = read_all(tmp_path)
+    assert validation == ["story 7", "story 100"]
+    assert train == [f"story {number}" for number in range(1_100) if number not in (7, 100)] + ["last story"]
+    assert "1 duplicates, 1 empty, 2 in validation too" in result.stdout and result.stderr == ""
+    assert "up to date" in run("data/ingestion.py", "--data-dir", tmp_path, check=0).stdout
+
+    offline = run(
+        "data/ingestion.py", "--data-dir", tmp_path / "b", env={**env, "HF_HUB_OFFLINE": "1"}, check=0
+    )
+    assert offline.stderr == "" and read_all(tmp_path / "b") == (train, validation)
+
+
+def test_hub_is_streamed_when_only_a_part_is_wanted(run, tmp_path, hub):
+    env, requests = hub
+    env = {**env, "HF_HOME": str(tmp_path / "cache")}
+    requests.clear()
+    run("data/ingestion.py", "--data-dir", tmp_path, "--max-stories", 5, env=env, check=0)
+    assert read_split(tmp_path, "train") == [f"story {number}" for number in range(5)]
+    assert any("GET" in request and "train-00000" in request for request in requests)
+    assert not any("GET" in request and "train-00001" in request for request in requests)
+    assert not list((tmp_path / "cache").rglob("*.parquet"))
+
+
+@pytest.mark.parametrize("limit", [0, 12])
+def test_hub_without_a_validation_split(run, tmp_path, hub, limit):
+    arguments = ("--source", "someone/lines", "--text-column", "story", "--max-stories", limit)
+    run("data/ingestion.py", *arguments, "--data-dir", tmp_path, env=hub[0], check=0)
+    train, validation = read_all(tmp_path)
+    assert len(train) == (limit or 28) and len(validation) == (1 if limit else 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        (["someone/tested"], ["no train split", "test"]),
+        (["someone/lines"], ["no column 'text'", "story"]),
+        (["someone/lines", "--max-stories", "3"], ["no column 'text'", "story"]),
+        (["someone/empty"], ["someone/empty"]),
+        (["someone/nothing"], ["someone/nothing", "--source sample"]),
+        (["roneneldan/TinyStories:big"], ["big"]),
+    ],
+    ids=" ".join,
+)
+def test_what_the_hub_does_not_have(run, tmp_path, hub, arguments, needles):
+    result = run("data/ingestion.py", "--data-dir", tmp_path, "--source", *arguments, env=hub[0])
+    assert_one_line_error(result, *needles)
+
+
+@pytest.mark.parametrize(
+    "env", [{"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}, {"HF_HUB_OFFLINE": "1"}]
+)
+def test_no_network_is_one_line_that_offers_a_way_on(run, tmp_path, env):
+    env = {**env, "HF_HOME": str(tmp_path / "cache")}
+    result = run("data/ingestion.py", "--data-dir", tmp_path / "data", env=env, timeout=20)
+    assert_one_line_error(result, "roneneldan/TinyStories", "--source sample", "files")
+    assert not (tmp_path / "data" / "raw").exists()
