@@ -14,12 +14,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.batches import Batches, Data, load_data, validation_windows
-from model.checkpoint import load_latest, prune, save_checkpoint
+from model.checkpoint import BEFORE_DECAY, load_latest, prune, save_checkpoint
 from model.config import BLOCK_FAMILIES, OPTIMIZERS, PRESETS, SCHEDULES
 from model.console import ProgressBar, StopRequest, agree, print_end, print_plan
 from model.files import shown
@@ -27,8 +26,17 @@ from model.generation import Sampling, generate_all, text_tokenizer
 from model.gpt import GPT
 from model.metrics import Metrics
 from model.optimizer import learning_rate, make_optimizers
-from model.resume import TrainingState, set_aside, settle
-from model.runtime import Processes, Runtime, choose_runtime, start_processes, stop_processes, warn
+from model.resume import TrainingState, only_one, rewind, set_aside, settle
+from model.runtime import (
+    Processes,
+    Runtime,
+    choose_runtime,
+    prepare_forward,
+    start_processes,
+    stop_processes,
+    total_over,
+    wait_for_all,
+)
 from model.settings import UserError, read_settings, require, run_script
 
 # Edit these, or give them as flags: MAX_STEPS is --max-steps. None takes the preset's value.
@@ -74,6 +82,10 @@ DATA_DIR = "data"  # holds tokenizer/ and processed/
 CHECKPOINT_DIR = "checkpoints"  # where checkpoints, metrics.jsonl, loss_curve.png and samples.md go
 
 
+# Steps in a row that are not finite, after which the run stops
+GIVE_UP = 5
+
+
 def main() -> None:
     settings = read_settings(
         __file__,
@@ -95,8 +107,17 @@ def main() -> None:
     require(settings.micro_batch >= 0, "--micro-batch must be 0 (found) or more")
     require(settings.sample_tokens >= 0, "--sample-tokens must be 0 (no sample) or more")
     processes = start_processes(settings.device)
+    folder = settings.checkpoint_dir
     try:
-        train(settings, processes)
+        if settings.fresh and processes.first and (moved := set_aside(folder)):
+            print(f"the earlier run is now in {shown(moved)}")
+        with only_one(folder) if processes.first else contextlib.nullcontext():
+            wait_for_all(processes)
+            train(settings, processes)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "the GPU's memory ran out: go on with a smaller --micro-batch (see the line above)"
+        ) from None
     finally:
         stop_processes()
 
@@ -106,12 +127,10 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
     data = load_data(settings.data_dir, settings.verify)
     runtime = choose_runtime(settings.device, settings.dtype, settings.compile)
     folder = settings.checkpoint_dir
-    if settings.fresh:
-        if processes.first and (moved := set_aside(folder)):
-            print(f"the earlier run is now in {shown(moved)}")
-        wait_for_all(processes)
     path, checkpoint = load_latest(folder) or (None, None)
     config, recipe = settle(settings, checkpoint, data, on_cpu=runtime.device.type == "cpu")
+    if checkpoint:
+        path, checkpoint = rewind(folder, path, checkpoint, recipe, processes.first)
     windows_per_step = max(1, recipe.batch_tokens // config.block_size)
     tokens_per_step = windows_per_step * config.block_size
     batches = Batches(data.train.tokens, config.block_size, windows_per_step, settings.seed)
@@ -149,11 +168,12 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
     metrics = Metrics(folder, state.step, state.last_evaluation) if processes.first else None
     progress_bar = ProgressBar(state, recipe, tokens_per_step, runtime, shows=processes.first)
     stop = StopRequest(processes)
-    saved_at = state.step if checkpoint else 0
+    saved_at, progress = (state.step, 1.0) if checkpoint else (0, 0.0)
+    not_finite = torch.zeros((), dtype=torch.int, device=runtime.device)  # steps in a row
 
     while True:
         # The state is now that after state.step steps: evaluate, save, or be done.
-        progress = max(state.step / recipe.max_steps, state.seconds / time_limit)
+        before, progress = progress, max(state.step / recipe.max_steps, state.seconds / time_limit)
         finished = progress >= 1
         if processes.first and state.step != state.last_evaluation:
             if finished or (state.step and state.step % settings.eval_interval == 0 and not stop):
@@ -175,6 +195,8 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
                 save_checkpoint(folder / f"ckpt_{state.step}.pt", state.snapshot(settings, data))
                 prune(folder, settings.keep)
                 saved_at = state.step
+            if before < 1 - recipe.decay_fraction <= progress:  # from here a longer run would differ
+                save_checkpoint(folder / BEFORE_DECAY, state.snapshot(settings, data))
         if finished or stop:
             break
 
@@ -199,9 +221,12 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip or math.inf)
+        not_finite = (not_finite + 1) * ~norm.isfinite()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["share"]
+            if not scaler.is_enabled():  # it does the same: a step that is not finite changes nothing
+                optimizer.found_inf = (not_finite > 0).float()
             scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
@@ -211,10 +236,11 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
         logging = state.step % settings.log_interval == 0 or state.step == recipe.max_steps
         if logging or runtime.device.type == "cpu":
             loss = total_over(loss, processes)
-            if not math.isfinite(loss):
+            if not_finite >= GIVE_UP:
                 raise UserError(
-                    f"the loss is {loss} at step {state.step}, which is not saved. "
-                    f"Try a lower --learning-rate than {recipe.learning_rate:g}, or --dtype float32"
+                    f"the loss or its gradient is not finite, {not_finite.item()} steps in a row up to step "
+                    f"{state.step}; none of them was applied. Try a lower --learning-rate than "
+                    f"{recipe.learning_rate:g}, or --dtype float32"
                 )
         state.seconds += time.perf_counter() - started
         if isinstance(loss, float):
@@ -222,9 +248,9 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
         if logging and processes.first:
             row = {
                 "step": state.step,
-                "train_loss": loss,
+                "train_loss": loss if math.isfinite(loss) else None,
                 "learning_rate": rate,
-                "gradient_norm": norm.item(),
+                "gradient_norm": norm.item() if norm.isfinite() else None,
             }
             row |= {"tokens": state.step * tokens_per_step, "seconds": round(state.seconds, 2)}
             metrics.add({**row, "tokens_per_second": round(progress_bar.speed)})
@@ -244,51 +270,6 @@ def dropout_seed(seed: int, step: int, window: int) -> int:
 def to_device(windows: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(windows)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def guess_micro_batch(model: GPT, runtime: Runtime) -> int:
-    """Windows that should fit: on a GPU by its free memory, on a CPU as many as still get faster."""
-    config = model.config
-    tokens = 4_096
-    if runtime.device.type == "cuda":
-        bytes_per_token = 40 * config.n_layer * config.n_embd + 12 * config.vocab_size
-        tokens = int(0.5 * torch.cuda.mem_get_info(runtime.device)[0] / bytes_per_token)
-    return max(1, min(tokens, 131_072) // config.block_size)
-
-
-def prepare_forward(model: GPT, runtime: Runtime, wanted: int, windows: int) -> tuple[nn.Module, int]:
-    """The function (idx, targets) -> loss, compiled where that works, and the windows it takes at once.
-
-    Tries it, so that what fails does so before the first step: where memory runs out it takes half as
-    many windows, where compilation fails it goes on without.
-    """
-    micro_batch = min(wanted or guess_micro_batch(model, runtime), windows)
-    if not wanted:  # equal micro-batches, so that only one size is compiled
-        micro_batch = -(-windows // -(-windows // micro_batch))
-    forward = torch.compile(model, dynamic=False) if runtime.compile else model
-    while True:
-        zeros = torch.zeros(micro_batch, model.config.block_size, dtype=torch.long, device=runtime.device)
-        try:
-            with runtime.autocast():
-                loss = forward(zeros, zeros)
-            loss.backward()
-        except torch.OutOfMemoryError:
-            if micro_batch == 1:
-                raise UserError(
-                    "not even one window fits into the GPU's memory: use a smaller model"
-                ) from None
-            micro_batch //= 2
-        except Exception as error:  # compilation has many ways to fail, and each leaves eager mode
-            if forward is model:
-                raise
-            warn(
-                f"torch.compile does not work here, going on without: {str(error).strip().splitlines()[0][:120]}"
-            )
-            forward = model
-        else:
-            return forward, micro_batch
-        finally:
-            model.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
@@ -321,18 +302,6 @@ def write_sample(model: GPT, data: Data, settings: SimpleNamespace) -> str:
     )
     model.train()
     return tokenizer.decode(prompt[1:] + written[0], skip_special_tokens=False)
-
-
-def total_over(loss: Tensor, processes: Processes) -> float:
-    """The step's loss, summed over the processes' shares of it."""
-    if processes.count > 1:
-        dist.all_reduce(loss)
-    return loss.item()
-
-
-def wait_for_all(processes: Processes) -> None:
-    if processes.count > 1:
-        dist.barrier()
 
 
 if __name__ == "__main__":

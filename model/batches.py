@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from model.files import read_json, sha256_file, shown
-from model.settings import UserError
+from model.settings import UserError, require_seed
 
 PREPARE = "python data/prepare_data.py"
 META = ("dtype", "vocab_size", "eot_id", "tokenizer_sha256", "splits")
@@ -93,6 +93,7 @@ class Batches:
                 f"block_size {block_size} is longer than the {len(tokens):,} training tokens: "
                 "lower it or ingest more stories"
             )
+        require_seed(seed)
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
         self.windows_per_step = windows_per_step
         self.windows_per_epoch = len(tokens) // block_size

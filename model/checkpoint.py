@@ -12,6 +12,7 @@ from elsewhere cannot run code:
 
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from model.gpt import GPT
 from model.settings import UserError
 
 FORMAT = 1
+BEFORE_DECAY = "before_decay.pt"
 NAME = re.compile(r"ckpt_(\d+)\.pt")
 ENTRIES = ("config", "settings", "weights", "step", "tokenizer", "eot_id", "data")
 
@@ -44,6 +46,9 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict:
     """Read a checkpoint. Raises BadCheckpoint where the file is cut short or of another format."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself does not look at the check sums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise BadCheckpoint(f"there is no checkpoint {shown(path)}") from None
@@ -77,8 +82,7 @@ def load_latest(folder: Path, device: str | torch.device = "cpu") -> tuple[Path,
     files and none loads, raises BadCheckpoint: nothing should start afresh over them.
     """
     paths = list_checkpoints(folder)
-    if (folder / "best.pt").exists():
-        paths.append(folder / "best.pt")
+    paths += [path for path in (folder / BEFORE_DECAY, folder / "best.pt") if path.exists()]
     for path in paths:
         try:
             return path, load_checkpoint(path, device)

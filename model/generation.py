@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.config import GPTConfig
 from model.gpt import GPT
-from model.settings import UserError
+from model.settings import UserError, require_seed
 
 
 def text_tokenizer(tokenizer_json: str) -> Tokenizer:
@@ -116,6 +116,8 @@ def generate(
     the others. Whenever the context is full, only its last block_size // 2 tokens stay; that happens at the
     same positions for every sequence, also within a prompt that exceeds the context.
     """
+    for seed in seeds:
+        require_seed(seed)
     device, block_size = model.head_weight.device, model.config.block_size
     lengths = torch.tensor([len(p) for p in prompts])
     uniforms = torch.stack(

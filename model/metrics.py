@@ -65,7 +65,7 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    train = [row for row in rows if "train_loss" in row]
+    train = [row for row in rows if row.get("train_loss") is not None]
     validation = [row for row in rows if "validation_loss" in row]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -36,8 +36,12 @@ class Muon(torch.optim.Optimizer):
     A group's `parts` says how many equal matrices lie above each other in its parameters (3 in a joint
     query-key-value matrix); each is orthogonalised by itself, all of one shape in one batch. An update
     has root mean square 0.2 like AdamW's (Liu et al. 2025), so learning rate and weight decay
-    carry over. Products are in bfloat16 where `low_precision`, as in torch.optim.Muon.
+    carry over. Products are in bfloat16 where `low_precision`, as in torch.optim.Muon. Where `found_inf` is
+    set to a tensor that holds 1, a step changes nothing (and the GPU need not be waited for), as in
+    PyTorch's fused optimizers.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -53,6 +57,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        kept = 1.0 if self.found_inf is None else 1 - self.found_inf  # 0 for a step that changes nothing
         same_shape = defaultdict(list)  # shape of a part -> (parameter, update, group)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -61,8 +66,11 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(state["momentum"], group["momentum"])
+                gradient = parameter.grad
+                if self.found_inf is not None:
+                    gradient = gradient.nan_to_num(0.0, 0.0, 0.0)  # nan times 0 would be nan
+                state["momentum"].lerp_(gradient, (1 - group["momentum"]) * kept)
+                update = gradient.lerp(state["momentum"], group["momentum"])
                 update = update.view(group["parts"], -1, parameter.size(1))
                 same_shape[update.shape[1:]].append((parameter, update, group))
         for shape, entries in same_shape.items():
@@ -71,9 +79,9 @@ class Muon(torch.optim.Optimizer):
             pieces = directions.split([len(update) for _, update, _ in entries])
             scale = 0.2 * math.sqrt(max(shape))
             for (parameter, _, group), piece in zip(entries, pieces, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"] * kept)
                 step = piece.reshape(parameter.shape).to(parameter.dtype)
-                parameter.add_(step, alpha=-group["lr"] * scale)
+                parameter.add_(step * (-group["lr"] * scale * kept))
 
 
 def parts_of(name: str) -> int:

@@ -1,8 +1,13 @@
 """Settling what a run is: from the preset where it begins, from the checkpoint where it goes on."""
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import math
+import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +16,7 @@ from types import SimpleNamespace
 import torch
 
 from model.batches import Data
-from model.checkpoint import list_checkpoints
+from model.checkpoint import BEFORE_DECAY, list_checkpoints, load_checkpoint, step_of
 from model.config import CONFIG_FIELDS, RECIPE_FIELDS, GPTConfig, Recipe, find_preset
 from model.files import shown
 from model.gpt import GPT
@@ -134,10 +139,64 @@ def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data
         )
 
 
+def rewind(folder: Path, path: Path, checkpoint: dict, recipe: Recipe, first: bool) -> tuple[Path, dict]:
+    """Where a run that has begun its final decay is made longer: the state from before the decay.
+
+    From there it is the run that it would have been, had it been begun with the greater length. What came
+    after is kept in the folder under other names. Otherwise returns what it was given.
+    """
+    saved, earlier = checkpoint["settings"], folder / BEFORE_DECAY
+    longer = recipe.max_steps > saved["max_steps"] or (recipe.max_minutes or math.inf) > (
+        saved["max_minutes"] or math.inf
+    )
+    if not longer or not earlier.exists():
+        return path, checkpoint
+    rewound = load_checkpoint(earlier)
+    if rewound["step"] >= checkpoint["step"]:
+        return path, checkpoint
+    step = checkpoint["step"]
+    if first:
+        print(
+            f"longer now: going back to before the learning rate's decay; step {step:,} is kept as shorter_*"
+        )
+        for file in [path, folder / "metrics.jsonl", folder / "loss_curve.png", folder / "samples.md"]:
+            if file.exists():
+                shutil.copy2(file, folder / f"shorter_{step}_{file.name}")
+        for file in list_checkpoints(folder):
+            if step_of(file) > rewound["step"]:
+                file.unlink()
+    return earlier, {**rewound, "best_loss": min(rewound["best_loss"], checkpoint["best_loss"])}
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold a checkpoint folder for this process; make it where there is none, remove it if it stays empty.
+
+    Raises UserError while another process holds it. The system lets go of it when a process ends,
+    however it ends. What a killed process left half-written is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink()
+        yield
+    except BlockingIOError:
+        raise UserError(
+            f"another train.py is at work in {shown(folder)}: wait for it, stop it, or use another --checkpoint-dir"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        os.close(descriptor)
+
+
 def set_aside(folder: Path) -> Path | None:
     """Move an earlier run's folder out of the way; return where it went, None where there was none."""
-    if not folder.exists() or not (list_checkpoints(folder) or (folder / "best.pt").exists()):
+    if not list_checkpoints(folder) and not (folder / "best.pt").exists():
         return None
-    moved = folder.with_name(f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    folder.rename(moved)
+    with only_one(folder):
+        moved = folder.with_name(f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S}")
+        folder.rename(moved)
     return moved

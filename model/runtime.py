@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
+from model.gpt import GPT
 from model.settings import REPO, UserError
 
 # Dense bfloat16 (float16 on the T4 and V100) peak in FLOP/s, from the makers' data sheets
@@ -66,6 +68,18 @@ def start_processes(device: str) -> Processes:
 def stop_processes() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def wait_for_all(processes: Processes) -> None:
+    if processes.count > 1:
+        dist.barrier()
+
+
+def total_over(value: Tensor, processes: Processes) -> float:
+    """The sum over all processes of a number on the device."""
+    if processes.count > 1:
+        dist.all_reduce(value)
+    return value.item()
 
 
 def choose_device(name: str) -> torch.device:
@@ -168,3 +182,48 @@ def peak_flops(device: torch.device) -> float | None:
 
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
+
+
+def guess_micro_batch(model: GPT, runtime: Runtime) -> int:
+    """Windows that should fit: on a GPU by its free memory, on a CPU as many as still get faster."""
+    config = model.config
+    tokens = 4_096
+    if runtime.device.type == "cuda":
+        bytes_per_token = 40 * config.n_layer * config.n_embd + 12 * config.vocab_size
+        tokens = int(0.5 * torch.cuda.mem_get_info(runtime.device)[0] / bytes_per_token)
+    return max(1, min(tokens, 131_072) // config.block_size)
+
+
+def prepare_forward(model: GPT, runtime: Runtime, wanted: int, windows: int) -> tuple[nn.Module, int]:
+    """The function (idx, targets) -> loss, compiled where that works, and the windows it takes at once.
+
+    Tries it, so that what fails does so before the first step: where memory runs out it takes half as
+    many windows, where compilation fails it goes on without.
+    """
+    micro_batch = min(wanted or guess_micro_batch(model, runtime), windows)
+    if not wanted:  # equal micro-batches, so that only one size is compiled
+        micro_batch = -(-windows // -(-windows // micro_batch))
+    forward = torch.compile(model, dynamic=False) if runtime.compile else model
+    while True:
+        zeros = torch.zeros(micro_batch, model.config.block_size, dtype=torch.long, device=runtime.device)
+        try:
+            with runtime.autocast():
+                loss = forward(zeros, zeros)
+            loss.backward()
+        except torch.OutOfMemoryError:
+            if micro_batch == 1:
+                raise UserError(
+                    "not even one window fits into the GPU's memory: use a smaller model"
+                ) from None
+            micro_batch //= 2
+        except Exception as error:  # compilation has many ways to fail, and each leaves eager mode
+            if forward is model:
+                raise
+            warn(
+                f"torch.compile does not work here, going on without: {str(error).strip().splitlines()[0][:120]}"
+            )
+            forward = model
+        else:
+            return forward, micro_batch
+        finally:
+            model.zero_grad(set_to_none=True)

@@ -175,6 +175,11 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_seed(seed: int) -> None:
+    """Raise UserError where torch's or numpy's random generators would not take the seed."""
+    require(0 <= seed < 2**63, f"seed must be 0 or more and below 2**63, not {seed}")
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main(): what the user can mend ends in one line and exit status 2."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that clean-up code runs

@@ -1,0 +1,228 @@
+"""Packed tokens: what is read, in which order, and what is refused."""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from model.batches import Batches, load_data, validation_windows
+from model.settings import UserError
+
+# (tokens, block_size, windows_per_step): the epochs are cut evenly, with a rest, within a step, to one window
+SHAPES = [(1_000, 10, 5), (1_003, 10, 7), (97, 8, 5), (50, 7, 40), (9, 8, 3), (200, 1, 9)]
+
+PINNED = [
+    [650, 260, 30, 823, 150, 40, 680],
+    [863, 0, 278, 48, 288, 728, 788],
+    [359, 439, 459, 629, 959, 669, 139],
+]
+
+
+def make_batches(length=1_003, block_size=10, windows_per_step=7, seed=3):
+    return Batches(np.arange(length, dtype=np.uint16), block_size, windows_per_step, seed)
+
+
+def epoch_starts(batches, epoch):
+    """The starts of one epoch's windows, collected from the steps that hold them."""
+    first, count = epoch * batches.windows_per_epoch, batches.windows_per_epoch
+    steps = range(first // batches.windows_per_step, (first + count - 1) // batches.windows_per_step + 1)
+    starts = np.concatenate([batches.starts(step) for step in steps])
+    skipped = first - steps[0] * batches.windows_per_step
+    return starts[skipped : skipped + count]
+
+
+# The order of training
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_epoch_shows_each_token_once_but_for_the_rest(shape):
+    length, block_size, _ = shape
+    batches = make_batches(*shape)
+    for epoch in range(4):
+        windows = batches.windows(epoch_starts(batches, epoch))
+        seen = Counter(windows[:, :-1].flatten().tolist())  # token k of the ring is the number k
+        assert set(seen.values()) == {1}
+        assert len(seen) == length - length % block_size
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_window_is_that_piece_of_the_ring_and_the_token_after_it(shape):
+    length, block_size, windows_per_step = shape
+    batches = make_batches(*shape)
+    wrapped = 0
+    for step in range(30):
+        starts = batches.starts(step)
+        windows = batches.windows(starts)
+        assert windows.shape == (windows_per_step, block_size + 1) and windows.dtype == np.int64
+        for start, window in zip(starts.tolist(), windows.tolist(), strict=True):
+            assert window == [(start + k) % length for k in range(block_size + 1)]
+            wrapped += start + block_size >= length
+    assert wrapped
+
+
+def test_a_step_is_a_pure_function_of_seed_and_step():
+    batches = make_batches()
+    in_order = [batches.starts(step).tolist() for step in range(80)]
+    for step in (79, 0, 41, 40, 79, 13):  # over several epochs, back and forth
+        assert batches.starts(step).tolist() == in_order[step]
+        assert make_batches().starts(step).tolist() == in_order[step]
+
+
+def test_the_order_stays_what_it_was_when_runs_began():
+    """A run goes on with the data order of the version that began it, so it is pinned here."""
+    starts = [make_batches().starts(step).tolist() for step in (0, 14, 1_000)]
+    assert starts == PINNED
+
+
+def test_the_size_of_a_step_does_not_change_the_order():
+    small, large = make_batches(windows_per_step=3), make_batches(windows_per_step=12)
+    pieces = [small.starts(step) for step in range(40)]
+    assert np.array_equal(np.concatenate(pieces), np.concatenate([large.starts(step) for step in range(10)]))
+
+
+def test_epochs_and_seeds_differ_in_order_and_in_cut():
+    orders = [tuple(epoch_starts(make_batches(seed=seed), epoch)) for seed in (1, 2) for epoch in range(5)]
+    assert len(set(orders)) == 10
+    cuts = {frozenset(start % 10 for start in order if start < 990) for order in orders}
+    assert len(cuts) > 5
+    for order in orders:
+        assert list(order) != sorted(order)
+
+
+def test_a_step_may_hold_several_epochs():
+    batches = make_batches(50, 7, 40)  # 7 windows an epoch
+    assert batches.windows_per_epoch == 7
+    for epoch in range(5):
+        assert len(set(epoch_starts(batches, epoch).tolist())) == 7
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_token_numbers_come_out_whole(dtype):
+    top = np.iinfo(dtype).max
+    tokens = np.array([0, 1, top, top - 1, 2] * 10, dtype=dtype)
+    batches = Batches(tokens, 6, 4, seed=0)
+    assert set(batches.windows(batches.starts(0)).flatten().tolist()) == {0, 1, 2, top - 1, top}
+
+
+@pytest.mark.parametrize("length", [1, 5, 10])
+def test_too_few_training_tokens_are_a_user_error(length):
+    with pytest.raises(UserError, match=f"block_size 10 is longer than the {length} training tokens"):
+        make_batches(length)
+    assert make_batches(11).windows_per_epoch == 1
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_generators_do_not_take_is_a_user_error(seed):
+    with pytest.raises(UserError, match=f"seed must be .*, not {seed}"):
+        make_batches(seed=seed)
+    assert len(make_batches(seed=2**63 - 1).starts(0)) == 7
+
+
+# The windows of validation
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 9, 10, 1_000])
+@pytest.mark.parametrize("length", [91, 100, 101])
+def test_validation_windows_are_spread_evenly(length, limit):
+    windows = validation_windows(np.arange(length, dtype=np.uint16), 10, limit)
+    available = (length - 1) // 10
+    assert windows.shape == (min(limit, available), 11) and windows.dtype == np.int64
+    firsts = windows[:, 0]
+    assert (windows == firsts[:, None] + np.arange(11)).all() and (firsts % 10 == 0).all()
+    assert firsts[0] == 0 and windows.max() < length
+    if limit > 1:
+        assert firsts[-1] == (available - 1) * 10
+        gaps = np.diff(firsts)
+        assert gaps.min() > 0 and gaps.max() - gaps.min() <= 10
+
+
+def test_too_few_validation_tokens_are_a_user_error():
+    with pytest.raises(UserError, match="block_size 10 is longer than the 10 validation tokens"):
+        validation_windows(np.arange(10), 10, 5)
+    assert len(validation_windows(np.arange(11), 10, 5)) == 1
+
+
+# Reading what prepare_data.py wrote
+
+
+def write_data(folder, dtype="uint16"):
+    """A packed data folder, written by hand."""
+    (folder / "processed").mkdir(parents=True)
+    (folder / "tokenizer").mkdir()
+    tokenizer = folder / "tokenizer" / "tokenizer.json"
+    tokenizer.write_text('{"version": "1.0", "ö": 1}', encoding="utf-8")
+    meta = {"dtype": dtype, "vocab_size": 500, "eot_id": 4, "splits": {}}
+    meta["tokenizer_sha256"] = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    for split, count in (("train", 300), ("validation", 70)):
+        tokens = (np.arange(count) * 7 % 500).astype(np.dtype(dtype).newbyteorder("<"))
+        (folder / "processed" / f"{split}.bin").write_bytes(tokens.tobytes())
+        sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
+        facts = {"tokens": count, "stories": count // 10, "bytes": 4 * count, "sha256": sha256}
+        meta["splits"][split] = facts
+    (folder / "processed" / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    return write_data(tmp_path / "data")
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_data_comes_back_as_written(tmp_path, dtype):
+    data = load_data(write_data(tmp_path / "data", dtype), verify=True)
+    assert data.train.tokens.tolist() == [k * 7 % 500 for k in range(300)]
+    assert data.validation.tokens.tolist() == [k * 7 % 500 for k in range(70)]
+    assert (data.vocab_size, data.eot_id) == (500, 4)
+    assert data.tokenizer_json == '{"version": "1.0", "ö": 1}'
+    assert (data.train.stories, data.train.bytes, data.train.bytes_per_token) == (30, 1_200, 4.0)
+    assert isinstance(data.train.tokens, np.memmap) and not data.train.tokens.flags.writeable
+
+
+def edit(path, change):
+    path.write_bytes(bytes(change(bytearray(path.read_bytes()))))
+
+
+def flip(content):
+    content[41] ^= 1
+    return content
+
+
+PREPARE = "run python data/prepare_data.py"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "needles"),
+    [
+        (lambda d: shutil.rmtree(d), ["no packed stories", PREPARE]),
+        (lambda d: (d / "processed/meta.json").unlink(), ["no packed stories", PREPARE]),
+        (lambda d: edit(d / "processed/meta.json", lambda c: c[:40]), ["meta.json is not a JSON object"]),
+        (lambda d: (d / "processed/meta.json").write_bytes(b"\xff\xfe"), ["meta.json is not a JSON object"]),
+        (lambda d: (d / "processed/meta.json").write_text("[1]"), ["meta.json is not a JSON object"]),
+        (lambda d: (d / "processed/meta.json").write_text('{"a": 1}'), ["meta.json", PREPARE]),
+        (lambda d: (d / "tokenizer/tokenizer.json").unlink(), ["run python data/train_tokenizer.py"]),
+        (lambda d: edit(d / "tokenizer/tokenizer.json", lambda c: c + b" "), ["another tokenizer", PREPARE]),
+        (lambda d: (d / "processed/train.bin").unlink(), ["train.bin has 0 bytes", "says 600", PREPARE]),
+        (lambda d: edit(d / "processed/train.bin", lambda c: c[:-1]), ["has 599 bytes", PREPARE]),
+        (lambda d: edit(d / "processed/train.bin", lambda c: c + b"\0"), ["has 601 bytes", PREPARE]),
+        (lambda d: edit(d / "processed/validation.bin", lambda c: c[:10]), ["validation.bin has 10 bytes"]),
+    ],
+)
+def test_data_that_is_not_whole_is_a_user_error_that_names_the_command(data_dir, spoil, needles):
+    spoil(data_dir)
+    with pytest.raises(UserError) as caught:
+        load_data(data_dir)
+    for needle in needles:
+        assert needle in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin"])
+def test_verify_finds_one_flipped_bit(data_dir, name):
+    load_data(data_dir, verify=True)
+    edit(data_dir / "processed" / name, flip)
+    load_data(data_dir)  # as long as it should be: reading it all takes time, so it is asked for
+    with pytest.raises(UserError, match=f"{name} is damaged .* {PREPARE}"):
+        load_data(data_dir, verify=True)

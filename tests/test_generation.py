@@ -1,0 +1,311 @@
+"""Generation against a loop without a cache, and against transformers' sampling."""
+
+import itertools
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import generate as script
+from model.config import GPTConfig
+from model.generation import Sampling, draw, generate, generate_all, next_distribution, text_tokenizer
+from model.gpt import GPT
+from model.settings import UserError
+
+torch.set_num_threads(1)
+
+FAMILIES = ("modern", "gpt2")
+GREEDY = Sampling(temperature=0)
+EOT = 0
+PROMPTS = [[EOT], [EOT, 5, 6], [EOT, 7, 8, 9, 10, 11, 12], [EOT, 3], [EOT, *range(1, 16)]]
+LONG = [[EOT, *range(1, 16), 4], [EOT, *(k % 29 for k in range(1, 45))]]  # beyond the context of 16
+
+
+def make_model(blocks, noise=0.3, **changes):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 29, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16, "blocks": blocks}
+    model = GPT(GPTConfig(**{**shape, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def continue_without_cache(model, prompt, max_tokens, sampling, seed):
+    """One sequence, one forward pass over the whole window for each token."""
+    ids, block_size = list(prompt), model.config.block_size
+    uniforms = torch.rand(max_tokens, generator=torch.Generator().manual_seed(seed))
+    begin = 0
+    for turn in range(max_tokens):
+        while len(ids) - begin > block_size:  # full: only the last half of the context stays
+            begin += block_size + 1 - max(1, block_size // 2)
+        logits = model(torch.tensor([ids[begin:]]))[:, -1].float()
+        occurred = torch.zeros_like(logits, dtype=torch.bool)
+        occurred[0, [token for token in ids if token != EOT]] = True
+        probabilities = next_distribution(logits, occurred, sampling)
+        token = draw(probabilities, uniforms[turn : turn + 1]).item()
+        if token == EOT:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+WAYS = [
+    GREEDY,
+    Sampling(temperature=0, repetition_penalty=1.6),
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.8, top_k=12, top_p=0.9, min_p=0.02, repetition_penalty=1.2),
+]
+
+
+@pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "penalised", "sampled", "filtered"])
+@pytest.mark.parametrize("blocks", FAMILIES)
+def test_the_cache_changes_no_token(blocks, sampling):
+    """Also past the context, where the window slides."""
+    model = make_model(blocks)
+    lengths = []
+    for seed, prompt in enumerate(PROMPTS + LONG):
+        written = generate_all(model, [prompt], 60, EOT, sampling, [seed])[0]
+        assert written == continue_without_cache(model, prompt, 60, sampling, seed)
+        lengths.append(len(prompt) + len(written))
+    assert max(lengths) > 4 * model.config.block_size
+
+
+@pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "penalised", "sampled", "filtered"])
+@pytest.mark.parametrize("blocks", FAMILIES)
+def test_a_sequence_is_the_same_in_any_company(blocks, sampling):
+    model = make_model(blocks, noise=0.15).double()
+    prompts = PROMPTS + LONG
+    seeds = list(range(10, 10 + len(prompts)))
+    alone = [generate_all(model, [p], 40, EOT, sampling, [s])[0] for p, s in zip(prompts, seeds, strict=True)]
+    assert generate_all(model, prompts, 40, EOT, sampling, seeds) == alone
+    turned = generate_all(model, prompts[::-1], 40, EOT, sampling, seeds[::-1])
+    assert turned == alone[::-1]
+    if sampling == Sampling(temperature=1.0):  # where some end early, and the others go on
+        assert len({len(written) for written in alone}) > 3
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 5])
+def test_small_and_odd_contexts_slide_too(block_size):
+    model = make_model("modern", block_size=block_size)
+    for seed, prompt in enumerate(PROMPTS):
+        written = generate_all(model, [prompt], 12, EOT, WAYS[2], [seed])[0]
+        assert written == continue_without_cache(model, prompt, 12, WAYS[2], seed)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 15, 16, 17, 33])
+def test_max_tokens_counts_each_sequence_for_itself(max_tokens):
+    model = make_model("modern")
+    model.last_logits = ever_on
+    for prompts in ([PROMPTS[0]], PROMPTS + LONG):
+        written = generate_all(model, prompts, max_tokens, EOT, GREEDY, [0] * len(prompts))
+        assert [len(ids) for ids in written] == [max_tokens] * len(prompts)
+
+
+def ever_on(idx, cache):
+    cache.length += idx.shape[1]
+    return torch.nn.functional.one_hot(torch.full((len(idx),), 7), 29).float()
+
+
+def counting(idx, cache):
+    """A model that has learned to count: 3 is followed by 4, and 28 by the end, 0."""
+    cache.length += idx.shape[1]
+    return 100.0 * torch.nn.functional.one_hot((idx[:, -1] + 1) % 29, 29).float()
+
+
+def test_each_position_yields_what_each_sequence_wrote_there():
+    model = make_model("modern")
+    model.last_logits = counting
+    steps = list(generate(model, [[24], [1, 2, 26], [28], [1, 2, 3]], 4, EOT, GREEDY, [0] * 4))
+    assert steps == [
+        [25, None, None, None],  # position 1: the third has ended at once, two are still reading
+        [26, None, None, None],
+        [27, 27, None, 4],
+        [28, 28, None, 5],  # the first has its four
+        [None, None, None, 6],  # the second has come to its end
+        [None, None, None, 7],
+    ]
+
+
+def test_seeds_decide_what_is_sampled():
+    model = make_model("modern")
+    sampling = Sampling(temperature=1.0)
+
+    def sample(seed):
+        return generate_all(model, [[EOT]], 20, 28, sampling, [seed])[0]
+
+    assert sample(1) == sample(1) and len({tuple(sample(seed)) for seed in range(8)}) == 8
+
+
+def test_one_seed_after_another_draws_from_the_distribution():
+    model, sampling, count = make_model("modern"), Sampling(temperature=1.3, top_p=0.9), 4_000
+    firsts = generate_all(model, [[3, 4]] * count, 1, -1, sampling, list(range(count)))
+    logits = model.last_logits(torch.tensor([[3, 4]])).detach()
+    expected = next_distribution(logits, torch.zeros_like(logits, dtype=torch.bool), sampling)[0]
+    assert_drawn_from(torch.tensor(firsts)[:, 0], expected)
+
+
+def assert_drawn_from(tokens, probabilities):
+    """Pearson's chi-squared at most 5 standard deviations above its mean, nothing from outside."""
+    counts = torch.bincount(tokens, minlength=len(probabilities)).double()
+    possible = probabilities > 0
+    assert counts[~possible].sum() == 0 and possible.sum() > 3
+    expected = len(tokens) * probabilities[possible].double()
+    statistic = ((counts[possible] - expected) ** 2 / expected).sum()
+    freedom = possible.sum() - 1
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+# The distribution of the next token
+
+
+CHOICES = {
+    "repetition_penalty": (1.0, 1.3, 0.7),
+    "temperature": (1.0, 0.6, 1.7),
+    "top_k": (0, 1, 5, 500),
+    "top_p": (1.0, 0.9, 0.3),
+    "min_p": (0.0, 0.1),
+}
+
+
+@pytest.mark.parametrize("spread", [1.0, 6.0])
+def test_the_distribution_is_that_of_transformers(spread):
+    generator = torch.Generator().manual_seed(0)
+    for values in itertools.product(*CHOICES.values()):
+        given = dict(zip(CHOICES, values, strict=True))
+        logits = spread * torch.randn(8, 60, generator=generator)
+        ids = torch.randint(60, (8, 20), generator=generator)
+        processors = LogitsProcessorList()
+        if given["repetition_penalty"] != 1:
+            processors.append(RepetitionPenaltyLogitsProcessor(given["repetition_penalty"]))
+        processors.append(TemperatureLogitsWarper(given["temperature"]))
+        if given["top_k"]:
+            processors.append(TopKLogitsWarper(given["top_k"]))
+        if given["top_p"] < 1:
+            processors.append(TopPLogitsWarper(given["top_p"]))
+        if given["min_p"]:
+            processors.append(MinPLogitsWarper(given["min_p"]))
+        expected = processors(ids, logits.clone()).softmax(-1)
+        previous = torch.zeros(8, 60, dtype=torch.bool).scatter_(1, ids, True)
+        untouched = logits.clone()
+        result = next_distribution(logits, previous, Sampling(**given))
+        assert torch.equal(result > 0, expected > 0), given
+        torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-5)
+        assert torch.equal(logits, untouched)
+
+
+def test_temperature_0_gives_the_likeliest_token_all():
+    logits = torch.tensor([[0.1, 3.0, 2.9], [5.0, -1.0, 4.0]])
+    none = torch.zeros(2, 3, dtype=torch.bool)
+    assert next_distribution(logits, none, GREEDY).tolist() == [[0, 1, 0], [1, 0, 0]]
+    seen = torch.tensor([[False, True, False], [False, False, False]])
+    penalised = next_distribution(logits, seen, Sampling(temperature=0, repetition_penalty=1.1))
+    assert penalised.tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-9, 1e-30, 1e30])
+def test_extreme_temperatures_give_probabilities(temperature):
+    logits = torch.tensor([[0.5, 30.0, 29.0, -40.0]])
+    result = next_distribution(logits, torch.zeros(1, 4, dtype=torch.bool), Sampling(temperature, top_p=0.9))
+    assert result.isfinite().all() and result.sum().item() == pytest.approx(1)
+    assert result[0, 1] == result.max()
+
+
+# Drawing
+
+
+def test_draws_follow_the_probabilities():
+    probabilities = torch.tensor([0.0, 0.3, 0.05, 0.0, 0.0, 0.4, 0.01, 0.04, 0.2, 0.0])
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    assert_drawn_from(draw(probabilities.expand(20_000, -1), uniforms), probabilities)
+
+
+def test_no_draw_falls_on_a_token_without_probability():
+    below_one = 1 - 2.0**-24
+    edges = torch.tensor([0.0, 2.0**-24, 0.25, 0.5, 0.75, below_one])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        logits = 4 * torch.randn(1, 300, generator=generator)
+        logits[:, torch.randperm(300, generator=generator)[:290]] = -torch.inf
+        probabilities = logits.softmax(-1)
+        tokens = draw(probabilities.expand(len(edges), -1), edges)
+        assert (probabilities[0, tokens] > 0).all()
+    single = torch.nn.functional.one_hot(torch.tensor([3] * len(edges)), 9).float()
+    assert draw(single, edges).tolist() == [3] * len(edges)
+    assert draw(torch.tensor([[0.5, 0.5]] * 2), torch.tensor([0.4999, 0.5])).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 1.0},
+        {"repetition_penalty": 0.0},
+    ],
+)
+def test_sampling_settings_that_make_no_sense_are_a_user_error(values):
+    ((name, value),) = values.items()
+    with pytest.raises(UserError, match=f"{name} must be .*, not {value}"):
+        Sampling(**values)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_generators_do_not_take_is_a_user_error(seed):
+    model = make_model("modern")
+    with pytest.raises(UserError, match=f"seed must be .*, not {seed}"):
+        generate_all(model, [[EOT]] * 2, 1, EOT, GREEDY, [0, seed])
+    assert generate_all(model, [[EOT]] * 2, 1, EOT, GREEDY, [0, 2**63 - 1])
+
+
+# Text
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A byte-level BPE of a few sentences: `ö` and `🐉` are tokens of one byte each."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["Once upon a time there was a cat.", "The cat sat on the mat."], trainer)
+    return text_tokenizer(tokenizer.to_str())
+
+
+def test_an_end_marker_in_the_text_is_text(tokenizer):
+    ids = tokenizer.encode("a <|endoftext|> b", add_special_tokens=False).ids
+    assert EOT not in ids and tokenizer.decode(ids, skip_special_tokens=False) == "a <|endoftext|> b"
+    assert tokenizer.token_to_id("<|endoftext|>") == EOT
+
+
+@pytest.mark.parametrize("text", [" a cat.", " Zoë saw a 🐉!", "🐉", " ends in half: \udcf0"])
+def test_a_streamed_story_is_the_story(tokenizer, monkeypatch, capsys, text):
+    ids = tokenizer.encode(text.replace("\udcf0", "🐉"), add_special_tokens=False).ids
+    if "\udcf0" in text:
+        ids = ids[:-1]  # cut within a character
+    monkeypatch.setattr(script, "generate", lambda *_: ([token] for token in [None, *ids, None]))
+    config = GPTConfig(vocab_size=300, block_size=16, n_layer=1, n_head=1, n_embd=4)
+    writer = script.Writer(GPT(config), tokenizer, EOT, GREEDY, max_tokens=100)
+    row = writer.stream("Once", seed=3)
+    story = tokenizer.decode(ids)
+    assert capsys.readouterr().out == f"Once{story}\n"
+    reason = "end_of_story"
+    assert row == {"prompt": "Once", "story": story, "tokens": len(ids), "seed": 3, "finish_reason": reason}

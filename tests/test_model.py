@@ -1,0 +1,377 @@
+"""The network against transformers, float64 and counting by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+
+from model.config import PRESETS, GPTConfig, find_preset
+from model.generation import KVCache
+from model.gpt import GPT
+from model.settings import UserError
+
+torch.set_num_threads(1)
+
+FAMILIES = ("modern", "gpt2")
+SHAPE = {"vocab_size": 97, "block_size": 32, "n_layer": 3, "n_head": 4, "n_embd": 48}
+
+
+def make_model(blocks="modern", seed=0, **changes):
+    """A small model whose every weight, norms and biases too, is far from its initial value."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**SHAPE, "blocks": blocks, **changes})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.2)
+    return model
+
+
+def token_ids(rows=3, length=SHAPE["block_size"], vocab_size=SHAPE["vocab_size"], seed=1):
+    return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def as_gpt2(model):
+    """The same weights in transformers' GPT-2, whose Conv1D matrices are (in, out)."""
+    c, w = model.config, model.state_dict()
+    config = GPT2Config(
+        vocab_size=c.vocab_size,
+        n_positions=c.block_size,
+        n_embd=c.n_embd,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        tie_word_embeddings=c.tie_weights,
+        attn_implementation="eager",
+    )
+    weights = {
+        "transformer.wte.weight": w["token_embedding.weight"],
+        "transformer.wpe.weight": w["position_embedding.weight"],
+        "transformer.ln_f.weight": w["norm.weight"],
+        "transformer.ln_f.bias": w["norm.bias"],
+        "lm_head.weight": w["token_embedding.weight" if c.tie_weights else "head.weight"],
+    }
+    places = {"attention.qkv": "attn.c_attn", "attention.proj": "attn.c_proj"}
+    places |= {"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
+    norms = {"attention_norm": "ln_1", "mlp_norm": "ln_2"}
+    for layer in range(c.n_layer):
+        here, there = f"blocks.{layer}.", f"transformer.h.{layer}."
+        for ours, theirs in places.items():
+            weights[f"{there}{theirs}.weight"] = w[f"{here}{ours}.weight"].T
+            weights[f"{there}{theirs}.bias"] = w[f"{here}{ours}.bias"]
+        for ours, theirs in norms.items():
+            for part in ("weight", "bias"):
+                weights[f"{there}{theirs}.{part}"] = w[f"{here}{ours}.{part}"]
+    return load_all(GPT2LMHeadModel(config), weights)
+
+
+def as_qwen3(model):
+    """The same weights in transformers' Qwen3, which has q, k, v and gate, up as matrices of their own."""
+    c, w = model.config, model.state_dict()
+    config = Qwen3Config(
+        vocab_size=c.vocab_size,
+        hidden_size=c.n_embd,
+        intermediate_size=c.n_hidden,
+        num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_head,
+        head_dim=c.n_embd // c.n_head,
+        max_position_embeddings=c.block_size,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=c.tie_weights,
+        attn_implementation="eager",
+    )
+    weights = {
+        "model.embed_tokens.weight": w["token_embedding.weight"],
+        "model.norm.weight": w["norm.weight"],
+        "lm_head.weight": w["token_embedding.weight" if c.tie_weights else "head.weight"],
+    }
+    for layer in range(c.n_layer):
+        here, there = f"blocks.{layer}.", f"model.layers.{layer}."
+        q, k, v = w[f"{here}attention.qkv.weight"].split(c.n_embd)
+        gate, up = w[f"{here}mlp.gate_up.weight"].split(c.n_hidden)
+        weights |= {
+            f"{there}input_layernorm.weight": w[f"{here}attention_norm.weight"],
+            f"{there}post_attention_layernorm.weight": w[f"{here}mlp_norm.weight"],
+            f"{there}self_attn.q_proj.weight": q,
+            f"{there}self_attn.k_proj.weight": k,
+            f"{there}self_attn.v_proj.weight": v,
+            f"{there}self_attn.o_proj.weight": w[f"{here}attention.proj.weight"],
+            f"{there}self_attn.q_norm.weight": w[f"{here}attention.q_norm.weight"],
+            f"{there}self_attn.k_norm.weight": w[f"{here}attention.k_norm.weight"],
+            f"{there}mlp.gate_proj.weight": gate,
+            f"{there}mlp.up_proj.weight": up,
+            f"{there}mlp.down_proj.weight": w[f"{here}mlp.down.weight"],
+        }
+    return load_all(Qwen3ForCausalLM(config), weights)
+
+
+def load_all(reference, weights):
+    """Every tensor of the reference is given, so none keeps a value of its own."""
+    missing, unexpected = reference.load_state_dict(weights, strict=False)
+    assert not unexpected and not [name for name in missing if not name.endswith((".attn.bias", "inv_freq"))]
+    return reference.eval()
+
+
+REFERENCES = {"gpt2": as_gpt2, "modern": as_qwen3}
+
+
+# The same function as the reference's
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("blocks", FAMILIES)
+@torch.no_grad()
+def test_logits_are_those_of_transformers(blocks, tied):
+    model, ids = make_model(blocks, tie_weights=tied), token_ids()
+    expected = REFERENCES[blocks](model)(ids).logits
+    logits = model(ids)
+    assert logits.shape == (3, 32, 97) and logits.std() > 0.5  # so that the tolerance means something
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("blocks", FAMILIES)
+def test_parameters_are_as_many_as_in_transformers(blocks):
+    for tied in (True, False):
+        model = make_model(blocks, tie_weights=tied)
+        assert model.count_parameters() == REFERENCES[blocks](model).num_parameters()
+
+
+@pytest.mark.parametrize("blocks", FAMILIES)
+def test_gradients_are_those_of_transformers(blocks):
+    model, ids = make_model(blocks), token_ids()
+    reference = REFERENCES[blocks](model)
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    F.cross_entropy(reference(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    ours, theirs = model.token_embedding.weight.grad, reference.get_input_embeddings().weight.grad
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("blocks", FAMILIES)
+def test_the_loss_is_the_mean_cross_entropy(blocks):
+    model, ids = make_model(blocks), token_ids()
+    loss = model(ids[:, :-1], ids[:, 1:])
+    log_probabilities = model.double()(ids[:, :-1]).log_softmax(-1)
+    expected = -log_probabilities.gather(-1, ids[:, 1:, None]).mean()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("blocks", FAMILIES)
+@torch.no_grad()
+def test_a_token_changes_its_own_logits_and_later_ones_only(blocks):
+    model, ids = make_model(blocks).double(), token_ids(rows=1)
+    for position in (0, 13, 31):
+        changed = ids.clone()
+        changed[0, position] = (ids[0, position] + 1) % 97
+        difference = (model(changed) - model(ids)).abs().amax(-1)[0]
+        assert difference[:position].sum() == 0
+        assert (difference[position:] > 1e-6).all()
+
+
+@pytest.mark.parametrize("blocks", FAMILIES)
+@torch.no_grad()
+def test_the_order_of_earlier_tokens_matters(blocks):
+    model, ids = make_model(blocks).double(), token_ids(rows=1)
+    swapped = ids[:, [1, 0, *range(2, 32)]]
+    assert (model(swapped) - model(ids))[0, 5].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("blocks", FAMILIES)
+@pytest.mark.parametrize("chunks", [[32], [1] * 32, [5, 1, 7, 19], [31, 1]])
+@torch.no_grad()
+def test_reading_in_pieces_gives_the_same_logits(blocks, chunks):
+    model, ids = make_model(blocks).double(), token_ids()
+    expected, cache, end = model(ids), KVCache(model.config, len(ids), model.head_weight), 0
+    for chunk in chunks:
+        logits = model.last_logits(ids[:, end : end + chunk], cache)
+        end += chunk
+        assert cache.length == end
+        torch.testing.assert_close(logits, expected[:, end - 1].float())
+
+
+@pytest.mark.parametrize("blocks", FAMILIES)
+def test_too_long_a_sequence_is_refused(blocks):
+    model = make_model(blocks)
+    with pytest.raises(ValueError, match="33 tokens exceed the context of 32"):
+        model(token_ids(length=33))
+    cache = KVCache(model.config, 3, model.head_weight)
+    model.last_logits(token_ids(length=30), cache)
+    with pytest.raises(ValueError, match="33 tokens"):
+        model.last_logits(token_ids(length=3), cache)
+
+
+# Initial weights, dropout, precision
+
+
+@pytest.mark.parametrize("blocks", FAMILIES)
+def test_initial_weights_have_gpt2s_spread(blocks):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=500, n_layer=4, n_head=4, n_embd=128, tie_weights=False, blocks=blocks))
+    seen = set()
+    for name, parameter in model.named_parameters():
+        kind = name.split(".")[-2]
+        if parameter.dim() == 2:
+            std = 0.02 / math.sqrt(8) if kind in ("proj", "down") else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.03), name
+            assert abs(parameter.mean().item()) < 0.05 * std, name
+        else:
+            assert "norm" in kind or name.endswith("bias"), name
+            assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
+        seen.add(kind)
+    assert {"token_embedding", "head", "qkv", "proj", "down", "norm"} <= seen
+
+
+@pytest.mark.parametrize("blocks", FAMILIES)
+def test_a_new_model_knows_nothing(blocks):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SHAPE, "blocks": blocks}))
+    ids = token_ids(rows=16)
+    assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(math.log(97), abs=0.05)
+
+
+@pytest.mark.parametrize("blocks", FAMILIES)
+@torch.no_grad()
+def test_dropout_acts_in_training_only(blocks):
+    model, plain, ids = make_model(blocks, dropout=0.3), make_model(blocks), token_ids()
+    torch.testing.assert_close(model(ids), plain(ids))
+    model.train()
+    torch.manual_seed(1)
+    first, second = model(ids), model(ids)
+    assert (first - second).abs().max() > 0.1
+    torch.manual_seed(1)
+    assert torch.equal(model(ids), first)  # the seed decides what is dropped
+
+
+@torch.no_grad()
+def test_dropout_acts_on_attention_too():
+    model, ids = make_model(dropout=0.3), token_ids()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert (model(ids) - model(ids)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("blocks", FAMILIES)
+def test_bfloat16_stays_close_to_float32(blocks):
+    """Within 3 % of the logits' spread, on average, and 1 % of the loss; a bfloat16 has 8 bits."""
+    model, ids = make_model(blocks), token_ids()
+    exact, loss = model(ids), model(ids[:, :-1], ids[:, 1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        rough, rough_loss = model(ids), model(ids[:, :-1], ids[:, 1:])
+    assert rough.dtype == torch.bfloat16 and rough_loss.dtype == torch.float32
+    error = (rough.float() - exact).pow(2).mean().sqrt() / exact.std()
+    assert 0 < error < 0.03
+    assert rough_loss.item() == pytest.approx(loss.item(), rel=0.01)
+
+
+def test_weights_have_stable_names():
+    """They are in every checkpoint: renaming one breaks those that people have."""
+    names = set(make_model("gpt2", n_layer=1, tie_weights=False).state_dict())
+    parts = ["token_embedding", "position_embedding", "norm", "head"]
+    parts += [
+        f"blocks.0.{part}"
+        for part in "attention_norm attention.qkv attention.proj mlp_norm mlp.up mlp.down".split()
+    ]
+    biases = {f"{part}.bias" for part in parts if "embedding" not in part and part != "head"}
+    assert names == {f"{part}.weight" for part in parts} | biases
+    names = set(make_model("modern", n_layer=1).state_dict())
+    parts = "attention_norm attention.qkv attention.proj attention.q_norm attention.k_norm".split()
+    parts += "mlp_norm mlp.gate_up mlp.down".split()
+    assert names == {"token_embedding.weight", "norm.weight"} | {f"blocks.0.{p}.weight" for p in parts}
+
+
+# Sizes
+
+
+def count_by_formula(c):
+    """Weights and biases, written out matrix by matrix."""
+    V, T, L, C = c.vocab_size, c.block_size, c.n_layer, c.n_embd
+    head = 0 if c.tie_weights else V * C
+    if c.blocks == "gpt2":
+        attention = C * 3 * C + 3 * C + C * C + C
+        mlp = C * 4 * C + 4 * C + 4 * C * C + C
+        return V * C + T * C + L * (attention + mlp + 2 * 2 * C) + 2 * C + head
+    hidden = math.ceil(8 * C / 3 / 64) * 64
+    head_norms = 2 * (C // c.n_head)
+    return V * C + L * (4 * C * C + head_norms + 3 * C * hidden + 2 * C) + C + head
+
+
+def count(config):
+    with torch.device("meta"):  # shapes without memory
+        return GPT(config).count_parameters()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_size_that_the_formula_says(name):
+    assert count(PRESETS[name].config) == count_by_formula(PRESETS[name].config)
+
+
+@pytest.mark.parametrize(
+    ("config", "published"),
+    [
+        # GPT-2 small and medium as OpenAI released them
+        (GPTConfig(50_257, 1_024, 12, 12, 768, blocks="gpt2"), 124_439_808),
+        (GPTConfig(50_257, 1_024, 24, 16, 1_024, blocks="gpt2"), 354_823_168),
+        # the small language model of 6 layers, 6 heads, width 384 and context 128
+        (PRESETS["slm-30m"].config, 29_995_392),
+        # llama2.c's, which lack Qwen3's norms of queries and keys (2 x 48 a layer, 2 x 64 a layer)
+        (PRESETS["stories-15m"].config, 15_191_712 + 6 * 2 * 48),
+        (PRESETS["stories-110m"].config, 109_529_856 + 12 * 2 * 64),
+    ],
+)
+def test_published_sizes(config, published):
+    assert count(config) == published
+
+
+def test_presets_are_the_size_that_their_name_says():
+    sizes = {name: count(preset.config) / 1e6 for name, preset in PRESETS.items()}
+    for name, millions in sizes.items():
+        if name.endswith("m"):
+            assert millions == pytest.approx(int(name.split("-")[-1][:-1]), rel=0.1), name
+    assert sizes["quickstart"] < 3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("blocks", FAMILIES)
+def test_flops_are_those_that_torch_counts(blocks, tied):
+    model, ids = make_model(blocks, tie_weights=tied), token_ids(rows=2)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(ids, ids).backward()
+    assert model.flops_per_token() * ids.numel() == counter.get_total_flops()
+
+
+# GPTConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_embd": 100, "n_head": 8}, "n_embd 100 is not divisible by n_head 8"),
+        ({"n_embd": 24, "n_head": 8}, "even head size"),
+        ({"blocks": "llama"}, "modern or gpt2, not 'llama'"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"dropout": -0.1}, "dropout"),
+        ({"dropout": math.nan}, "dropout"),
+        *(({name: 0}, f"{name} must be at least 1, not 0") for name in SHAPE),
+    ],
+)
+def test_a_shape_that_cannot_be_is_a_user_error(changes, message):
+    with pytest.raises(UserError, match=message):
+        GPTConfig(**changes)
+
+
+def test_odd_heads_do_for_gpt2():
+    ids = token_ids()
+    assert make_model("gpt2", n_embd=12, n_head=4)(ids).shape == (3, 32, 97)
+
+
+def test_the_defaults_are_the_default_preset():
+    assert PRESETS["stories-9m"].config == GPTConfig()
+    assert find_preset("stories-9m") is PRESETS["stories-9m"]
+    with pytest.raises(UserError, match=r"'stories'.*stories-9m"):
+        find_preset("stories")

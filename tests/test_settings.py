@@ -1,0 +1,284 @@
+"""A script's constants are its command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO, assert_one_line_error
+
+from model.settings import UserError, read_constants, read_settings
+
+SCRIPT = '''"""A script of one page."""
+import sys
+sys.path.insert(0, {repo!r})
+from model.settings import read_settings, run_script
+
+STEPS = 65_536  # optimizer steps, 100 % of them
+RATE = 0.5  # a number
+NAME = "cat"  # a word
+FRESH = False  # begin anew
+TIED = True  # share the weights
+PROMPT: list[str] = []  # several words
+SIZES: list[int] = [1, 2]  # several numbers
+DEPTH: int | None = None  # none by default
+TIE: bool | None = None  # yes, no or neither
+BLOCKS: str | None = None  # a word or none
+DATA_DIR = "data"  # a folder
+
+INTERNAL = 7
+lower = 8  # is no setting
+TABLE = dict(a=1)
+
+
+def main():
+    settings = read_settings(__file__, choices={{"blocks": ("modern", "gpt2")}}, aliases={{"lr": "rate"}})
+    print(vars(settings))
+
+
+if __name__ == "__main__":
+    run_script(main)
+'''
+
+NAMES = "steps rate name fresh tied prompt sizes depth tie blocks data_dir".split()
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT.format(repo=str(REPO)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def read(script):
+    """read("--steps", "3") -> the settings of the script under that command line."""
+
+    def read(*argv):
+        return read_settings(
+            script, list(argv), choices={"blocks": ("modern", "gpt2")}, aliases={"lr": "rate", "n": "steps"}
+        )
+
+    return read
+
+
+def test_only_commented_upper_case_constants_are_settings(script):
+    assert [constant.name for constant in read_constants(script)] == NAMES
+
+
+def test_without_flags_the_constants_are_the_settings(read):
+    settings = read()
+    assert settings.given == set()
+    assert (settings.steps, settings.rate, settings.name) == (65_536, 0.5, "cat")
+    assert (settings.fresh, settings.tied, settings.prompt, settings.sizes) == (False, True, [], [1, 2])
+    assert settings.depth is settings.tie is settings.blocks is None
+    assert settings.defaults == {name: getattr(settings, name) for name in NAMES} | {"data_dir": "data"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        ("--steps 3", "steps", 3),
+        ("--steps=3", "steps", 3),
+        ("--steps 65_537", "steps", 65_537),
+        ("--steps 1e6", "steps", 1_000_000),
+        ("--steps -5", "steps", -5),
+        ("--steps 3 --steps 4", "steps", 4),
+        ("--rate 1e-3", "rate", 0.001),
+        ("--rate 2", "rate", 2.0),
+        ("--lr 0.25", "rate", 0.25),
+        ("--n 5", "steps", 5),
+        ("--name 7", "name", "7"),
+        ("--name none", "name", "none"),
+        ("--fresh", "fresh", True),
+        ("--fresh=true", "fresh", True),
+        ("--fresh 0", "fresh", False),
+        ("--no-tied", "tied", False),
+        ("--tied no", "tied", False),
+        ("--tied FALSE", "tied", False),
+        ("--tie", "tie", True),
+        ("--no_tie", "tie", False),
+        ("--tie none", "tie", None),
+        ("--depth 12", "depth", 12),
+        ("--depth None", "depth", None),
+        ("--blocks gpt2", "blocks", "gpt2"),
+        ("--blocks none", "blocks", None),
+        ("--prompt a b", "prompt", ["a", "b"]),
+        ("--prompt a --steps 3 --prompt b c", "prompt", ["a", "b", "c"]),
+        ("--sizes 4 5_000 1e2", "sizes", [4, 5_000, 100]),
+    ],
+)
+def test_flags_override_constants_with_their_type(read, argv, name, value):
+    settings = read(*argv.split())
+    assert getattr(settings, name) == value and type(getattr(settings, name)) is type(value)
+    assert name in settings.given
+    others = [n for n in NAMES if n not in settings.given]
+    assert all(getattr(settings, n) == getattr(read(), n) for n in others)
+
+
+def test_underscores_and_dashes_are_one(read, tmp_path):
+    assert read("--data_dir", "x").data_dir == read("--data-dir=x").data_dir
+
+
+def test_a_value_keeps_its_underscores_spaces_and_dashes(read):
+    assert read("--name=no_where-at all").name == "no_where-at all"
+    assert read("--prompt", "one_two three", "-").prompt == ["one_two three", "-"]
+
+
+def test_a_default_list_is_not_shared_between_reads(read):
+    read("--prompt", "a")
+    read("--sizes", "3")
+    assert (read().prompt, read().sizes) == ([], [1, 2])
+
+
+def test_folders_default_to_the_repository_and_flags_to_the_current_one(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read().data_dir == REPO / "data"
+    assert read("--data-dir", "data").data_dir == tmp_path / "data"
+    assert read("--data-dir", str(REPO)).data_dir == REPO
+
+
+@pytest.mark.parametrize(
+    ("argv", "needles"),
+    [
+        ("--stepz 3", ["--stepz", "did you mean --steps?"]),
+        ("--step=3", ["no flag --step;", "did you mean --steps?"]),  # never taken for --steps by itself
+        ("--no-steps", ["no flag --no-steps", "did you mean --steps?"]),
+        ("--no-name", ["no flag --no-name"]),  # not the word "false"
+        ("--no-prompt", ["no flag --no-prompt"]),
+        ("--no-frseh", ["--no-frseh"]),
+        ("--data-dirs x", ["did you mean --data-dir?"]),
+        ("--internal 3", ["no flag --internal"]),
+        ("--zzzzzz", ["no flag --zzzzzz (--help"]),
+        ("stray", ["no flag stray"]),
+        ("--steps many", ["--steps takes a whole number, not 'many'"]),
+        ("--steps 1.5", ["--steps takes a whole number, not '1.5'"]),
+        ("--steps inf", ["--steps takes a whole number"]),
+        ("--steps none", ["--steps takes a whole number"]),
+        ("--steps=", ["--steps takes a whole number"]),
+        ("--steps", ["--steps"]),
+        ("--rate fast", ["--rate takes a number, not 'fast'"]),
+        ("--lr fast", ["--rate takes a number"]),
+        ("--fresh maybe", ["--fresh takes true or false, not 'maybe'"]),
+        ("--sizes 1 b", ["--sizes takes a whole number, not 'b'"]),
+        ("--sizes", ["--sizes"]),
+        ("--blocks llama", ["--blocks takes modern or gpt2, not 'llama'"]),
+    ],
+)
+def test_a_bad_command_line_is_a_user_error_that_says_what_to_do(read, argv, needles):
+    with pytest.raises(UserError) as caught:
+        read(*argv.split())
+    for needle in needles:
+        assert needle in str(caught.value)
+
+
+def run_file(script, *argv, cwd=None):
+    return subprocess.run(
+        [sys.executable, str(script), *argv], cwd=cwd, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_bad_flag_ends_in_one_line_and_status_2(script, tmp_path):
+    result = run_file(script, "--stepz", "3", cwd=tmp_path)
+    assert_one_line_error(result, "--stepz", "did you mean --steps?")
+    assert result.stdout == ""
+
+
+def test_help_and_values_through_a_real_command_line(script, tmp_path):
+    result = run_file(script, "--steps", "7", "--no-tied", "--prompt", "a b", cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == ""
+    for part in ("'steps': 7", "'tied': False", "'prompt': ['a b']", "'name': 'cat'"):
+        assert part in result.stdout
+    result = run_file(script, "--help")
+    assert result.returncode == 0 and "100 % of them [65536]" in result.stdout
+
+
+FAILING = """
+import sys
+sys.path.insert(0, {repo!r})
+from model.settings import UserError, run_script
+
+def main():
+    print("some output")
+    raise {error}
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("UserError('two\\nlines  become one')", "two lines become one"),
+        ("OSError(28, 'No space left on device', 'big.bin')", "big.bin"),
+        ("PermissionError(13, 'Permission denied', 'mine.bin')", "mine.bin"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_without_traceback(tmp_path, error, message):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(repo=str(REPO), error=error), encoding="utf-8")
+    result = run_file(script)
+    assert_one_line_error(result, message)
+    assert result.stdout == "some output\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [("KeyboardInterrupt", 130), ("SystemExit(3)", 3), ("BrokenPipeError", 141)]
+)
+def test_interruptions_have_the_usual_exit_status(tmp_path, error, status):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(repo=str(REPO), error=error), encoding="utf-8")
+    result = run_file(script)
+    assert result.returncode == status and "Traceback" not in result.stderr
+
+
+def test_a_defect_keeps_its_traceback(tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(repo=str(REPO), error="ZeroDivisionError"), encoding="utf-8")
+    result = run_file(script)
+    assert result.returncode == 1 and "Traceback" in result.stderr
+
+
+SCRIPTS = [
+    path.relative_to(REPO).as_posix()
+    for path in [*sorted(REPO.glob("*.py")), *sorted((REPO / "data").glob("*.py"))]
+    if "read_settings(" in path.read_text(encoding="utf-8")
+]
+
+
+def test_the_steps_are_among_the_scripts():
+    assert {"train.py", "generate.py", "evaluate.py"} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_lists_every_setting_with_its_comment(run, tmp_path, name):
+    result = run(name, "--help", cwd=tmp_path, check=0)
+    assert result.stderr == ""
+    text = "".join(result.stdout.split())  # however the lines are wrapped
+    constants = read_constants(REPO / name)
+    assert constants
+    for constant in constants:
+        flag = "--" + constant.name.replace("_", "-")
+        shown = f"{constant.help} [{constant.value}]"
+        assert flag in text and "".join(shown.split()) in text, flag
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_setting_is_used(name):
+    source = (REPO / name).read_text(encoding="utf-8")
+    used = source + "".join(path.read_text(encoding="utf-8") for path in (REPO / "model").glob("*.py"))
+    if name == "train.py":
+        from model.config import CONFIG_FIELDS, RECIPE_FIELDS
+
+        used += " ".join(f"settings.{field}" for field in (*CONFIG_FIELDS, *RECIPE_FIELDS))
+    unused = [c.name for c in read_constants(REPO / name) if f"settings.{c.name}" not in used]
+    assert unused == []
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_unknown_flag_is_one_line_from_any_folder(run, tmp_path, name):
+    flag = "--" + read_constants(REPO / name)[0].name.replace("_", "-")
+    result = run(name, flag + "x", "1", cwd=tmp_path)
+    assert_one_line_error(result, f"no flag {flag}x", f"did you mean {flag}?")
+    assert os.listdir(tmp_path) == [] and Path(REPO / name).exists()
