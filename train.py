@@ -164,7 +164,7 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
     if processes.first:
         print(f"micro-batch  {micro_batch} windows, {-(-len(mine) // micro_batch)} to a step", flush=True)
     if processes.count > 1:
-        loss_of = DistributedDataParallel(loss_of, broadcast_buffers=False)
+        loss_of = DistributedDataParallel(loss_of)
     metrics = Metrics(folder, state.step, state.last_evaluation) if processes.first else None
     progress_bar = ProgressBar(state, recipe, tokens_per_step, runtime, shows=processes.first)
     stop = StopRequest(processes)
@@ -257,6 +257,7 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
         agree(state, stop, processes)
 
     progress_bar.close()
+    wait_for_all(processes)
     if processes.first:
         print_end(state, settings, tokens_per_step, finished)
     if not finished:

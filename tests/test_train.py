@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, assert_one_line_error
 
 from model.batches import Batches, load_data
 from model.checkpoint import list_checkpoints, load_checkpoint
@@ -57,12 +57,18 @@ def losses(folder):
     return np.array([row["train_loss"] for row in metrics(folder) if "train_loss" in row])
 
 
-def assert_same_run(one, other):
+def assert_same_run(one, other, *names):
     assert metrics(one) == metrics(other)
-    for name in ("ckpt_12.pt", "best.pt"):
+    for name in names or ("ckpt_12.pt", "best.pt"):
         weights, others = (load_checkpoint(folder / name)["weights"] for folder in (one, other))
         assert weights.keys() == others.keys()
         assert all(torch.equal(weights[key], others[key]) for key in weights)
+
+
+def wait_for_checkpoint(folder, process):
+    deadline = time.monotonic() + 60
+    while not list_checkpoints(folder) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def test_a_run_leaves_what_it_promises(train):
@@ -124,9 +130,7 @@ def test_an_interrupted_run_goes_on_exactly(train, packed, tmp_path, dtype, how)
     places = ["--data-dir", packed, "--checkpoint-dir", broken]
     command = [sys.executable, REPO / "train.py", *TINY, *flags, *places]
     process = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list_checkpoints(broken) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for_checkpoint(broken, process)
     process.send_signal(how)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == (-9 if how == signal.SIGKILL else 128 + how), errors
@@ -145,18 +149,30 @@ def test_the_micro_batch_does_not_change_the_losses(train):
         np.testing.assert_allclose(losses(other), losses(runs[0]), rtol=1e-5)
 
 
-def test_two_processes_train_as_one_does(train, packed, tmp_path):
-    one, _ = train("one", "--dtype", "float32")
-    two = tmp_path / "two"
-    places = ["--data-dir", str(packed), "--checkpoint-dir", str(two)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = subprocess.run(
-        [*torchrun, str(REPO / "train.py"), *TINY, "--dtype", "float32", "--micro-batch", "3", *places],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def torchrun(processes, packed, folder, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [REPO / "train.py", *TINY, "--dtype", "float32", "--micro-batch", "3", *flags]
+    command += ["--data-dir", packed, "--checkpoint-dir", folder]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, env=env)
     assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_four_processes_train_as_one_does(train, packed, tmp_path):
+    one, _ = train("one", "--dtype", "float32")
+    result = torchrun(4, packed, tmp_path / "four")
     assert result.stdout.count("steps: 12") == 1  # only the first process speaks
-    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "four"), losses(one), rtol=1e-5)
+
+
+def test_a_run_moves_from_one_process_to_two_and_back(train, packed, tmp_path):
+    """Made longer twice; a decay over the last step alone leaves all others alike."""
+    whole, _ = train("whole", "--dtype", "float32", "--decay-fraction", "0.01")
+    folder, _ = train("moved", "--dtype", "float32", "--decay-fraction", "0.01", "--max-steps", 4)
+    torchrun(2, packed, folder, "--decay-fraction", "0.01", "--max-steps", 8)
+    train("moved", "--dtype", "float32", "--decay-fraction", "0.01", "--max-steps", 12)
+    np.testing.assert_allclose(losses(folder), losses(whole), rtol=1e-5)
 
 
 def test_compiled_and_eager_runs_agree(train):
@@ -184,13 +200,24 @@ def test_max_minutes_ends_the_run_with_the_schedule(train):
     assert load_checkpoint(list_checkpoints(folder)[0])["seconds"] >= 1.8
 
 
-def test_a_finished_run_says_so_and_can_be_extended(train):
+def test_a_finished_run_says_so(train):
     folder, _ = train("run")
     before = metrics(folder)
     _, result = train("run")
     assert "finished already" in result.out and metrics(folder) == before
-    train("run", "--max-steps", 16)
-    assert list_checkpoints(folder)[0].name == "ckpt_16.pt"
+
+
+def test_a_finished_run_made_longer_is_the_longer_run(train):
+    """It goes back to before the decay; what the shorter run left stays under other names."""
+    folder, _ = train("run", "--max-steps", 12)
+    best = load_checkpoint(folder / "ckpt_12.pt")
+    _, result = train("run", "--max-steps", 20, tiny=["--compile", "off"])
+    whole, _ = train("whole", "--max-steps", 20)
+    assert "going back" in result.out
+    assert_same_run(folder, whole, "ckpt_20.pt")
+    kept = load_checkpoint(folder / "shorter_12_ckpt_12.pt")["weights"]
+    assert all(torch.equal(kept[name], weight) for name, weight in best["weights"].items())
+    assert (folder / "shorter_12_metrics.jsonl").exists()
 
 
 def test_fresh_moves_the_old_run_aside(train, tmp_path):
@@ -219,11 +246,90 @@ def test_what_makes_the_run_may_not_change(train, flags, needles):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_loss_that_is_not_finite_stops_and_is_not_saved(train, tmp_path):
-    with pytest.raises(UserError, match="the loss is nan at step .* lower --learning-rate"):
-        train("run", "--learning-rate", "1e30", "--grad-clip", 0, "--optimizer", "adamw")
+@pytest.fixture
+def poison(monkeypatch):
+    """poison({5, 6}): the losses of the 5th and 6th step become nan (one micro-batch a step, no evaluation)."""
+
+    def poison(steps):
+        calls, forward = [], GPT.forward
+
+        def poisoned(self, idx, targets=None):
+            calls.append(1)  # the first call tries the micro-batch
+            loss = forward(self, idx, targets)
+            return loss * float("nan") if len(calls) - 1 in steps else loss
+
+        monkeypatch.setattr(GPT, "forward", poisoned)
+
+    return poison
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_step_that_is_not_finite_changes_nothing(train, poison, optimizer):
+    poison({5})
+    folder, _ = train(
+        "run", "--save-interval", 1, "--eval-interval", 12, "--keep", 20, "--optimizer", optimizer
+    )
+    four, five, six = (load_checkpoint(folder / f"ckpt_{step}.pt") for step in (4, 5, 6))
+    assert all(torch.equal(four["weights"][name], five["weights"][name]) for name in four["weights"])
+    for before, after in zip(four["optimizers"], five["optimizers"], strict=True):
+        for key, state in before["state"].items():
+            assert all(torch.equal(value, after["state"][key][name]) for name, value in state.items())
+    assert not torch.equal(
+        five["weights"]["token_embedding.weight"], six["weights"]["token_embedding.weight"]
+    )
+    assert all(weight.isfinite().all() for weight in six["weights"].values())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row.get("train_loss", 0) is None] == [5]
+
+
+def test_a_run_that_stays_not_finite_stops_and_says_where(train, poison, tmp_path):
+    poison(range(6, 1000))
+    with pytest.raises(
+        UserError, match="not finite, 5 steps in a row up to step 10; .*lower --learning-rate"
+    ):
+        train("run", "--eval-interval", 12, "--save-interval", 1)
+    assert len(list_checkpoints(tmp_path / "run")) == 3
     for path in list_checkpoints(tmp_path / "run"):
-        assert all(w.isfinite().all() for w in load_checkpoint(path)["weights"].values())
+        assert all(weight.isfinite().all() for weight in load_checkpoint(path)["weights"].values())
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(run, packed, tmp_path):
+    places = ["--data-dir", packed, "--checkpoint-dir", tmp_path / "run"]
+    command = [sys.executable, REPO / "train.py", *TINY, *places, "--max-steps", "100000"]
+    first = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        wait_for_checkpoint(tmp_path / "run", first)
+        for flags in ([], ["--fresh"]):
+            assert_one_line_error(run("train.py", *TINY, *places, *flags), "another train.py is at work")
+    finally:
+        first.kill()
+        first.communicate()
+    step = load_checkpoint(list_checkpoints(tmp_path / "run")[0])["step"]
+    run("train.py", "--compile", "off", *places, "--max-steps", step + 8, check=0)
+
+
+def test_a_full_disk_stops_with_one_line_and_leaves_the_earlier_checkpoints(train, run, packed, tmp_path):
+    folder, _ = train("run", "--max-steps", 8, "--decay-fraction", "0.01")
+    before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({60_000}, {60_000})); "
+    script = limit + f"import runpy; runpy.run_path({str(REPO / 'train.py')!r}, run_name='__main__')"
+    places = ["--data-dir", packed, "--checkpoint-dir", folder, "--compile", "off"]
+    command = [sys.executable, "-c", script, *places, "--max-steps", 20, "--decay-fraction", "0.01"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=REPO, timeout=120)
+    assert_one_line_error(result, "cannot write")
+    after = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
+    assert before.items() <= after.items() or set(after) >= {
+        "best.pt",
+        "before_decay.pt",
+        "shorter_8_ckpt_8.pt",
+    }
+    assert not list(folder.glob(".*.tmp"))
+    train("run", "--max-steps", 20, "--decay-fraction", "0.01")
+
+
+def test_killed_again_and_again_it_ends_as_if_never_interrupted(run):
+    result = run("benchmarks/kill_resume.py", "--kills", 4, "--max-steps", 60, "--longest", 0.8)
+    assert result.returncode == 0 and "identical: True" in result.stdout, result.stdout + result.stderr
 
 
 def test_evaluating_more_often_does_not_change_training(train):
