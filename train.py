@@ -76,6 +76,7 @@ SEED = 1337  # of the weights, the data order and dropout
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
 DTYPE = "auto"  # auto, bfloat16, float16 or float32
 COMPILE = "auto"  # auto, on or off: torch.compile
+DETERMINISTIC = False  # on CUDA: only kernels that add in a fixed order; slower
 FRESH = False  # begin a new run; the folder of the old one is moved aside, not deleted
 VERIFY = False  # check the .bin files' SHA-256 before training
 DATA_DIR = "data"  # holds tokenizer/ and processed/
@@ -125,7 +126,7 @@ def main() -> None:
 def train(settings: SimpleNamespace, processes: Processes) -> None:
     # What: the stories, and the run to begin or to go on with
     data = load_data(settings.data_dir, settings.verify)
-    runtime = choose_runtime(settings.device, settings.dtype, settings.compile)
+    runtime = choose_runtime(settings.device, settings.dtype, settings.compile, settings.deterministic)
     folder = settings.checkpoint_dir
     path, checkpoint = load_latest(folder) or (None, None)
     config, recipe = settle(settings, checkpoint, data, on_cpu=runtime.device.type == "cpu")

@@ -18,12 +18,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.checkpoint import list_checkpoints, load_checkpoint, step_of
 from model.metrics import read_rows
-from model.settings import read_settings, run_script
+from model.settings import REPO, read_settings, run_script
 
 KILLS = 50  # how many times the run is killed
 SEED = 1  # of the moments

@@ -132,11 +132,12 @@ def print_end(state: TrainingState, settings: SimpleNamespace, tokens_per_step: 
         print(f"saved step {state.step:,} in {folder}; go on with: {command}")
         return
     tokens = state.step * tokens_per_step
+    places = f" --checkpoint-dir {shlex.quote(folder)}" if "checkpoint_dir" in settings.given else ""
     print(
         f"steps: {state.step}\ntokens: {tokens}\ntraining_seconds: {state.seconds:.1f}\n"
         f"tokens_per_second: {tokens / max(state.seconds, 1e-9):.0f}\n"
         f"best_validation_loss: {state.best_loss:.4f}\n"
         f"best_checkpoint: {folder}/best.pt\nloss_curve: {folder}/loss_curve.png\n"
         f"stories_on_the_way: {folder}/samples.md\n"
-        "next: python generate.py"
+        f"next: python generate.py{places}"
     )

@@ -102,6 +102,11 @@ def settle(
     return config, Recipe(**{name: getattr(settings, name) for name in RECIPE_FIELDS})
 
 
+def left_open(settings: SimpleNamespace, name: str) -> bool:
+    """Whether a setting takes another's value; `--max-minutes none`, though, means no limit."""
+    return getattr(settings, name) is None and not (name == "max_minutes" and name in settings.given)
+
+
 def fill_from_preset(settings: SimpleNamespace, data: Data, on_cpu: bool) -> None:
     preset = find_preset(settings.preset)
     recipe = preset.recipe
@@ -113,7 +118,7 @@ def fill_from_preset(settings: SimpleNamespace, data: Data, on_cpu: bool) -> Non
         )
     values = {**vars(recipe), **vars(preset.config), "vocab_size": data.vocab_size}
     for name in (*CONFIG_FIELDS, *RECIPE_FIELDS):
-        if getattr(settings, name) is None:
+        if left_open(settings, name):
             setattr(settings, name, values[name])
     if settings.save_interval is None:
         settings.save_interval = settings.eval_interval
@@ -125,7 +130,7 @@ def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data
     differences = []
     for name in KEPT:
         value = getattr(settings, name)
-        if name not in settings.given | edited or value is None:
+        if name not in settings.given | edited or left_open(settings, name):
             setattr(settings, name, saved[name])
         elif name in FIXED and value != saved[name]:
             differences.append(f"{name} {saved[name]} is now {value}")

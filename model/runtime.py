@@ -156,13 +156,18 @@ def choose_compile(device: torch.device, name: str) -> tuple[bool, str]:
     return True, "the first step takes longer"
 
 
-def choose_runtime(device_name_: str, dtype_name: str, compile_name: str) -> Runtime:
+def choose_runtime(
+    device_setting: str, dtype_setting: str, compile_setting: str, deterministic: bool = False
+) -> Runtime:
     """Settle device, precision and compilation from settings that may say auto."""
-    device = choose_device(device_name_)
-    dtype, dtype_reason = choose_dtype(device, dtype_name)
-    compiled, compile_reason = choose_compile(device, compile_name)
+    device = choose_device(device_setting)
+    dtype, dtype_reason = choose_dtype(device, dtype_setting)
+    compiled, compile_reason = choose_compile(device, compile_setting)
     # A compiled step is found again by the next run; torch's own default is a folder under /tmp.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(REPO / ".cache" / "inductor"))
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     reasons = (

@@ -311,7 +311,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(run, packed
 def test_a_full_disk_stops_with_one_line_and_leaves_the_earlier_checkpoints(train, run, packed, tmp_path):
     folder, _ = train("run", "--max-steps", 8, "--decay-fraction", "0.01")
     before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({60_000}, {60_000})); "
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
     script = limit + f"import runpy; runpy.run_path({str(REPO / 'train.py')!r}, run_name='__main__')"
     places = ["--data-dir", packed, "--checkpoint-dir", folder, "--compile", "off"]
     command = [sys.executable, "-c", script, *places, "--max-steps", 20, "--decay-fraction", "0.01"]
