@@ -116,9 +116,8 @@ def main() -> None:
             wait_for_all(processes)
             train(settings, processes)
     except torch.OutOfMemoryError:
-        raise UserError(
-            "the GPU's memory ran out: go on with a smaller --micro-batch (see the line above)"
-        ) from None
+        half = max(1, settings.micro_batch // 2)
+        raise UserError(f"the GPU's memory ran out; go on with --micro-batch {half}, or fewer") from None
     finally:
         stop_processes()
 
@@ -162,6 +161,7 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
     # How: compiled where that works, in micro-batches that fit into memory
     mine = np.array_split(np.arange(windows_per_step), processes.count)[processes.rank]
     loss_of, micro_batch = prepare_forward(model, runtime, settings.micro_batch, len(mine))
+    settings.micro_batch = micro_batch
     if processes.first:
         print(f"micro-batch  {micro_batch} windows, {-(-len(mine) // micro_batch)} to a step", flush=True)
     if processes.count > 1:

@@ -28,10 +28,11 @@ KILLS = 50  # how many times the run is killed
 SEED = 1  # of the moments
 MAX_STEPS = 300  # of the run
 DTYPE = "bfloat16"  # float32 or bfloat16
+COMPILE = "off"  # on or off: torch.compile
 LONGEST = 1.5  # seconds of training before a kill, at most
 
 TINY = """--preset quickstart --n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --batch-tokens 512 --dropout 0.1
---eval-interval 4 --save-interval 3 --eval-tokens 512 --log-interval 1 --sample-tokens 4 --compile off""".split()
+--eval-interval 4 --save-interval 3 --eval-tokens 512 --log-interval 1 --sample-tokens 4""".split()
 
 
 def main() -> None:

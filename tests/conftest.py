@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# a model so small that a run takes moments
+TINY = "--preset quickstart --n-layer 1 --n-head 1 --n-embd 16 --block-size 16 --batch-tokens 64 --compile off".split()
+
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub starts its own
@@ -51,4 +54,14 @@ def packed(tmp_path_factory):
     ):
         command = [sys.executable, str(REPO / words[0]), *words[1:], "--data-dir", str(folder)]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(packed, tmp_path_factory):
+    """A folder with the checkpoints of a model that trained for two steps. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, REPO / "train.py", *TINY, "--max-steps", 2, "--sample-tokens", 4]
+    command += ["--data-dir", packed, "--checkpoint-dir", folder]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=120)
     return folder

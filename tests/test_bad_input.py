@@ -4,9 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import assert_one_line_error
-
-TINY = "--preset quickstart --n-layer 1 --n-head 1 --n-embd 16 --block-size 16 --batch-tokens 64 --compile off".split()
+from conftest import TINY, assert_one_line_error
 
 
 @pytest.fixture
@@ -90,24 +88,6 @@ def test_a_meta_json_that_is_none(run, data, tmp_path):
     (data / "processed" / "meta.json").write_text(json.dumps({"format": 1}))
     result = run("train.py", *TINY, "--data-dir", data, "--checkpoint-dir", tmp_path / "checkpoints")
     assert_one_line_error(result, "meta.json", "python data/prepare_data.py")
-
-
-@pytest.fixture(scope="session")
-def trained(packed, tmp_path_factory):
-    """A folder with the checkpoints of a model that trained for two steps."""
-    import os
-    import subprocess
-    import sys
-
-    from conftest import REPO
-
-    folder = tmp_path_factory.mktemp("trained")
-    command = [sys.executable, REPO / "train.py", *TINY, "--max-steps", "2", "--sample-tokens", "4"]
-    places = ["--data-dir", packed, "--checkpoint-dir", folder]
-    subprocess.run(
-        [*map(str, command), *map(str, places)], check=True, capture_output=True, env=dict(os.environ)
-    )
-    return folder
 
 
 def test_a_checkpoint_of_another_vocabulary(run, data, trained, tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,12 @@ from conftest import REPO, assert_one_line_error
 
 from model.batches import Batches, load_data
 from model.checkpoint import list_checkpoints, load_checkpoint
-from model.config import PRESETS, GPTConfig
+from model.config import PRESETS, GPTConfig, Recipe
+from model.console import StopRequest
 from model.gpt import GPT
+from model.optimizer import make_optimizers
+from model.resume import KEPT, TrainingState
+from model.runtime import Processes
 from model.settings import UserError
 from train import main
 
@@ -149,12 +154,24 @@ def test_the_micro_batch_does_not_change_the_losses(train):
         np.testing.assert_allclose(losses(other), losses(runs[0]), rtol=1e-5)
 
 
-def torchrun(processes, packed, folder, *flags):
+def torchrun_command(processes, packed, folder, *flags):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [REPO / "train.py", *TINY, "--dtype", "float32", "--micro-batch", "3", *flags]
-    command += ["--data-dir", packed, "--checkpoint-dir", folder]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, env=env)
+    command += [
+        "--max-restarts=1",
+        REPO / "train.py",
+        *TINY,
+        "--dtype",
+        "float32",
+        "--micro-batch",
+        "3",
+        *flags,
+    ]
+    return [*map(str, command), "--data-dir", str(packed), "--checkpoint-dir", str(folder)]
+
+
+def torchrun(*arguments):
+    command, env = torchrun_command(*arguments), {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -173,6 +190,22 @@ def test_a_run_moves_from_one_process_to_two_and_back(train, packed, tmp_path):
     torchrun(2, packed, folder, "--decay-fraction", "0.01", "--max-steps", 8)
     train("moved", "--dtype", "float32", "--decay-fraction", "0.01", "--max-steps", 12)
     np.testing.assert_allclose(losses(folder), losses(whole), rtol=1e-5)
+
+
+def test_torchruns_restart_of_a_killed_worker_ends_in_the_same_losses(train, packed, tmp_path):
+    one, _ = train("one", "--dtype", "float32", "--save-interval", 2)
+    folder = tmp_path / "restarted"
+    command = torchrun_command(2, packed, folder, "--save-interval", 2)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_checkpoint(folder, process)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert output.count("going on") == 1, output
+    np.testing.assert_allclose(losses(folder), losses(one), rtol=1e-5)
 
 
 def test_compiled_and_eager_runs_agree(train):
@@ -263,6 +296,14 @@ def poison(monkeypatch):
     return poison
 
 
+def test_what_does_not_make_the_run_may_change(train):
+    folder, _ = train("run", "--max-steps", 8, "--decay-fraction", "0.01")
+    flags = "--max-steps 12 --dtype bfloat16 --micro-batch 1 --eval-interval 3 --save-interval 5 --keep 1"
+    train("run", *flags.split(), "--learning-rate", "1e-3", "--warmup-steps", 1, tiny=["--compile", "off"])
+    assert [row["step"] for row in metrics(folder) if "validation_loss" in row] == [4, 8, 9, 12]
+    assert [path.name for path in list_checkpoints(folder)] == ["ckpt_12.pt"]
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_step_that_is_not_finite_changes_nothing(train, poison, optimizer):
     poison({5})
@@ -291,6 +332,64 @@ def test_a_run_that_stays_not_finite_stops_and_says_where(train, poison, tmp_pat
     assert len(list_checkpoints(tmp_path / "run")) == 3
     for path in list_checkpoints(tmp_path / "run"):
         assert all(weight.isfinite().all() for weight in load_checkpoint(path)["weights"].values())
+
+
+def test_where_memory_runs_out_it_takes_half_or_says_what_to_take(train, monkeypatch):
+    forward = GPT.forward
+
+    def too_large(self, idx, targets=None):
+        if len(idx) > 4 and targets is not None and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, idx, targets)
+
+    monkeypatch.setattr(GPT, "forward", too_large)
+    _, result = train("run", "--max-steps", 2)
+    assert "micro-batch  4 windows, 4 to a step" in result.out
+
+    calls = []
+
+    def sudden(self, idx, targets=None):
+        calls.append(1)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, idx, targets)
+
+    monkeypatch.setattr(GPT, "forward", sudden)
+    with pytest.raises(UserError, match="--micro-batch 8"):
+        train("other")
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    stop = StopRequest(Processes())
+    try:
+        stop.receive(signal.SIGINT, None)
+        assert stop
+        with pytest.raises(KeyboardInterrupt):
+            stop.receive(signal.SIGINT, None)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_a_checkpoint_holds_the_state_of_the_gradient_scaler(packed):
+    """float16 trains on CUDA only; its scaler works anywhere."""
+
+    def new_state():
+        model = GPT(GPTConfig(16, 8, 1, 1, 8))
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
+        return TrainingState(model, make_optimizers(model, Recipe(), low_precision=False), scaler)
+
+    state = new_state()
+    loss = state.model(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))
+    state.scaler.scale(loss).backward()
+    for optimizer in state.optimizers:
+        state.scaler.step(optimizer)
+    state.scaler.update()
+    data = load_data(packed)
+    snapshot = state.snapshot(SimpleNamespace(**dict.fromkeys(KEPT), defaults={}), data)
+    restored = new_state()
+    restored.restore(snapshot)
+    assert restored.scaler.get_scale() == state.scaler.get_scale() == 2048.0
 
 
 def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(run, packed, tmp_path):

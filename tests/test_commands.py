@@ -1,0 +1,91 @@
+"""quickstart.sh where something is missing: one line that says what. (That it works, .ci/run shows.)"""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import REPO
+
+
+@pytest.fixture
+def quickstart(tmp_path):
+    """quickstart(flags...) runs a copy of quickstart.sh in tmp_path, where PATH begins with tmp_path/bin."""
+    for name in ("quickstart.sh", "environment.sh", "requirements.txt"):
+        shutil.copy(REPO / name, tmp_path)
+
+    def quickstart(*flags):
+        env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        env.pop("PYTHON", None)
+        command = ["bash", tmp_path / "quickstart.sh", *flags]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+
+    return quickstart
+
+
+def write_program(path, script):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def assert_last_line(result, *needles):
+    assert result.returncode == 2, result.stdout + result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and all(needle in last for needle in needles), result.stderr
+
+
+def test_no_python_or_one_too_old(quickstart, tmp_path):
+    for name in ("python3", "python", "python3.13", "python3.12", "python3.11", "python3.10"):
+        write_program(tmp_path / "bin" / name, "exit 1")
+    assert_last_line(quickstart(), "Python 3.10 or newer")
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_an_installation_that_fails(quickstart, tmp_path):
+    write_program(tmp_path / ".venv/bin/python", 'case "$*" in *install*) exit 1 ;; esac; echo Python 3.12')
+    assert_last_line(quickstart(), "installation of requirements.txt failed")
+
+
+def test_a_step_that_fails(quickstart, tmp_path):
+    script = (
+        'case "$*" in *prepare_data*) echo "error: the disk is on fire" >&2; exit 2 ;; esac; echo Python 3.12'
+    )
+    write_program(tmp_path / ".venv/bin/python", script)
+    result = quickstart()
+    assert_last_line(result, "step 3 (data/prepare_data.py) failed")
+    assert "error: the disk is on fire" in result.stderr
+
+
+def test_each_flag_goes_to_the_step_that_knows_it(quickstart, tmp_path):
+    write_program(
+        tmp_path / ".venv/bin/python", 'echo "ran $*"; mkdir -p data/processed; : >data/processed/meta.json'
+    )
+    flags = ["--source", "a.txt", "b.txt", "--max-minutes", "1", "--kind", "char", "--text_column", "x"]
+    ran = [
+        line for line in quickstart(*flags).stdout.splitlines() if line.startswith("ran ") and ".py" in line
+    ]
+    assert ran == [
+        "ran data/ingestion.py --source a.txt b.txt --text_column x",
+        "ran data/train_tokenizer.py --kind char",
+        "ran data/prepare_data.py",
+        "ran train.py --preset quickstart --max-minutes 1",
+        "ran generate.py",
+        "ran evaluate.py --checkpoint best",
+    ]
+
+
+def test_a_run_on_other_stories_is_kept(quickstart, tmp_path):
+    write_program(
+        tmp_path / ".venv/bin/python",
+        'case "$*" in *prepare_data*) mkdir -p data/processed; cp stories data/processed/meta.json ;; esac',
+    )
+    (tmp_path / "stories").write_text("first")
+    quickstart()
+    (tmp_path / "checkpoints/best.pt").write_text("precious")
+    quickstart()
+    assert (tmp_path / "checkpoints/best.pt").exists()
+    (tmp_path / "stories").write_text("second")
+    quickstart()
+    (kept,) = tmp_path.glob("checkpoints-before-*")
+    assert (kept / "best.pt").read_text() == "precious" and not (tmp_path / "checkpoints/best.pt").exists()
