@@ -165,9 +165,12 @@ def choose_runtime(
     compiled, compile_reason = choose_compile(device, compile_setting)
     # A compiled step is found again by the next run; torch's own default is a folder under /tmp.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(REPO / ".cache" / "inductor"))
-    if deterministic:
+    # On a CPU it costs nothing that can be measured, and without it compiled code adds the embedding's
+    # gradients in whatever order the threads come: a run would not repeat itself to the last bit.
+    if deterministic or device.type == "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     reasons = (
