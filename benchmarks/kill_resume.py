@@ -26,7 +26,7 @@ from model.settings import REPO, read_settings, run_script
 
 KILLS = 50  # how many times the run is killed
 SEED = 1  # of the moments
-MAX_STEPS = 300  # of the run
+MAX_STEPS = 1_000  # of the run
 DTYPE = "bfloat16"  # float32 or bfloat16
 COMPILE = "off"  # on or off: torch.compile
 LONGEST = 1.5  # seconds of training before a kill, at most

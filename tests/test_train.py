@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -155,18 +156,13 @@ def test_the_micro_batch_does_not_change_the_losses(train):
 
 
 def torchrun_command(processes, packed, folder, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [
-        "--max-restarts=1",
-        REPO / "train.py",
-        *TINY,
-        "--dtype",
-        "float32",
-        "--micro-batch",
-        "3",
-        *flags,
-    ]
-    return [*map(str, command), "--data-dir", str(packed), "--checkpoint-dir", str(folder)]
+    with socket.socket() as free:  # --standalone would find a port itself, but gloo's restart fails with it
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--master-port={port}", "--max-restarts=1"]
+    command += [f"--nproc_per_node={processes}", REPO / "train.py", *TINY, "--dtype", "float32"]
+    command += ["--micro-batch", 3, *flags, "--data-dir", packed, "--checkpoint-dir", folder]
+    return list(map(str, command))
 
 
 def torchrun(*arguments):
