@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -156,13 +155,9 @@ def test_the_micro_batch_does_not_change_the_losses(train):
 
 
 def torchrun_command(processes, packed, folder, *flags):
-    with socket.socket() as free:  # --standalone would find a port itself, but gloo's restart fails with it
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--master-port={port}", "--max-restarts=1"]
-    command += [f"--nproc_per_node={processes}", REPO / "train.py", *TINY, "--dtype", "float32"]
-    command += ["--micro-batch", 3, *flags, "--data-dir", packed, "--checkpoint-dir", folder]
-    return list(map(str, command))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [REPO / "train.py", *TINY, "--dtype", "float32", "--micro-batch", 3, *flags]
+    return [*map(str, command), "--data-dir", str(packed), "--checkpoint-dir", str(folder)]
 
 
 def torchrun(*arguments):
@@ -188,20 +183,20 @@ def test_a_run_moves_from_one_process_to_two_and_back(train, packed, tmp_path):
     np.testing.assert_allclose(losses(folder), losses(whole), rtol=1e-5)
 
 
-def test_torchruns_restart_of_a_killed_worker_ends_in_the_same_losses(train, packed, tmp_path):
-    one, _ = train("one", "--dtype", "float32", "--save-interval", 2)
-    folder = tmp_path / "restarted"
-    command = torchrun_command(2, packed, folder, "--save-interval", 2)
+def test_after_a_killed_worker_the_run_goes_on_to_the_same_losses(train, packed, tmp_path):
+    """By hand: torchrun's own restart depends on gloo finding its peers again, which it sometimes does not."""
+    one, _ = train("one", "--dtype", "float32", "--max-steps", 40, "--save-interval", 2)
+    flags = [2, packed, tmp_path / "two", "--max-steps", 40, "--save-interval", 2]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_checkpoint(folder, process)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(torchrun_command(*flags), env=env, **pipes)
+    wait_for_checkpoint(tmp_path / "two", process)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    assert len(workers) == 2
     os.kill(int(workers[1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert output.count("going on") == 1, output
-    np.testing.assert_allclose(losses(folder), losses(one), rtol=1e-5)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "going on" in torchrun(*flags).stdout
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(one), rtol=1e-5)
 
 
 def test_compiled_and_eager_runs_agree(train):
