@@ -165,6 +165,13 @@ def zero(path):
     path.write_bytes(bytes(path.stat().st_size))
 
 
+def flip_a_bit_of_a_tensor(path):
+    weight = load_checkpoint(path)["weights"]["token_embedding.weight"]
+    content = bytearray(path.read_bytes())
+    content[content.index(weight.numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+
+
 def zero_the_second_half(path):
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] + bytes(len(content) // 2))
@@ -203,6 +210,7 @@ DAMAGES = {
     empty: "does not load",
     zero: "does not load",
     zero_the_second_half: "does not load",
+    flip_a_bit_of_a_tensor: "is damaged",
     garbage: "does not load",
     a_folder: "does not load",
     other_format: f"has format 99, this version reads {module.FORMAT}",
