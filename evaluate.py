@@ -24,7 +24,7 @@ from tqdm import tqdm
 from model.batches import Split, load_data
 from model.checkpoint import find_checkpoint, load_model
 from model.files import shown, write_json
-from model.generation import Sampling, generate_all, text_tokenizer
+from model.generation import continue_text, text_tokenizer
 from model.gpt import GPT
 from model.runtime import Runtime, choose_runtime
 from model.settings import read_settings, require, run_script
@@ -69,9 +69,8 @@ def main() -> None:
         scores = score_stories(model, tokenizer, checkpoint["eot_id"], stories, runtime, settings.batch_size)
         results.append({**facts, **summarise(scores), "seconds": round(time.perf_counter() - started, 2)})
         for prompt in settings.prompt:
-            print(
-                f"{shown(path)}: {continue_story(model, tokenizer, checkpoint['eot_id'], prompt, settings.seed)}\n"
-            )
+            story = continue_text(model, tokenizer, checkpoint["eot_id"], prompt, 200, settings.seed)
+            print(f"{shown(path)}: {story}\n")
     print_results(results, len(stories), settings.split)
     if settings.output is not None:
         report = {
@@ -184,12 +183,6 @@ def summarise(scores: dict[str, np.ndarray]) -> dict[str, float]:
         "tokens": total["tokens"],
         "bytes": total["bytes"],
     }
-
-
-def continue_story(model: GPT, tokenizer: Tokenizer, eot_id: int, prompt: str, seed: int) -> str:
-    ids = [eot_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    written = generate_all(model, [ids], 200, eot_id, Sampling(top_p=0.95), [seed])[0]
-    return tokenizer.decode(ids[1:] + written, skip_special_tokens=False)
 
 
 def print_results(results: list[dict], stories: int, split: str) -> None:

@@ -9,6 +9,7 @@ import json
 import secrets
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -19,7 +20,7 @@ from model.files import atomic_write, shown
 from model.generation import Sampling, generate
 from model.gpt import GPT
 from model.runtime import choose_device
-from model.settings import Path, UserError, read_settings, require, run_script
+from model.settings import UserError, read_settings, require, run_script
 
 CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; none: best, else latest
 CHECKPOINT_DIR = "checkpoints"  # where best, latest and steps are looked for

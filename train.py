@@ -22,7 +22,7 @@ from model.checkpoint import BEFORE_DECAY, load_latest, prune, save_checkpoint
 from model.config import BLOCK_FAMILIES, OPTIMIZERS, PRESETS, SCHEDULES
 from model.console import ProgressBar, StopRequest, agree, print_end, print_plan
 from model.files import shown
-from model.generation import Sampling, generate_all, text_tokenizer
+from model.generation import continue_text, text_tokenizer
 from model.gpt import GPT
 from model.metrics import Metrics
 from model.optimizer import learning_rate, make_optimizers
@@ -298,12 +298,10 @@ def write_sample(model: GPT, data: Data, settings: SimpleNamespace) -> str:
         return ""
     model.eval()
     tokenizer = text_tokenizer(data.tokenizer_json)
-    prompt = [data.eot_id, *tokenizer.encode(settings.sample_prompt, add_special_tokens=False).ids]
-    written = generate_all(
-        model, [prompt], settings.sample_tokens, data.eot_id, Sampling(top_p=0.95), [settings.seed]
-    )
+    words = (settings.sample_prompt, settings.sample_tokens, settings.seed)
+    story = continue_text(model, tokenizer, data.eot_id, *words)
     model.train()
-    return tokenizer.decode(prompt[1:] + written[0], skip_special_tokens=False)
+    return story
 
 
 if __name__ == "__main__":

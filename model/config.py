@@ -1,6 +1,6 @@
 """The shape of a model, and named presets: a shape with its training recipe."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from model.settings import UserError, require
 
@@ -101,7 +101,7 @@ class Preset:
 
 
 def _adamw(**changes: object) -> Recipe:
-    return Recipe(**{**vars(ADAMW), "cpu_batch_tokens": None, **changes})
+    return replace(ADAMW, **{"cpu_batch_tokens": None, **changes})
 
 
 GPT2_SMALL = {

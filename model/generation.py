@@ -168,3 +168,12 @@ def generate_all(model: GPT, prompts: list[list[int]], *arguments) -> list[list[
             if token is not None:
                 written[row].append(token)
     return written
+
+
+def continue_text(
+    model: GPT, tokenizer: Tokenizer, eot_id: int, prompt: str, max_tokens: int, seed: int
+) -> str:
+    """The prompt as the beginning of a story, and how the model goes on, sampled with a seed."""
+    ids = [eot_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    written = generate_all(model, [ids], max_tokens, eot_id, Sampling(top_p=0.95), [seed])[0]
+    return tokenizer.decode(ids[1:] + written, skip_special_tokens=False)
