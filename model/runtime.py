@@ -61,7 +61,10 @@ def start_processes(device: str) -> Processes:
                 f"{torch.cuda.device_count()} GPUs here: start torchrun with that --nproc_per_node or lower"
             )
         torch.cuda.set_device(processes.local_rank)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # torchrun keeps one store over its restarts, in which a new worker must not find a dead one's address.
+    store, rank, count = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=count)
     return processes
 
 
@@ -124,8 +127,6 @@ def device_name(device: torch.device) -> str:
 def choose_dtype(device: torch.device, name: str) -> tuple[torch.dtype, str]:
     """The precision of matrix products and activations, and why. Master weights are always float32."""
     if name != "auto":
-        if name == "float16" and device.type == "cpu":
-            raise UserError("float16 training needs a GPU: use --dtype bfloat16 or float32 on a CPU")
         return DTYPES[name], "as asked"
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
