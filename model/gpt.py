@@ -18,6 +18,9 @@ from model.config import GPTConfig
 
 ROPE_BASE = 10_000.0
 
+# Longest context whose (T, T) scores are trained on as a whole on a CPU
+PLAIN_UP_TO = 512
+
 
 class Cache(Protocol):
     """What attention needs of a key-value cache; model.generation has one."""
@@ -52,6 +55,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), eps=1e-6)
 
 
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention over all (T, T) scores at once, with a softmax in float32, (B, H, T, D) -> (B, H, T, D).
+
+    On a CPU it trains twice as fast as the fused kernel, whose backward pass is slow there.
+    """
+    T, D = q.shape[-2:]
+    future = torch.full((T, T), -math.inf, device=q.device).triu(1)
+    scores = (q * D**-0.5) @ k.mT + future  # adding float32 makes it float32
+    return scores.softmax(dim=-1).type_as(v) @ v
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention, (B, T, C) -> (B, T, C)."""
 
@@ -78,14 +92,12 @@ class Attention(nn.Module):
             k, v = cache.extend(self.layer, k, v)
             if past and T > 1:  # each new token sees the past and the new ones up to itself
                 mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.config.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
-        )
+        dropout = self.config.dropout if self.training else 0.0
+        if self.training and x.device.type == "cpu" and not dropout and T <= PLAIN_UP_TO:
+            y = plain_attention(q, k, v)
+        else:
+            causal = mask is None and T > 1
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -151,6 +151,21 @@ def test_gradients_are_those_of_transformers(blocks):
 
 
 @pytest.mark.parametrize("blocks", FAMILIES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_training_attention_has_the_gradients_of_the_fused_kernel(blocks, dtype, tolerance, monkeypatch):
+    """Relative to the norm of a float64 gradient through PyTorch's scaled_dot_product_attention."""
+    ids, gradients = token_ids(), []
+    for limit, model in ((512, make_model(blocks)), (0, make_model(blocks).double())):
+        monkeypatch.setattr("model.gpt.PLAIN_UP_TO", limit)
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16 and limit > 0):
+            loss = model.train()(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        gradients.append([parameter.grad.double() for parameter in model.parameters()])
+    for fast, exact in zip(*gradients, strict=True):
+        assert (fast - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("blocks", FAMILIES)
 def test_the_loss_is_the_mean_cross_entropy(blocks):
     model, ids = make_model(blocks), token_ids()
     loss = model(ids[:, :-1], ids[:, 1:])

@@ -210,6 +210,15 @@ def test_compiled_and_eager_runs_agree(train):
     np.testing.assert_allclose(losses(compiled), losses(eager), rtol=1e-5)
 
 
+def test_two_hundred_fast_steps_are_those_of_the_plain_path(train, monkeypatch):
+    """bfloat16 and all that is fast, against float32, the fused attention kernel and one window at a time."""
+    fast, _ = train("fast", "--max-steps", 200, "--dtype", "bfloat16")
+    monkeypatch.setattr("model.gpt.PLAIN_UP_TO", 0)
+    plain, _ = train("plain", "--max-steps", 200, "--dtype", "float32", "--micro-batch", 1)
+    assert losses(plain)[-1] < 0.8 * losses(plain)[0]
+    np.testing.assert_allclose(losses(fast), losses(plain), rtol=0.02)
+
+
 def test_where_compilation_fails_it_warns_once_and_goes_on(train, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no compiler\nand a long trace")
