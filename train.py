@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.batches import Batches, Data, load_data, validation_windows
+from model.batches import Batches, Data, load_data, to_device, validation_windows
 from model.checkpoint import BEFORE_DECAY, load_latest, prune, save_checkpoint
 from model.config import BLOCK_FAMILIES, OPTIMIZERS, PRESETS, SCHEDULES
 from model.console import ProgressBar, StopRequest, agree, print_end, print_plan
@@ -138,6 +138,9 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
         data.validation.tokens, config.block_size, max(1, settings.eval_tokens // config.block_size)
     )
 
+    if runtime.device.type == "cuda":
+        batches.move_to(runtime.device, budget=0.25 * torch.cuda.mem_get_info(runtime.device)[0])
+
     # With what: the model and its optimizers
     torch.manual_seed(settings.seed)
     model = GPT(config).to(runtime.device)
@@ -208,7 +211,7 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
         loss = torch.zeros((), device=runtime.device)
         for first in range(0, len(mine), micro_batch):
             chosen = starts[first : first + micro_batch]
-            windows = to_device(batches.windows(chosen), runtime.device)
+            windows = batches.tensor(chosen, runtime.device)
             if config.dropout:  # which activations are dropped follows from the seed and the step alone
                 torch.manual_seed(dropout_seed(settings.seed, state.step, int(mine[first])))
             share = len(chosen) / windows_per_step
@@ -267,11 +270,6 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
 
 def dropout_seed(seed: int, step: int, window: int) -> int:
     return int(np.random.SeedSequence((seed, step, window)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def to_device(windows: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(windows)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @torch.no_grad()
