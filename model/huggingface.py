@@ -1,0 +1,281 @@
+"""Models in Hugging Face's format: our weights under transformers' names, and back.
+
+A folder there holds config.json (the shape), *.safetensors (the weights) and tokenizer.json. Modern blocks
+are Qwen3's and become a Qwen3ForCausalLM, gpt2 blocks a GPT2LMHeadModel.
+"""
+
+import dataclasses
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from model.config import GPTConfig
+from model.files import shown
+from model.gpt import GPT, ROPE_BASE
+from model.settings import UserError, require
+
+# Our modules -> theirs, {} being the layer. Where theirs are several, ours is one matrix of their rows.
+MODULES = {
+    "gpt2": {
+        "token_embedding": ["transformer.wte"],
+        "position_embedding": ["transformer.wpe"],
+        "blocks.{}.attention_norm": ["transformer.h.{}.ln_1"],
+        "blocks.{}.attention.qkv": ["transformer.h.{}.attn.c_attn"],
+        "blocks.{}.attention.proj": ["transformer.h.{}.attn.c_proj"],
+        "blocks.{}.mlp_norm": ["transformer.h.{}.ln_2"],
+        "blocks.{}.mlp.up": ["transformer.h.{}.mlp.c_fc"],
+        "blocks.{}.mlp.down": ["transformer.h.{}.mlp.c_proj"],
+        "norm": ["transformer.ln_f"],
+        "head": ["lm_head"],
+    },
+    "modern": {
+        "token_embedding": ["model.embed_tokens"],
+        "blocks.{}.attention_norm": ["model.layers.{}.input_layernorm"],
+        "blocks.{}.attention.qkv": [f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"],
+        "blocks.{}.attention.q_norm": ["model.layers.{}.self_attn.q_norm"],
+        "blocks.{}.attention.k_norm": ["model.layers.{}.self_attn.k_norm"],
+        "blocks.{}.attention.proj": ["model.layers.{}.self_attn.o_proj"],
+        "blocks.{}.mlp_norm": ["model.layers.{}.post_attention_layernorm"],
+        "blocks.{}.mlp.gate_up": [f"model.layers.{{}}.mlp.{x}_proj" for x in ("gate", "up")],
+        "blocks.{}.mlp.down": ["model.layers.{}.mlp.down_proj"],
+        "norm": ["model.norm"],
+        "head": ["lm_head"],
+    },
+}
+
+# GPT-2's matrices are stored (in, out) there
+TRANSPOSED = re.compile(r".*\.c_(attn|proj|fc)\.weight")
+
+# Constants and masks that older files carry beside the weights
+NO_WEIGHTS = re.compile(r".*(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)")
+
+
+def needs(package: str, purpose: str) -> ModuleType:
+    """Import a package that only this needs. Raises UserError with the command that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        name = package.partition(".")[0]
+        raise UserError(f"{purpose} needs the package {name}: run pip install {name}") from None
+
+
+# The weights
+
+
+def our_tensors(config: GPTConfig) -> Iterator[tuple[str, torch.Size, list[str]]]:
+    """Each of our tensors: its name, its shape, and transformers' names for it."""
+    with torch.device("meta"):  # shapes without memory
+        model = GPT(config)
+    for name, tensor in model.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        layer = "".join(re.findall(r"\d+", module))
+        theirs = MODULES[config.blocks][re.sub(r"\d+", "{}", module)]
+        yield name, tensor.shape, [f"{their.format(layer)}.{kind}" for their in theirs]
+
+
+def to_huggingface(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """Our weights under transformers' names and in its shapes."""
+    tensors = {}
+    for name, _, theirs in our_tensors(config):
+        for their, part in zip(theirs, weights[name].chunk(len(theirs)), strict=True):
+            part = part.T if TRANSPOSED.fullmatch(their) else part
+            tensors[their] = part.clone(memory_format=torch.contiguous_format)
+    return tensors
+
+
+def from_huggingface(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """The inverse of to_huggingface, in float32. Raises UserError where a tensor is missing or odd."""
+    if config.blocks == "gpt2":  # the hub's gpt2 has the names of the model without its head
+        tensors = {
+            name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
+            for name, tensor in tensors.items()
+        }
+    tensors = {name: tensor for name, tensor in tensors.items() if not NO_WEIGHTS.fullmatch(name)}
+    if config.tie_weights:
+        tensors.pop("lm_head.weight", None)
+    weights = {}
+    for name, shape, theirs in our_tensors(config):
+        missing = [their for their in theirs if their not in tensors]
+        require(not missing, f"the weights lack {', '.join(missing)}")
+        parts = [tensors.pop(their).float() for their in theirs]
+        weights[name] = torch.cat(
+            [p.T if TRANSPOSED.fullmatch(t) else p for t, p in zip(theirs, parts, strict=True)]
+        )
+        found = tuple(weights[name].shape)
+        require(found == shape, f"{theirs[0]} has {found} where config.json means {tuple(shape)}")
+    require(not tensors, f"the weights hold {', '.join(list(tensors)[:3])}, for which there is no place here")
+    return weights
+
+
+# The shape
+
+
+def to_config_json(config: GPTConfig, eot_id: int) -> dict:
+    """What config.json says of a model of ours."""
+    common = {
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tie_weights,
+        "initializer_range": 0.02,
+        "bos_token_id": eot_id,
+        "eos_token_id": eot_id,
+        "dtype": "float32",
+    }
+    if config.blocks == "gpt2":
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "n_positions": config.block_size,
+            "n_layer": config.n_layer,
+            "n_head": config.n_head,
+            "n_embd": config.n_embd,
+            "n_inner": config.n_hidden,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            **{f"{place}_pdrop": config.dropout for place in ("embd", "attn", "resid")},
+            **common,
+        }
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "max_position_embeddings": config.block_size,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_head,
+        "head_dim": config.head_dim,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.n_hidden,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "attention_dropout": config.dropout,
+        "use_sliding_window": False,
+        "rope_theta": ROPE_BASE,  # where transformers before 5 looks
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
+        **common,
+    }
+
+
+# What config.json calls GPTConfig's fields
+FIELDS = {
+    "gpt2": {"block_size": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd"},
+    "qwen3": {
+        "block_size": "max_position_embeddings",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_embd": "hidden_size",
+    },
+}
+
+# What may differ from our own config.json, because it is no part of what the network computes
+FREE = {"architectures", "dtype", "initializer_range", "bos_token_id", "eos_token_id"}
+
+
+def from_config_json(theirs: dict) -> GPTConfig:
+    """The shape in a config.json, without its dropout. Raises UserError where it is not one of ours."""
+    kind = theirs.get("model_type")
+    require(kind in FIELDS, f"it is a {kind} model, and only gpt2 and qwen3 models fit here")
+    names = {"vocab_size": "vocab_size", **FIELDS[kind]}
+    missing = [name for name in names.values() if name not in theirs]
+    require(not missing, f"config.json lacks {', '.join(missing)}")
+    config = GPTConfig(
+        **{ours: theirs[name] for ours, name in names.items()},
+        tie_weights=theirs.get("tie_word_embeddings", kind == "gpt2"),
+        blocks="gpt2" if kind == "gpt2" else "modern",
+    )
+    expected = to_config_json(config, eot_id=0)
+    odd = [
+        f"{name} {theirs[name]} (not {value})"
+        for name, value in expected.items()
+        if name in theirs and theirs[name] not in (value, None) and name not in FREE and "drop" not in name
+    ]
+    require(not odd, f"it differs from the blocks here in {', '.join(odd)}")
+    return config
+
+
+# A folder, or a model on the hub
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model from elsewhere, to begin a run with."""
+
+    config: GPTConfig
+    weights: dict[str, Tensor]
+    tokenizer_json: str
+
+    def with_context(self, block_size: int) -> "Pretrained":
+        """The same with another context: rotary positions have no end, learned ones can only be cut."""
+        if self.config.blocks == "gpt2":
+            learned = self.config.block_size
+            require(
+                block_size <= learned,
+                f"--block-size {block_size} exceeds the {learned} positions it has learned",
+            )
+            positions = self.weights["position_embedding.weight"][:block_size]
+            weights = {**self.weights, "position_embedding.weight": positions}
+        else:
+            weights = self.weights
+        return Pretrained(
+            dataclasses.replace(self.config, block_size=block_size), weights, self.tokenizer_json
+        )
+
+
+def find_pretrained(name: str, *patterns: str) -> Path:
+    """The folder that a path or a hub name means; from the hub, the files of these patterns are downloaded."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not folder.exists()
+    require(bool(hub_name), f"{name} is neither a folder nor the name of a model on the Hugging Face hub")
+    from huggingface_hub import snapshot_download
+
+    from data.hub import reach_hub
+
+    offline = reach_hub()
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except Exception as error:  # of the hub's client or of its HTTP library
+        reason = offline or (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(
+            f"there is no folder {name}, and from the hub it cannot be loaded: {reason}"
+        ) from None
+
+
+def load_pretrained(name: str) -> Pretrained:
+    """Read a GPT-2 or Qwen3 model from a folder or the hub. Raises UserError where it does not fit."""
+    load_file = needs("safetensors.torch", "--init-from").load_file
+    folder = find_pretrained(name, "config.json", "tokenizer.json", "model*.safetensors")
+    files = sorted(folder.glob("*.safetensors"))
+    for what, found in (
+        ("config.json", (folder / "config.json").is_file()),
+        ("tokenizer.json", (folder / "tokenizer.json").is_file()),
+        ("*.safetensors", bool(files)),
+    ):
+        require(found, f"{name} has no {what}")
+    try:
+        config = from_config_json(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        tensors = {}
+        for file in files:
+            tensors |= load_file(file)
+        weights = from_huggingface(tensors, config)
+    except UserError as error:
+        raise UserError(f"{name} cannot be taken over: {error}") from None
+    except Exception as error:  # of json and of safetensors
+        raise UserError(f"{shown(folder)} does not load ({str(error).splitlines()[0]})") from None
+    return Pretrained(config, weights, (folder / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def plain_tokenizer(tokenizer_json: str) -> Tokenizer:
+    """A tokenizer without what is added around a text: nothing but its cutting and numbering."""
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.post_processor = None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
