@@ -16,8 +16,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from model.checkpoint import load_checkpoint
 from model.config import GPTConfig
-from model.files import shown
 from model.gpt import GPT, ROPE_BASE
 from model.settings import UserError, require
 
@@ -242,23 +242,37 @@ def find_pretrained(name: str, *patterns: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # of the hub's client or of its HTTP library
-        reason = offline or (str(error).strip() or repr(error)).splitlines()[0]
+        reason = offline or first_line(error)
         raise UserError(
             f"there is no folder {name}, and from the hub it cannot be loaded: {reason}"
         ) from None
 
 
+def load_tokenizer_json(name: str) -> str:
+    """The tokenizer of what load_pretrained takes."""
+    if Path(name).is_file():
+        return load_checkpoint(Path(name))["tokenizer"]
+    path = find_pretrained(name, "tokenizer.json") / "tokenizer.json"
+    require(path.is_file(), f"{name} has no tokenizer.json")
+    try:
+        return plain_tokenizer(path.read_text(encoding="utf-8")).to_str(pretty=True)
+    except Exception as error:  # the tokenizers library raises the bare class
+        raise UserError(f"{path} is not a tokenizer: {first_line(error)}") from None
+
+
 def load_pretrained(name: str) -> Pretrained:
-    """Read a GPT-2 or Qwen3 model from a folder or the hub. Raises UserError where it does not fit."""
+    """Read a GPT-2 or Qwen3 model from a folder or the hub, or a checkpoint of ours.
+
+    Raises UserError where there is none, or where it does not fit.
+    """
+    if Path(name).is_file():
+        checkpoint = load_checkpoint(Path(name))
+        return Pretrained(GPTConfig(**checkpoint["config"]), checkpoint["weights"], checkpoint["tokenizer"])
     load_file = needs("safetensors.torch", "--init-from").load_file
     folder = find_pretrained(name, "config.json", "tokenizer.json", "model*.safetensors")
-    files = sorted(folder.glob("*.safetensors"))
-    for what, found in (
-        ("config.json", (folder / "config.json").is_file()),
-        ("tokenizer.json", (folder / "tokenizer.json").is_file()),
-        ("*.safetensors", bool(files)),
-    ):
-        require(found, f"{name} has no {what}")
+    files = sorted(folder.glob("model*.safetensors"))
+    require((folder / "config.json").is_file(), f"{name} has no config.json")
+    require(bool(files), f"{name} has no model.safetensors; weights in other formats are not read")
     try:
         config = from_config_json(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         tensors = {}
@@ -266,16 +280,28 @@ def load_pretrained(name: str) -> Pretrained:
             tensors |= load_file(file)
         weights = from_huggingface(tensors, config)
     except UserError as error:
-        raise UserError(f"{name} cannot be taken over: {error}") from None
+        raise UserError(f"{name} does not fit: {error}") from None
     except Exception as error:  # of json and of safetensors
-        raise UserError(f"{shown(folder)} does not load ({str(error).splitlines()[0]})") from None
-    return Pretrained(config, weights, (folder / "tokenizer.json").read_text(encoding="utf-8"))
+        raise UserError(f"{name} does not load: {first_line(error)}") from None
+    return Pretrained(config, weights, load_tokenizer_json(name))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def plain_tokenizer(tokenizer_json: str) -> Tokenizer:
-    """A tokenizer without what is added around a text: nothing but its cutting and numbering."""
+    """A tokenizer without what it adds around a text: it only cuts and numbers."""
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.post_processor = None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def token_table(tokenizer_json: str) -> tuple:
+    """What decides which ids a text becomes: tokenizers with an equal one are the same."""
+    parts = json.loads(Tokenizer.from_str(tokenizer_json).to_str())
+    cut = {key: value for key, value in (parts["pre_tokenizer"] or {}).items() if key != "trim_offsets"}
+    added = {token["content"]: token["id"] for token in parts["added_tokens"]}
+    return parts["normalizer"], cut, parts["model"]["vocab"], parts["model"]["merges"], added
