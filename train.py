@@ -52,6 +52,10 @@ N_EMBD: int | None = None  # width
 DROPOUT: float | None = None  # share of activations dropped; helps where the epochs are many
 TIE_WEIGHTS: bool | None = None  # use the token embedding as the output head
 VOCAB_SIZE: int | None = None  # None takes the tokenizer's; a larger one only pads
+N_KV_HEAD: int | None = None  # key-value heads, shared by groups of attention heads; None: one for each
+HEAD_SIZE: int | None = None  # width of a head; None: N_EMBD / N_HEAD
+N_INNER: int | None = None  # width of the feed-forward layer; None: 4 N_EMBD, or 8/3 of it in modern blocks
+ROPE_BASE: float | None = None  # base of the rotary positions' wavelengths, 10,000 in all presets
 
 MAX_STEPS: int | None = None  # optimizer steps in all
 MAX_MINUTES: float | None = None  # minutes of training steps in all (compiling and evaluating come on top)

@@ -4,6 +4,7 @@ A folder there holds config.json (the shape), *.safetensors (the weights) and to
 are Qwen3's and become a Qwen3ForCausalLM, gpt2 blocks a GPT2LMHeadModel.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from model.checkpoint import load_checkpoint
 from model.config import GPTConfig
-from model.gpt import GPT, ROPE_BASE
+from model.gpt import GPT
 from model.settings import UserError, require
 
 # Our modules -> theirs, {} being the layer. Where theirs are several, ours is one matrix of their rows.
@@ -84,7 +85,10 @@ def to_huggingface(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, T
     """Our weights under transformers' names and in its shapes."""
     tensors = {}
     for name, _, theirs in our_tensors(config):
-        for their, part in zip(theirs, weights[name].chunk(len(theirs)), strict=True):
+        rows = len(weights[name]) // len(theirs)
+        if len(theirs) == 3:  # q, k and v
+            rows = [heads * config.head_dim for heads in (config.n_head, config.kv_heads, config.kv_heads)]
+        for their, part in zip(theirs, weights[name].split(rows), strict=True):
             part = part.T if TRANSPOSED.fullmatch(their) else part
             tensors[their] = part.clone(memory_format=torch.contiguous_format)
     return tensors
@@ -147,7 +151,7 @@ def to_config_json(config: GPTConfig, eot_id: int) -> dict:
         "max_position_embeddings": config.block_size,
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_head,
+        "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "hidden_size": config.n_embd,
         "intermediate_size": config.n_hidden,
@@ -156,8 +160,8 @@ def to_config_json(config: GPTConfig, eot_id: int) -> dict:
         "attention_bias": False,
         "attention_dropout": config.dropout,
         "use_sliding_window": False,
-        "rope_theta": ROPE_BASE,  # where transformers before 5 looks
-        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
+        "rope_theta": config.rope_base,  # where transformers before 5 looks
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
         **common,
     }
 
@@ -169,33 +173,50 @@ FIELDS = {
         "block_size": "max_position_embeddings",
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads",
+        "head_size": "head_dim",
         "n_embd": "hidden_size",
+        "n_inner": "intermediate_size",
     },
 }
-
 # What may differ from our own config.json, because it is no part of what the network computes
-FREE = {"architectures", "dtype", "initializer_range", "bos_token_id", "eos_token_id"}
+FREE = re.compile("architectures|dtype|initializer_range|.*_token_id|.*_(dropout|pdrop)")
 
 
 def from_config_json(theirs: dict) -> GPTConfig:
-    """The shape in a config.json, without its dropout. Raises UserError where it is not one of ours."""
+    """The shape in a config.json, without its dropout. Raises UserError where our blocks have no such shape."""
     kind = theirs.get("model_type")
-    require(kind in FIELDS, f"it is a {kind} model, and only gpt2 and qwen3 models fit here")
+    require(kind in FIELDS, f"it is a {kind} model, and only gpt2 and qwen3 models have these blocks")
     names = {"vocab_size": "vocab_size", **FIELDS[kind]}
     missing = [name for name in names.values() if name not in theirs]
     require(not missing, f"config.json lacks {', '.join(missing)}")
-    config = GPTConfig(
-        **{ours: theirs[name] for ours, name in names.items()},
-        tie_weights=theirs.get("tie_word_embeddings", kind == "gpt2"),
-        blocks="gpt2" if kind == "gpt2" else "modern",
-    )
-    expected = to_config_json(config, eot_id=0)
+    fields = {ours: theirs[name] for ours, name in names.items()}
+    if kind == "gpt2":
+        fields |= {"blocks": "gpt2", "n_inner": theirs.get("n_inner")}
+    else:  # transformers has moved the base
+        rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+        fields["rope_base"] = float(rope.get("rope_theta") or theirs.get("rope_theta", 10_000.0))
+        require(
+            rope.get("rope_type", "default") == "default",
+            f"its positions are of the kind {rope['rope_type']}",
+        )
+    config = usual(GPTConfig(**fields, tie_weights=theirs.get("tie_word_embeddings", kind == "gpt2")))
     odd = [
         f"{name} {theirs[name]} (not {value})"
-        for name, value in expected.items()
-        if name in theirs and theirs[name] not in (value, None) and name not in FREE and "drop" not in name
+        for name, value in to_config_json(config, eot_id=0).items()
+        if theirs.get(name) not in (None, value) and not FREE.fullmatch(name) and "rope" not in name
     ]
     require(not odd, f"it differs from the blocks here in {', '.join(odd)}")
+    return config
+
+
+def usual(config: GPTConfig) -> GPTConfig:
+    """The same shape, with None for each number that is what it would be anyway."""
+    for name in ("n_kv_head", "head_size", "n_inner"):
+        with contextlib.suppress(UserError):
+            simpler = dataclasses.replace(config, **{name: None})
+            if to_config_json(simpler, eot_id=0) == to_config_json(config, eot_id=0):
+                config = simpler
     return config
 
 

@@ -7,7 +7,6 @@ from types import ModuleType
 from torch import Tensor
 
 from model.config import GPTConfig
-from model.gpt import ROPE_BASE
 from model.huggingface import TRANSPOSED, needs
 from model.settings import require
 
@@ -48,14 +47,14 @@ def write_gguf(
     writer.add_block_count(config.n_layer)
     writer.add_feed_forward_length(config.n_hidden)
     writer.add_head_count(config.n_head)
-    writer.add_head_count_kv(config.n_head)
+    writer.add_head_count_kv(config.kv_heads)
     if config.blocks == "gpt2":
         writer.add_layer_norm_eps(1e-5)
     else:
         writer.add_layer_norm_rms_eps(1e-6)
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-        writer.add_rope_freq_base(ROPE_BASE)
+        writer.add_rope_freq_base(config.rope_base)
     add_tokenizer(writer, gguf, json.loads(checkpoint["tokenizer"]), config.vocab_size, checkpoint["eot_id"])
 
     names = gguf.get_tensor_name_map(arch, config.n_layer)

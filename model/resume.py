@@ -162,13 +162,14 @@ def shape_of(pretrained: Pretrained, settings: SimpleNamespace, data: Data) -> d
 def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data) -> None:
     saved, then = checkpoint["settings"], checkpoint["defaults"]
     edited = {name for name, value in settings.defaults.items() if name in then and value != then[name]}
+    saved = {"init_from": None, **vars(GPTConfig()), **saved}  # as before there were these settings
     differences = []
     for name in KEPT:
         value = getattr(settings, name)
         if name not in settings.given | edited or left_open(settings, name):
-            setattr(settings, name, saved.get(name))
-        elif name in FIXED and value != saved.get(name):
-            differences.append(f"{name} {saved.get(name)} is now {value}")
+            setattr(settings, name, saved[name])
+        elif name in FIXED and value != saved[name]:
+            differences.append(f"{name} {saved[name]} is now {value}")
     current = fingerprints(data)
     differences += [f"other {name}" for name, value in checkpoint["data"].items() if value != current[name]]
     if differences:
