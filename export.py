@@ -71,7 +71,8 @@ def main() -> None:
     size = sum(file.stat().st_size for file in ([output] if gguf else output.iterdir()))
     print(f"{shown(path)}, step {checkpoint['step']:,} -> {shown(output)}, {size_text(size)}, {dtype}")
     where = shlex.quote(shown(output))
-    print(f"try: llama-cli -m {where} -p 'Once upon a time'" if gguf else f"how to use it: {where}/README.md")
+    command = f"llama-completion -m {where} -no-cnv -p 'Once upon a time'"
+    print(f"try: {command}" if gguf else f"how to use it: {where}/README.md")
 
 
 def check_output(output: Path, gguf: bool, overwrite: bool) -> None:
@@ -168,7 +169,7 @@ A small language model that writes stories, trained from scratch.
 {table}
 
 Bits per byte (loss / ln 2 / bytes of text) can be compared between tokenizers, loss per token cannot. Both
-were measured on validation stories that are no training stories.
+were measured during training, in windows cut from validation stories that are no training stories.
 
 ## How to use it
 

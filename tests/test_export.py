@@ -291,7 +291,8 @@ def test_a_round_trip_changes_no_bit(make, tmp_path, blocks, shape):
 @torch.no_grad()
 def test_what_transformers_saves_is_read(make, tmp_path, blocks):
     """Several files, half precision, and for GPT-2 the hub's names, those of the model without its head."""
-    folder = run_export("--checkpoint", make("bpe", blocks), "--output", tmp_path / "exported")
+    path = make("bpe", blocks, **(QWEN3_SIZES if blocks == "modern" else {}))
+    folder = run_export("--checkpoint", path, "--output", tmp_path / "exported")
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     saved = tmp_path / "saved"
     (reference.base_model if blocks == "gpt2" else reference).save_pretrained(saved, max_shard_size="100KB")
