@@ -4,7 +4,6 @@ A folder there holds config.json (the shape), *.safetensors (the weights) and to
 are Qwen3's and become a Qwen3ForCausalLM, gpt2 blocks a GPT2LMHeadModel.
 """
 
-import contextlib
 import dataclasses
 import importlib
 import json
@@ -109,9 +108,7 @@ def from_huggingface(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str,
         missing = [their for their in theirs if their not in tensors]
         require(not missing, f"the weights lack {', '.join(missing)}")
         parts = [tensors.pop(their).float() for their in theirs]
-        weights[name] = torch.cat(
-            [p.T if TRANSPOSED.fullmatch(t) else p for t, p in zip(theirs, parts, strict=True)]
-        )
+        weights[name] = torch.cat([parts[0].T] if TRANSPOSED.fullmatch(theirs[0]) else parts)
         found = tuple(weights[name].shape)
         require(found == shape, f"{theirs[0]} has {found} where config.json means {tuple(shape)}")
     require(not tensors, f"the weights hold {', '.join(list(tensors)[:3])}, for which there is no place here")
@@ -142,6 +139,8 @@ def to_config_json(config: GPTConfig, eot_id: int) -> dict:
             "n_inner": config.n_hidden,
             "activation_function": "gelu_new",
             "layer_norm_epsilon": 1e-5,
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
             **{f"{place}_pdrop": config.dropout for place in ("embd", "attn", "resid")},
             **common,
         }
@@ -196,27 +195,15 @@ def from_config_json(theirs: dict) -> GPTConfig:
     else:  # transformers has moved the base
         rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
         fields["rope_base"] = float(rope.get("rope_theta") or theirs.get("rope_theta", 10_000.0))
-        require(
-            rope.get("rope_type", "default") == "default",
-            f"its positions are of the kind {rope['rope_type']}",
-        )
-    config = usual(GPTConfig(**fields, tie_weights=theirs.get("tie_word_embeddings", kind == "gpt2")))
+        rotary = rope.get("rope_type", rope.get("type", "default"))
+        require(rotary == "default", f"its rotary positions are of the kind {rotary}")
+    config = GPTConfig(**fields, tie_weights=theirs.get("tie_word_embeddings", kind == "gpt2"))
     odd = [
         f"{name} {theirs[name]} (not {value})"
         for name, value in to_config_json(config, eot_id=0).items()
         if theirs.get(name) not in (None, value) and not FREE.fullmatch(name) and "rope" not in name
     ]
     require(not odd, f"it differs from the blocks here in {', '.join(odd)}")
-    return config
-
-
-def usual(config: GPTConfig) -> GPTConfig:
-    """The same shape, with None for each number that is what it would be anyway."""
-    for name in ("n_kv_head", "head_size", "n_inner"):
-        with contextlib.suppress(UserError):
-            simpler = dataclasses.replace(config, **{name: None})
-            if to_config_json(simpler, eot_id=0) == to_config_json(config, eot_id=0):
-                config = simpler
     return config
 
 
@@ -233,19 +220,12 @@ class Pretrained:
 
     def with_context(self, block_size: int) -> "Pretrained":
         """The same with another context: rotary positions have no end, learned ones can only be cut."""
-        if self.config.blocks == "gpt2":
-            learned = self.config.block_size
-            require(
-                block_size <= learned,
-                f"--block-size {block_size} exceeds the {learned} positions it has learned",
-            )
-            positions = self.weights["position_embedding.weight"][:block_size]
-            weights = {**self.weights, "position_embedding.weight": positions}
-        else:
-            weights = self.weights
-        return Pretrained(
-            dataclasses.replace(self.config, block_size=block_size), weights, self.tokenizer_json
-        )
+        learned = self.config.block_size
+        fits = self.config.blocks == "modern" or block_size <= learned
+        require(fits, f"--block-size {block_size} exceeds the {learned} positions that it has learned")
+        name, config = "position_embedding.weight", dataclasses.replace(self.config, block_size=block_size)
+        cut = {name: self.weights[name][:block_size]} if name in self.weights else {}
+        return dataclasses.replace(self, config=config, weights=self.weights | cut)
 
 
 def find_pretrained(name: str, *patterns: str) -> Path:

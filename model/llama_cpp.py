@@ -32,10 +32,17 @@ def write_gguf(
     gguf = needs("gguf", "--format gguf")
     kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
     kind = gguf.GGMLQuantizationType[kinds[dtype]]
-    require(
-        dtype != "q8_0" or config.n_embd % BLOCK == 0,
-        f"q8_0 packs rows in blocks of {BLOCK}, and n_embd {config.n_embd} is no multiple of it: use --dtype float16",
-    )
+    rows = {
+        "n_embd": config.n_embd,
+        "n_inner": config.n_hidden,
+        "n_head x head_size": config.n_head * config.head_dim,
+    }
+    for what, length in rows.items():
+        packs = dtype != "q8_0" or length % BLOCK == 0
+        require(
+            packs,
+            f"q8_0 packs {BLOCK} weights at a time, which do not divide {what} {length}: use --dtype float16",
+        )
     arch = gguf.MODEL_ARCH.GPT2 if config.blocks == "gpt2" else gguf.MODEL_ARCH.QWEN3
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     writer.add_type("model")

@@ -14,7 +14,7 @@ from conftest import REPO, TINY, assert_one_line_error
 from fake_hub import serve_hub
 from test_tokenizer import AWKWARD
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import export
 from data import train_tokenizer
@@ -23,7 +23,7 @@ from model.checkpoint import load_checkpoint, load_model, save_checkpoint
 from model.config import GPTConfig
 from model.generation import Sampling, generate_all
 from model.gpt import GPT
-from model.huggingface import load_pretrained, token_table
+from model.huggingface import from_config_json, load_pretrained, to_config_json, token_table
 from model.resume import settle
 from model.settings import UserError, read_settings
 
@@ -280,7 +280,8 @@ def test_a_round_trip_changes_no_bit(make, tmp_path, blocks, shape):
     path = make("bpe", blocks, **shape)
     folder = run_export("--checkpoint", path, "--output", tmp_path / "exported")
     checkpoint, pretrained = load_checkpoint(path), load_pretrained(str(folder))
-    assert vars(pretrained.config) == checkpoint["config"]
+    assert pretrained.config.blocks == blocks
+    assert to_config_json(pretrained.config, 0) == to_config_json(GPTConfig(**checkpoint["config"]), 0)
     assert pretrained.weights.keys() == checkpoint["weights"].keys()
     for name, weight in checkpoint["weights"].items():
         assert torch.equal(pretrained.weights[name], weight), name
@@ -318,7 +319,7 @@ def test_training_begins_with_it_and_goes_on_without_it(run, packed, trained, tm
     before, after = losses_in(tmp_path / "run")
     assert before == pytest.approx(losses_in(trained)[-1], rel=1e-3) and after != before
     checkpoint = load_checkpoint(tmp_path / "run" / "best.pt")
-    assert checkpoint["config"] == load_checkpoint(trained / "best.pt")["config"]
+    assert checkpoint["config"]["n_embd"] == 16
     assert checkpoint["settings"]["learning_rate"] == pytest.approx(6e-4)
 
     shutil.rmtree(folder)
@@ -335,6 +336,17 @@ def test_its_tokenizer_comes_along_from_the_hub_too(run, packed, trained, tmp_pa
         run("data/train_tokenizer.py", *flags, env=env, check=0)
     name = "tokenizer/tokenizer.json"
     assert (tmp_path / "data" / name).read_bytes() == (packed / name).read_bytes()
+
+
+def test_the_hubs_models_have_the_shape_that_they_are_known_for():
+    gpt2 = from_config_json(GPT2Config().to_dict())
+    assert gpt2 == GPTConfig(50_257, 1_024, 12, 12, 768, blocks="gpt2")
+    numbers = {"vocab_size": 151_936, "hidden_size": 1_024, "intermediate_size": 3_072, "head_dim": 128}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 28}
+    old = {"model_type": "qwen3", "rope_theta": 1_000_000, "rope_scaling": None, "tie_word_embeddings": True}
+    qwen3 = from_config_json({**numbers, **heads, **old, "max_position_embeddings": 40_960})
+    with torch.device("meta"):
+        assert GPT(qwen3).count_parameters() == 596_049_920 and qwen3.rope_base == 1e6
 
 
 def test_a_shorter_context_cuts_learned_positions(make):
@@ -464,6 +476,8 @@ def test_what_llama_cpp_cannot_hold_is_one_line(run, make, tmp_path):
     words = ["--output", tmp_path / "m.gguf", "--format", "gguf"]
     result = run("export.py", "--checkpoint", make(n_embd=48), *words, "--dtype", "q8_0")
     assert_one_line_error(result, "n_embd 48", "32", "--dtype float16")
+    with pytest.raises(UserError, match="n_inner 80"):
+        run_export("--checkpoint", make(n_inner=80), *words, "--dtype", "q8_0")
     assert not (tmp_path / "m.gguf").exists()
     with pytest.raises(UserError, match="q8_0 is for --format gguf"):
         run_export("--checkpoint", make(), "--output", tmp_path / "m", "--dtype", "q8_0")
