@@ -26,12 +26,13 @@ import numpy as np
 import tokenizers
 import torch
 
+from data.hub import reach_hub
 from data.stories import find_files, read_file
 from model.batches import Data, Split, load_data
 from model.candidates import Candidate, find_candidate, load_candidate
 from model.files import atomic_write, shown, size_text, write_json
 from model.generation import text_tokenizer
-from model.report import QUALITY_COLUMNS, SCORE_COLUMNS, cells, render
+from model.report import QUALITY_COLUMNS, SCORE_COLUMNS, cells, on_its_side, render
 from model.resume import fingerprints
 from model.runtime import Runtime, choose_runtime
 from model.scoring import bootstrap, interval, score_stories
@@ -85,6 +86,8 @@ def main() -> None:
     # stories in files are judged without a model, unless one is named
     names = settings.checkpoint or ([] if files else [None])
     found = [find_candidate(settings.checkpoint_dir, name) for name in names]
+    if any(isinstance(name, str) and not Path(name).exists() for name in found):
+        reach_hub()
     data = read_data(settings)
     stories, source = read_stories(settings, data)
     runtime = choose_runtime(settings.device, settings.dtype, "off")
@@ -94,7 +97,7 @@ def main() -> None:
         candidate = load_candidate(name, runtime.device)
         warn_if_trained_elsewhere(candidate, settings, data)
         started = time.perf_counter()
-        candidate.choose_end(stories)
+        candidate.read_into(stories)
         scores.append(score_stories(candidate, stories, runtime, settings.batch_size))
         seconds = time.perf_counter() - started
         results.append({**candidate.facts, **scores[-1].summary(), "seconds": round(seconds, 2)})
@@ -278,7 +281,7 @@ def show(report: dict, settings: SimpleNamespace) -> None:
     if report["quality"]:
         print()
         rows = [{"name": name, **figures} for name, figures in report["quality"].items()]
-        print_table(cells(QUALITY_COLUMNS, rows))
+        print_table(on_its_side(cells(QUALITY_COLUMNS, rows)))
     if settings.output is not None:
         write_json(Path(settings.output), report)
         print(f"written to {settings.output}")

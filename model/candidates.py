@@ -15,6 +15,7 @@ from model.checkpoint import find_checkpoint, load_model
 from model.files import sha256_file, shown
 from model.generation import Sampling, generate_all
 from model.metrics import read_rows
+from model.runtime import warn
 from model.settings import UserError, require
 from model.story_quality import Story
 
@@ -22,6 +23,8 @@ from model.story_quality import Story
 MAX_TOKENS = 400
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 WRITTEN_AT_ONCE = 64
+# Stories on which a tokenizer from elsewhere is tried
+CHECKED = 256
 
 
 class Candidate:
@@ -60,8 +63,8 @@ class Candidate:
         """The sampled tokens after each prompt, without the end token, and whether that was reached."""
         raise NotImplementedError
 
-    def choose_end(self, stories: list[str]) -> None:
-        """Settle end_id where the model leaves open which token that is."""
+    def read_into(self, stories: list[str]) -> None:
+        """Settle from real stories what the model leaves open. Raises UserError where it cannot read them."""
 
     def write(self, prompts: list[str], seed: int) -> list[Story]:
         """A story for each prompt, the k-th with seed + k."""
@@ -96,8 +99,10 @@ class OwnModel(Candidate):
             "trained_on": checkpoint["data"],
         }
         self.settings = {"step": checkpoint["step"], **checkpoint["config"], **checkpoint["settings"]}
-        rows = read_rows(path.parent / "metrics.jsonl")
-        self.curve = [row for row in rows if row.get("bits_per_byte") is not None and "tokens" in row]
+        rows = [
+            row for row in read_rows(path.parent / "metrics.jsonl") if row.get("bits_per_byte") is not None
+        ]
+        self.curve = [{key: row.get(key) for key in ("step", "tokens", "bits_per_byte")} for row in rows]
 
     def states(self, idx: Tensor) -> Tensor:
         return self.network.hidden(idx)
@@ -149,16 +154,30 @@ class TransformersModel(Candidate):
         return states
 
     @torch.no_grad()
-    def choose_end(self, stories: list[str]) -> None:
-        """Some models end a story with the token that begins the next (llama2.c's do), not with the
-        tokenizer's end token. Of the two, take the one that this model expects after real stories."""
-        candidates = torch.tensor([self.end_id, self.start_id])
+    def read_into(self, stories: list[str]) -> None:
+        """Check that the tokenizer keeps the text, and choose the end token.
+
+        Some models end a story with the token that begins the next (llama2.c's do), not with the tokenizer's
+        end token. Of the two, this takes the one that the model itself expects after real stories.
+        """
+        encoded = self.tokenizer.encode_batch_fast(stories[:CHECKED], add_special_tokens=False)
+        decoded = self.tokenizer.decode_batch([e.ids for e in encoded], skip_special_tokens=False)
+        changed = sum(a != b for a, b in zip(stories, decoded, strict=False))
+        require(
+            2 * changed <= len(decoded),
+            f"the tokenizer of {self.name} does not give stories back as they were: bits per byte would be wrong",
+        )
+        if changed:
+            warn(
+                f"the tokenizer of {self.name} alters {changed} of {len(decoded)} stories, which lowers its score"
+            )
+        ends = torch.tensor([self.end_id, self.start_id])
         total = torch.zeros(2)
-        for encoding in self.tokenizer.encode_batch_fast(stories[:32], add_special_tokens=False):
+        for encoding in encoded[: CHECKED // 8]:
             ids = torch.tensor([[self.start_id, *encoding.ids][-self.block_size :]])
             logits = self.states(ids.to(self.network.device))[0, -1].float()
-            total += logits.log_softmax(-1).cpu()[candidates]
-        self.end_id = int(candidates[total.argmax()])
+            total += logits.log_softmax(-1).cpu()[ends]
+        self.end_id = int(ends[total.argmax()])
 
     def continue_ids(self, prompts: list[list[int]], seeds: list[int]) -> list[tuple[list[int], bool]]:
         device = self.network.device
@@ -200,8 +219,8 @@ def load_transformers(name: str) -> tuple[nn.Module, object]:
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # each kind of damage raises its own
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise UserError(f"{where}{name} does not load: {lines[0][:200]}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{where}{name} does not load: {reason[:200]}") from None
     # transformers fills what a file lacks with random numbers
     lacking = sorted(loading["missing_keys"])
     require(not lacking, f"{name} lacks {len(lacking)} of its weights, {', '.join(lacking[:2])} among them")

@@ -14,6 +14,13 @@ COLOURS = ("#3b82d6", "#e07b1f", "#2f9e64", "#a367dc", "#d64550", "#129ba3")
 # Drawn in this colour, then given the page's own
 INK = "#010203"
 
+SCORE_NOTE = """Every story scored from its own beginning to its own end, each token once. Lower bits per byte are
+better, and can be compared between tokenizers. Intervals: 95 %, by bootstrap over stories; differences are
+those on the same stories."""
+QUALITY_NOTE = """Real stories: as many of the validation stories. They share stock phrases with the training stories
+too; what goes beyond them is copied. 8-grams and spans count tokens, the given beginnings included. distinct-n:
+different n-grams among all n-grams of words."""
+
 Columns = list[tuple[str, Callable[[dict], str]]]
 
 
@@ -33,28 +40,28 @@ SCORE_COLUMNS: Columns = [
     ("parameters", number("parameters", ",")),
     ("bits/byte", number("bits_per_byte", ".4f")),
     ("95 % interval", span("bits_per_byte_interval", ".4f")),
-    ("against first", number("difference", "+.4f")),
+    ("against the first", number("difference", "+.4f")),
     ("95 % interval", span("difference_interval", "+.4f")),
-    ("", lambda row: row.get("verdict", "")),
+    ("verdict", lambda row: row.get("verdict", "")),
     ("loss", number("loss", ".4f")),
     ("perplexity", number("perplexity", ".3f")),
     ("accuracy", number("accuracy", ".2%")),
 ]
 QUALITY_COLUMNS: Columns = [
-    ("what its stories are like", lambda row: row["name"]),
+    ("what the stories are like", lambda row: row["name"]),
     ("stories", number("stories", ",")),
-    ("ended", number("ended", ".1%")),
-    ("words", number("words", ".0f")),
+    ("ended by themselves", number("ended", ".1%")),
+    ("words in a story", number("words", ".0f")),
     ("distinct-1", number("distinct_1", ".3f")),
-    ("-2", number("distinct_2", ".3f")),
-    ("-3", number("distinct_3", ".3f")),
-    ("repeated 4-grams", number("repeated_4grams", ".1%")),
-    ("unseen words", number("unseen_words", ".2%")),
-    ("8-grams copied", number("copied_8grams", ".1%")),
-    ("beyond real", number("copied_8grams_beyond_real", "+.1%")),
-    ("longest copy: mean", number("mean_longest_copy", ".1f")),
-    ("beyond real", number("mean_longest_copy_beyond_real", "+.1f")),
-    ("longest", number("longest_copy", "d")),
+    ("distinct-2", number("distinct_2", ".3f")),
+    ("distinct-3", number("distinct_3", ".3f")),
+    ("4-grams repeated within a story", number("repeated_4grams", ".1%")),
+    ("words in no training story", number("unseen_words", ".2%")),
+    ("8-grams found in training", number("copied_8grams", ".1%")),
+    ("  beyond real stories", number("copied_8grams_beyond_real", "+.1%")),
+    ("longest copied span, tokens, mean", number("mean_longest_copy", ".1f")),
+    ("  beyond real stories", number("mean_longest_copy_beyond_real", "+.1f")),
+    ("longest copied span of all", number("longest_copy", "d")),
 ]
 
 
@@ -63,6 +70,11 @@ def cells(columns: Columns, rows: list[dict]) -> list[list[str]]:
     table = [[header for header, _ in columns], *([cell(row) for _, cell in columns] for row in rows)]
     filled = [k for k in range(len(columns)) if any(row[k] not in ("", "–") for row in table[1:])]
     return [[row[k] for k in filled] for row in table]
+
+
+def on_its_side(rows: list[list[str]]) -> list[list[str]]:
+    """A column for each row, so that long lists of figures fit on narrow screens."""
+    return list(map(list, zip(*rows, strict=True)))
 
 
 def render(report: dict, prompts: int) -> str:
@@ -77,21 +89,34 @@ def render(report: dict, prompts: int) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         "seed": report["seed"],
     }
-    parts = {
-        "title": headline(results) or "What the stories are like",
-        "when": f"{report['date'][:16].replace('T', ' ')} UTC",
-        "source": report["source"],
-        "scores": table(cells(SCORE_COLUMNS, results)) if results else "",
-        "figures": "".join(f"<figure>{figure}</figure>" for figure in figures),
-        "quality": table(cells(QUALITY_COLUMNS, rows)) + copies(quality) if rows else "",
-        "written": "".join(beginning(row) for row in report["written"][:prompts]),
-        "settings": table(compare_settings(results)) if results else "",
-        "about": table([["this page", ""], *([key, str(value)] for key, value in about.items())]),
-    }
-    parts |= {name: html.escape(parts[name]) for name in ("title", "when", "source")}
-    page = string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(parts)
-    # a heading whose part is empty goes with it
-    return re.sub(r"<section>\s*<h2>[^<]*</h2>(\s*<p class=note>[^<]*</p>)?\s*</section>\n", "", page)
+    sections = [
+        section("", SCORE_NOTE, table(on_its_side(cells(SCORE_COLUMNS, results))) if results else ""),
+        section("", "", "".join(f"<figure>{figure}</figure>" for figure in figures), "figures"),
+        section(
+            "What the stories are like",
+            QUALITY_NOTE,
+            table(on_its_side(cells(QUALITY_COLUMNS, rows))) + copies(quality) if rows else "",
+        ),
+        section("Stories with the same beginnings", "", "".join(map(beginning, report["written"][:prompts]))),
+        section("Settings", "", table(compare_settings(results)) if results else ""),
+        section(
+            "This page", "", table([["", ""], *([key, str(value)] for key, value in about.items())]), "text"
+        ),
+    ]
+    title = headline(results) or "What the stories are like"
+    when = f"{report['date'][:16].replace('T', ' ')} UTC"
+    page = string.Template(TEMPLATE.read_text(encoding="utf-8"))
+    about_stories = f"{html.escape(report['source'])} · {when}" if results else when
+    return page.substitute(title=html.escape(title), about=about_stories, body="\n".join(sections))
+
+
+def section(heading: str, note: str, body: str, kind: str = "") -> str:
+    """A part of the page; nothing where its body is empty."""
+    if not body:
+        return ""
+    title = f"<h2>{heading}</h2>\n" * bool(heading)
+    remark = f'<p class="note">{note}</p>\n' * bool(note)
+    return f'<section>\n{title}<div class="{kind}">{body}</div>\n{remark}</section>'
 
 
 def headline(results: list[dict]) -> str:
@@ -123,7 +148,7 @@ def copies(quality: dict[str, dict]) -> str:
         if "longest_copy_text" in figures:
             text = figures["longest_copy_text"].strip()
             rows.append([name, text or "none of 8 tokens", ", ".join(figures["unseen_examples"]) or "none"])
-    return table(rows).replace("<table>", '<table class="text">') if len(rows) > 1 else ""
+    return f'<div class="text">{table(rows)}</div>' if len(rows) > 1 else ""
 
 
 def beginning(row: dict) -> str:
@@ -177,16 +202,17 @@ def draw(labels: list[str], lines: list[tuple], x_label: str, title: str, log: b
     from matplotlib.figure import Figure
 
     inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
-    style = {**dict.fromkeys(inks, INK), "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}
+    style = {**dict.fromkeys(inks, INK), "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5, 3.4), layout="constrained")
+        figure = Figure(figsize=(5, 3.6), layout="constrained")
         axes = figure.subplots()
         for k, (label, (x, y, options)) in enumerate(zip(labels, lines, strict=True)):
             axes.plot(x, y, color=COLOURS[k % len(COLOURS)], label=label, linewidth=1.6, **options)
         if log:
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel(x_label)
-        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_title(title, loc="left", fontsize=11)
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", frameon=False)
@@ -194,16 +220,6 @@ def draw(labels: list[str], lines: list[tuple], x_label: str, title: str, log: b
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
     svg = buffer.getvalue().replace(INK, "currentColor")
-    svg = (
-        svg[svg.index("<svg") :]
-        .replace('id="', f'id="{"p" if log else "c"}')
-        .replace('"#', f'"#{"p" if log else "c"}')
-    )
-    # the white ground that matplotlib draws goes, and so does the fixed size
-    svg = re.sub(r'style="fill: #ffffff[^"]*"', 'style="fill: none"', svg)
-    return re.sub(
-        r'(<svg[^>]*?) (?:width|height)="[^"]*"',
-        r"\1",
-        re.sub(r' height="[\d.]+pt"', "", svg, count=1),
-        count=1,
-    )
+    svg = re.sub(r' id="\w+_\d+"', "", svg[svg.index("<svg") :])  # the same in every figure
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg)  # the page decides how large
+    return svg.replace("fill: #ffffff", "fill: none")  # and what lies below
