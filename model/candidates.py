@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from model.checkpoint import find_checkpoint, load_model
 from model.files import sha256_file, shown
@@ -22,7 +23,7 @@ from model.story_quality import Story
 # How stories are written to be judged, the same for every candidate; generate.py's own defaults
 MAX_TOKENS = 400
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
-WRITTEN_AT_ONCE = 64
+WRITTEN_AT_ONCE = 32
 # Stories on which a tokenizer from elsewhere is tried
 CHECKED = 256
 
@@ -35,6 +36,7 @@ class Candidate:
     """
 
     name: str
+    whole_logits = False  # whether `states` makes the logits of all positions
     network: nn.Module
     tokenizer: Tokenizer
     start_id: int
@@ -72,7 +74,8 @@ class Candidate:
         ids = [[self.start_id, *encoding.ids] for encoding in encoded]
         seeds = [seed + k for k in range(len(prompts))]
         stories = []
-        for first in range(0, len(ids), WRITTEN_AT_ONCE):
+        starts = range(0, len(ids), WRITTEN_AT_ONCE)
+        for first in tqdm(starts, desc="writing stories", disable=None, delay=1, leave=False):
             part = slice(first, first + WRITTEN_AT_ONCE)
             written = self.continue_ids(ids[part], seeds[part])
             for prompt, before, (after, ended) in zip(prompts[part], ids[part], written, strict=True):
@@ -117,6 +120,8 @@ class OwnModel(Candidate):
 
 class TransformersModel(Candidate):
     """A folder that transformers loads, or a name on the Hugging Face hub."""
+
+    whole_logits = True
 
     def __init__(self, name: str, device: torch.device):
         self.name, self.curve = name, []

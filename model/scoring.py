@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from model.candidates import Candidate
 from model.runtime import Runtime
-from model.settings import require
+from model.settings import UserError, require
 
 # Tokens in one forward pass, and logits at once. A CPU is fastest where they stay in its caches.
 CPU_TOKENS, GPU_TOKENS = 2_048, 65_536
-CPU_LOGITS, GPU_LOGITS = 256 * 10_000, 1 << 28
+CPU_LOGITS, GPU_LOGITS = 256 * 10_000, 1 << 27
 RESAMPLES = 1_000
 
 
@@ -113,7 +113,11 @@ def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, ba
     with tqdm(total=len(windows), unit="window", disable=None, delay=1, leave=False) as bar:
         for batch in pack(windows, batch_size, tokens_at_once(candidate, runtime)):
             story, position, inputs, rows, targets = lay_out(batch, sequences, candidate.end_id)
-            results = score_tokens(candidate, inputs, rows, targets, runtime)
+            try:
+                results = score_tokens(candidate, inputs, rows, targets, runtime)
+            except torch.OutOfMemoryError:
+                fewer = max(1, len(batch) // 2)
+                raise UserError(f"the GPU's memory ran out: --batch-size {fewer}, or fewer") from None
             if waiting:
                 add(*waiting)
             waiting = story, position, results
@@ -130,7 +134,7 @@ def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, ba
 def tokens_at_once(candidate: Candidate, runtime: Runtime) -> int:
     if runtime.device.type == "cpu":
         return CPU_TOKENS
-    return min(GPU_TOKENS, 8 * GPU_LOGITS // candidate.vocab_size)
+    return min(GPU_TOKENS, GPU_LOGITS // candidate.vocab_size) if candidate.whole_logits else GPU_TOKENS
 
 
 def pack(windows: list[tuple], batch_size: int, tokens: int) -> Iterator[list[tuple]]:

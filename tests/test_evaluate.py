@@ -14,7 +14,7 @@ import torch
 import transformers
 from conftest import assert_one_line_error
 from test_model import as_gpt2, as_qwen3
-from test_scoring import EOT, STORIES, make_model, score, tokenizer  # noqa: F401
+from test_scoring import EOT, STORIES, make_model, make_tokenizer, score
 
 import evaluate as script
 from model.candidates import TransformersModel
@@ -27,7 +27,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory, tokenizer):  # noqa: F811
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory, tokenizer):
     """A packed data folder, written by hand."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "processed").mkdir()
@@ -69,7 +74,7 @@ def test_a_sample_is_spread_evenly_over_the_split(data_dir, count, expected):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tokenizer):  # noqa: F811
+def checkpoint(tmp_path_factory, tokenizer):
     """A folder with two different models and the metrics of a run."""
     folder = tmp_path_factory.mktemp("run")
     for name, blocks, step in (("ckpt_40.pt", "modern", 40), ("best.pt", "gpt2", 30)):
@@ -99,7 +104,7 @@ def evaluate(monkeypatch, tmp_path, checkpoint, data_dir):
     return evaluate
 
 
-def test_the_script_prints_and_writes_the_scores(run, tmp_path, checkpoint, data_dir, tokenizer):  # noqa: F811
+def test_the_script_prints_and_writes_the_scores(run, tmp_path, checkpoint, data_dir, tokenizer):
     places = ["--checkpoint-dir", checkpoint, "--data-dir", data_dir, "--device", "cpu"]
     result = run("evaluate.py", *places, "--output", "scores.json", cwd=tmp_path, check=0)
     expected = score(make_model("modern"), tokenizer).summary()
@@ -150,11 +155,21 @@ def test_neither_order_nor_batch_size_changes_a_figure(evaluate, tmp_path):
             assert same["bits_per_byte_interval"] == pytest.approx(one["bits_per_byte_interval"], rel=1e-6)
 
 
-def test_stories_of_ones_own_need_no_packed_data(evaluate, tmp_path, tokenizer):  # noqa: F811
+def test_stories_of_ones_own_need_no_packed_data(evaluate, tmp_path, tokenizer):
     (tmp_path / "own.jsonl").write_text('{"text": " The cat. "}\n{"text": ""}\n{"text": "A dog sat."}\n')
     (row,) = evaluate("--text", "own.jsonl", "--data-dir", tmp_path / "none")["results"]
     expected = score(make_model("modern"), tokenizer, ["The cat.", "A dog sat."]).summary()
     assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_trained_on_other_stories_is_remarked_on(evaluate, checkpoint, data_dir, tmp_path, capsys):
+    content = torch.load(checkpoint / "best.pt", weights_only=True)
+    here = script.fingerprints(script.load_data(data_dir))
+    for name, changes in {"same.pt": {}, "other.pt": {"training stories": "0"}}.items():
+        save_checkpoint(tmp_path / name, {**content, "data": here | changes})
+        evaluate("--checkpoint", name, "--max-samples", 1)
+        remark = f"{name} was trained on other stories than those in"
+        assert (remark in capsys.readouterr().err) == bool(changes)
 
 
 def test_written_stories_are_judged_beside_real_ones(evaluate, tmp_path, capsys):
@@ -184,7 +199,7 @@ def test_stories_of_a_checkpoint_are_the_same_each_time(evaluate):
 # Hugging Face models
 
 
-def save_transformers(folder, model, tokenizer, **special):  # noqa: F811
+def save_transformers(folder, model, tokenizer, **special):
     model.save_pretrained(folder)
     special = special or {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
@@ -215,7 +230,7 @@ def random_transformer(kind, context=400):
 
 
 @torch.no_grad()
-def own_loss(model, tokenizer, stories):  # noqa: F811
+def own_loss(model, tokenizer, stories):
     """Summed loss of the stories as transformers counts it."""
     total = 0.0
     for story in stories:
@@ -225,7 +240,7 @@ def own_loss(model, tokenizer, stories):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", ["neo", "gpt2", "llama"])
-def test_a_transformers_model_gets_the_loss_that_it_counts_itself(tmp_path, tokenizer, kind, evaluate):  # noqa: F811
+def test_a_transformers_model_gets_the_loss_that_it_counts_itself(tmp_path, tokenizer, kind, evaluate):
     model = random_transformer(kind)
     folder = save_transformers(tmp_path / kind, model, tokenizer)
     (row,) = evaluate("--checkpoint", folder, "--num-stories", 3)["results"]
@@ -237,7 +252,7 @@ def test_a_transformers_model_gets_the_loss_that_it_counts_itself(tmp_path, toke
 
 
 @pytest.mark.parametrize(("blocks", "export"), [("modern", as_qwen3), ("gpt2", as_gpt2)])
-def test_an_exported_model_scores_as_before(tmp_path, tokenizer, blocks, export):  # noqa: F811
+def test_an_exported_model_scores_as_before(tmp_path, tokenizer, blocks, export):
     """Beyond its context too, so windows slide alike."""
     model = make_model(blocks)
     folder = save_transformers(tmp_path, export(model), tokenizer)
@@ -249,7 +264,15 @@ def test_an_exported_model_scores_as_before(tmp_path, tokenizer, blocks, export)
     np.testing.assert_allclose(scores.loss, score(model, tokenizer).loss, rtol=1e-4)
 
 
-def test_the_end_token_is_the_one_that_the_model_expects(tmp_path, tokenizer):  # noqa: F811
+@pytest.mark.parametrize(("blocks", "export"), [("modern", as_qwen3), ("gpt2", as_gpt2)])
+def test_our_scores_are_the_losses_of_the_exported_model(tokenizer, blocks, export):
+    model = make_model(blocks, block_size=400)
+    size = sum(len(story.encode()) for story in STORIES)
+    expected = own_loss(export(model), tokenizer, STORIES) / math.log(2) / size
+    assert score(model, tokenizer).summary()["bits_per_byte"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_end_token_is_the_one_that_the_model_expects(tmp_path, tokenizer):
     """Of a tokenizer with two: a model that was trained as llama2.c's expects the next beginning."""
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).backend_tokenizer
     tokenizer.add_special_tokens(["</s>"])  # 300
@@ -306,7 +329,7 @@ def break_folder(folder, damage):
         ("context", "has a context of 1 token"),
     ],
 )
-def test_a_broken_hugging_face_folder_is_one_line(tmp_path, tokenizer, evaluate, damage, needle):  # noqa: F811
+def test_a_broken_hugging_face_folder_is_one_line(tmp_path, tokenizer, evaluate, damage, needle):
     model = random_transformer("gpt2", context=1 if damage == "context" else 32)
     folder = save_transformers(tmp_path / "model", model, tokenizer)
     break_folder(folder, damage)
@@ -389,7 +412,7 @@ def test_a_report_of_stories_alone(evaluate, tmp_path):
         (["--checkpoint", "short.pt"], "short.pt has a context of 1 token"),
     ],
 )
-def test_what_the_user_got_wrong_is_one_line(evaluate, tmp_path, tokenizer, flags, needle):  # noqa: F811
+def test_what_the_user_got_wrong_is_one_line(evaluate, tmp_path, tokenizer, flags, needle):
     (tmp_path / "empty.txt").write_text(" \n\n")
     model = make_model("modern", block_size=1)
     content = {"config": vars(model.config), "settings": {}, "weights": model.state_dict(), "step": 1}

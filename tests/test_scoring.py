@@ -35,8 +35,7 @@ STORIES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+def make_tokenizer():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -52,6 +51,11 @@ def tokenizer():
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", EOT)]
     )
     return text_tokenizer(tokenizer.to_str())
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
 
 
 def make_model(blocks, block_size=BLOCK_SIZE):
