@@ -101,13 +101,14 @@ def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, ba
         for window in sliding_windows(length, candidate.block_size)
     ]
     windows.sort(key=lambda w: w[1] - w[2])  # longest first, so that a batch has windows of one length
-    loss, right, position_loss = np.zeros(len(stories)), np.zeros(len(stories)), np.zeros(tokens.max())
+    loss, right = np.zeros(len(stories)), np.zeros(len(stories), int)
+    position_loss = np.zeros(tokens.max())
 
     def add(story: np.ndarray, position: np.ndarray, results: tuple[Tensor, Tensor]) -> None:
-        losses, hits = (values.cpu().double().numpy() for values in results)
-        loss[:] += np.bincount(story, losses, len(loss))
-        right[:] += np.bincount(story, hits, len(right))
-        position_loss[:] += np.bincount(position, losses, len(position_loss))
+        losses, hits = (values.cpu().numpy() for values in results)
+        np.add.at(loss, story, losses)
+        np.add.at(right, story, hits)
+        np.add.at(position_loss, position, losses)
 
     waiting = None  # a GPU computes a batch while the results of the one before are added up
     with tqdm(total=len(windows), unit="window", disable=None, delay=1, leave=False) as bar:
@@ -128,7 +129,7 @@ def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, ba
         bool(np.isfinite(loss).all()),
         f"{candidate.name} gives a loss that is not finite: its weights are bad",
     )
-    return Scores(loss, right.astype(int), tokens, sizes, position_loss)
+    return Scores(loss, right, tokens, sizes, position_loss)
 
 
 def tokens_at_once(candidate: Candidate, runtime: Runtime) -> int:
