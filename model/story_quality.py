@@ -58,13 +58,11 @@ def describe(
     known = {word for lists in words.values() for list_ in lists for word in list_}
     unseen = unseen_words(known, data, tokenizer)
     texts = [story.text for stories in groups.values() for story in stories]
-    ids = [
-        np.array(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    ]
-    copies = iter(copied_spans(ids, data.train.tokens))
-    remaining = iter(ids)
+    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ids = [np.array(encoding.ids, int) for encoding in encoded]
+    judged = list(zip(ids, copied_spans(ids, data.train.tokens), strict=True))
     for name, stories in groups.items():
-        own = [(next(remaining), next(copies)) for _ in stories]
+        own, judged = judged[: len(stories)], judged[len(stories) :]
         figures[name] |= describe_copies(own, tokenizer)
         strange = [word for list_ in words[name] for word in list_ if word in unseen]
         figures[name]["unseen_words"] = len(strange) / max(1, sum(map(len, words[name])))

@@ -135,7 +135,7 @@ def test_a_group_of_training_stories_is_all_copied(data):
     packed, tokenizer, stories = data
     groups = {
         "copies": [Story(story, ended=k > 0) for k, story in enumerate(stories)],
-        "new": [Story("Big bad zebras")],
+        "new": [Story("Big bad zebras"), Story("")],
     }
     figures = describe(groups, packed, tokenizer)
     assert figures["copies"]["copied_8grams"] == 1 and figures["copies"]["unseen_words"] == 0
