@@ -66,7 +66,9 @@ def load_data(data_dir: Path, verify: bool = False) -> Data:
         )
     splits = {}
     for name in ("train", "validation"):
-        path, facts = processed / f"{name}.bin", meta["splits"][name]
+        path, facts = processed / f"{name}.bin", meta["splits"].get(name)
+        if not facts or not facts["tokens"]:
+            raise UserError(f"{shown(processed)} has no {name} stories: run {PREPARE}")
         expected = facts["tokens"] * np.dtype(meta["dtype"]).itemsize
         size = path.stat().st_size if path.exists() else 0
         if size != expected:
