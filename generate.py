@@ -16,9 +16,9 @@ import torch
 from tokenizers import Tokenizer
 
 from model.checkpoint import find_checkpoint, load_model
+from model.decoder import Decoder, choose_weights
 from model.files import atomic_write, shown
 from model.generation import Sampling, generate
-from model.gpt import GPT
 from model.runtime import choose_device
 from model.settings import UserError, read_settings, require, run_script
 
@@ -37,11 +37,13 @@ SEED: int | None = None  # of the first story, the next has SEED + 1; none: a ne
 INTERACTIVE = False  # read a beginning, continue it, again and again
 OUTPUT: str | None = None  # write the stories to this .jsonl file instead of printing them
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
+DTYPE = "auto"  # of the weights: float32, float16 (auto, where a CPU can) or int8 (CPU only, the fastest for one story)
 
 
 def main() -> None:
     settings = read_settings(
         __file__,
+        choices={"dtype": ("auto", "float32", "float16", "int8")},
         aliases={
             "model": "checkpoint",
             "start": "prompt",
@@ -56,10 +58,14 @@ def main() -> None:
     )
     prompts = read_prompts(settings)
     path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="best")
-    model, tokenizer, checkpoint = load_model(path, choose_device(settings.device))
-    writer = Writer(model, tokenizer, checkpoint["eot_id"], sampling, settings.max_tokens)
+    device = choose_device(settings.device)
+    weights = choose_weights(device, settings.dtype)
+    model, tokenizer, checkpoint = load_model(path, device)
+    decoder = Decoder(model, weights)
+    writer = Writer(decoder, tokenizer, checkpoint["eot_id"], sampling, settings.max_tokens)
     seed = secrets.randbelow(1_000_000) if settings.seed is None else settings.seed
-    note(f"{shown(path)}: step {checkpoint['step']:,}, {model.count_parameters():,} parameters; seed {seed}")
+    size = f"{model.count_parameters():,} parameters in {weights}"
+    note(f"{shown(path)}: step {checkpoint['step']:,}, {size}; seed {seed}")
 
     if settings.interactive:
         converse(writer, seed)
@@ -103,14 +109,16 @@ def read_prompts(settings: SimpleNamespace) -> list[str]:
 class Writer:
     """A model with its tokenizer and the way to sample: text in, story out."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, eot_id: int, sampling: Sampling, max_tokens: int):
-        self.model, self.tokenizer, self.eot_id = model, tokenizer, eot_id
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, eot_id: int, sampling: Sampling, max_tokens: int
+    ):
+        self.decoder, self.tokenizer, self.eot_id = decoder, tokenizer, eot_id
         self.sampling, self.max_tokens = sampling, max_tokens
 
     def encode(self, prompt: str) -> list[int]:
         """The prompt's ids after the end-of-text token that every story follows."""
         ids = [self.eot_id, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
-        room = self.model.config.block_size
+        room = self.decoder.config.block_size
         if len(ids) > room:
             note(
                 f"note: a beginning of {len(ids):,} tokens exceeds the context of {room}; its last part is read"
@@ -137,7 +145,7 @@ class Writer:
         seeds = [seed + k for k in range(len(prompts))]
         written: list[list[int]] = [[] for _ in prompts]
         encoded = [self.encode(prompt) for prompt in prompts]
-        steps = generate(self.model, encoded, self.max_tokens, self.eot_id, self.sampling, seeds)
+        steps = generate(self.decoder, encoded, self.max_tokens, self.eot_id, self.sampling, seeds)
         for tokens in tqdm(steps, unit="token", disable=None, delay=2, leave=False):
             for ids, token in zip(written, tokens, strict=True):
                 if token is not None:
@@ -150,7 +158,7 @@ class Writer:
         ids: list[int] = []
         pending: list[int] = []
         encoded = [self.encode(prompt)]
-        for (token,) in generate(self.model, encoded, self.max_tokens, self.eot_id, self.sampling, [seed]):
+        for (token,) in generate(self.decoder, encoded, self.max_tokens, self.eot_id, self.sampling, [seed]):
             if token is None:
                 continue
             ids.append(token)

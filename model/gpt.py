@@ -8,7 +8,6 @@ Shapes: B sequences, T tokens each, C = n_embd, H heads of size D, V = vocab_siz
 """
 
 import math
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +16,6 @@ from torch import Tensor, nn
 from model.config import GPTConfig
 
 ROPE_BASE = 10_000.0
-
-
-class Cache(Protocol):
-    """What attention needs of a key-value cache; model.generation has one."""
-
-    length: int  # positions already stored
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
@@ -55,37 +46,25 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal multi-head self-attention, (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         bias = config.blocks == "gpt2"
-        self.config, self.layer = config, layer
+        self.config = config
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=bias)
         if config.blocks == "modern":
             self.q_norm = RMSNorm(config.head_dim)
             self.k_norm = RMSNorm(config.head_dim)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         B, T, C = x.shape
         # three times (B, H, T, D)
         q, k, v = self.qkv(x).view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)
         if rotary is not None:
             q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, *rotary).type_as(v), rotate(k, *rotary).type_as(v)
-        mask = None
-        if cache is not None:
-            past = cache.length
-            k, v = cache.extend(self.layer, k, v)
-            if past and T > 1:  # each new token sees the past and the new ones up to itself
-                mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.config.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
-        )
+        dropout = self.config.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -119,16 +98,16 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.mlp_norm = make_norm(config)
         self.mlp = GELUMLP(config) if config.blocks == "gpt2" else SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, cache))
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -144,7 +123,7 @@ class GPT(nn.Module):
             self.register_buffer("rotary_cos", cos, persistent=False)
             self.register_buffer("rotary_sin", sin, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         if not config.tie_weights:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -166,23 +145,20 @@ class GPT(nn.Module):
         """The output matrix, (V, C)."""
         return self.token_embedding.weight if self.config.tie_weights else self.head.weight
 
-    def hidden(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """Token ids (B, T) -> final normalised states (B, T, C), after the positions already in the cache."""
-        start = cache.length if cache is not None else 0
+    def hidden(self, idx: Tensor) -> Tensor:
+        """Token ids (B, T) -> final normalised states (B, T, C)."""
         T = idx.shape[1]
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens exceed the context of {self.config.block_size}")
+        if self.config.block_size < T:
+            raise ValueError(f"{T} tokens exceed the context of {self.config.block_size}")
         x = self.token_embedding(idx)
         rotary = None
         if self.config.blocks == "gpt2":
-            x = x + self.position_embedding.weight[start : start + T]
+            x = x + self.position_embedding.weight[:T]
         else:
-            rotary = self.rotary_cos[start : start + T], self.rotary_sin[start : start + T]
+            rotary = self.rotary_cos[:T], self.rotary_sin[:T]
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, rotary, cache)
-        if cache is not None:
-            cache.length += T
+            x = block(x, rotary)
         return self.norm(x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -191,10 +167,6 @@ class GPT(nn.Module):
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-    def last_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits of the last position only, (B, V) in float32: all that generation needs."""
-        return F.linear(self.hidden(idx, cache)[:, -1], self.head_weight).float()
 
     def count_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
