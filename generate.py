@@ -39,6 +39,9 @@ OUTPUT: str | None = None  # write the stories to this .jsonl file instead of pr
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
 DTYPE = "auto"  # of the weights: float32, float16 (auto, where a CPU can) or int8 (CPU only, the fastest for one story)
 
+# of keys and values in memory at once; stories beyond it wait for the next batch
+BATCH_BYTES = 2 * 1024**3
+
 
 def main() -> None:
     settings = read_settings(
@@ -103,6 +106,8 @@ def read_prompts(settings: SimpleNamespace) -> list[str]:
             raise UserError(f"there is no file {settings.prompts_file}") from None
         except UnicodeDecodeError:
             raise UserError(f"{settings.prompts_file} is not UTF-8 text") from None
+    # what the command line holds beside UTF-8 arrives as lone surrogates, which no tokenizer takes
+    prompts = [prompt.encode(errors="surrogateescape").decode(errors="replace") for prompt in prompts]
     return prompts or [""]
 
 
@@ -139,18 +144,27 @@ class Writer:
         }
 
     def write(self, prompts: list[str], seed: int) -> list[dict]:
-        """A story for each prompt, in one batch."""
+        """A story for each prompt, as many at once as BATCH_BYTES of keys and values have room for."""
         from tqdm import tqdm
 
-        seeds = [seed + k for k in range(len(prompts))]
-        written: list[list[int]] = [[] for _ in prompts]
-        encoded = [self.encode(prompt) for prompt in prompts]
-        steps = generate(self.decoder, encoded, self.max_tokens, self.eot_id, self.sampling, seeds)
-        for tokens in tqdm(steps, unit="token", disable=None, delay=2, leave=False):
-            for ids, token in zip(written, tokens, strict=True):
-                if token is not None:
-                    ids.append(token)
-        return [self.row(*facts) for facts in zip(prompts, written, seeds, strict=True)]
+        config = self.decoder.config
+        at_once = max(1, BATCH_BYTES // (8 * config.n_layer * config.n_embd * config.block_size))
+        rows = []
+        with tqdm(total=len(prompts), unit="story", disable=None, delay=2, leave=False) as bar:
+            for first in range(0, len(prompts), at_once):
+                part = prompts[first : first + at_once]
+                seeds = [seed + first + k for k in range(len(part))]
+                written: list[list[int]] = [[] for _ in part]
+                encoded = [self.encode(prompt) for prompt in part]
+                steps = generate(self.decoder, encoded, self.max_tokens, self.eot_id, self.sampling, seeds)
+                for position, tokens in enumerate(steps):
+                    for ids, token in zip(written, tokens, strict=True):
+                        if token is not None:
+                            ids.append(token)
+                    bar.set_postfix_str(f"{position + 1} tokens", refresh=position % 16 == 0)
+                rows += [self.row(*facts) for facts in zip(part, written, seeds, strict=True)]
+                bar.update(len(part))
+        return rows
 
     def stream(self, prompt: str, seed: int) -> dict:
         """Print one story as it is written, in whole characters."""
@@ -174,6 +188,7 @@ class Writer:
 
 def converse(writer: Writer, seed: int) -> None:
     """Continue what the user types until an end of file or Ctrl-C."""
+    sys.stdin.reconfigure(errors="replace")
     note("Type the beginning of a story and press Enter (empty: a new story). Ctrl-D or Ctrl-C leaves.")
     while True:
         try:
