@@ -16,9 +16,9 @@ import torch
 from tokenizers import Tokenizer
 
 from model.checkpoint import find_checkpoint, load_model
+from model.decoder import Decoder, choose_weights
 from model.files import atomic_write, shown
 from model.generation import Sampling, generate
-from model.gpt import GPT
 from model.runtime import choose_device
 from model.settings import UserError, read_settings, require, run_script
 
@@ -37,11 +37,16 @@ SEED: int | None = None  # of the first story, the next has SEED + 1; none: a ne
 INTERACTIVE = False  # read a beginning, continue it, again and again
 OUTPUT: str | None = None  # write the stories to this .jsonl file instead of printing them
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
+DTYPE = "auto"  # of the weights: float32, float16 (auto, where a CPU can) or int8 (CPU only, the fastest for one story)
+
+# of keys and values in memory at once; stories beyond it wait for the next batch
+BATCH_BYTES = 2 * 1024**3
 
 
 def main() -> None:
     settings = read_settings(
         __file__,
+        choices={"dtype": ("auto", "float32", "float16", "int8")},
         aliases={
             "model": "checkpoint",
             "start": "prompt",
@@ -56,10 +61,14 @@ def main() -> None:
     )
     prompts = read_prompts(settings)
     path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="best")
-    model, tokenizer, checkpoint = load_model(path, choose_device(settings.device))
-    writer = Writer(model, tokenizer, checkpoint["eot_id"], sampling, settings.max_tokens)
+    device = choose_device(settings.device)
+    weights = choose_weights(device, settings.dtype)
+    model, tokenizer, checkpoint = load_model(path, device)
+    decoder = Decoder(model, weights)
+    writer = Writer(decoder, tokenizer, checkpoint["eot_id"], sampling, settings.max_tokens)
     seed = secrets.randbelow(1_000_000) if settings.seed is None else settings.seed
-    note(f"{shown(path)}: step {checkpoint['step']:,}, {model.count_parameters():,} parameters; seed {seed}")
+    size = f"{model.count_parameters():,} parameters in {weights}"
+    note(f"{shown(path)}: step {checkpoint['step']:,}, {size}; seed {seed}")
 
     if settings.interactive:
         converse(writer, seed)
@@ -97,20 +106,24 @@ def read_prompts(settings: SimpleNamespace) -> list[str]:
             raise UserError(f"there is no file {settings.prompts_file}") from None
         except UnicodeDecodeError:
             raise UserError(f"{settings.prompts_file} is not UTF-8 text") from None
+    # what the command line holds beside UTF-8 arrives as lone surrogates, which no tokenizer takes
+    prompts = [prompt.encode(errors="surrogateescape").decode(errors="replace") for prompt in prompts]
     return prompts or [""]
 
 
 class Writer:
     """A model with its tokenizer and the way to sample: text in, story out."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, eot_id: int, sampling: Sampling, max_tokens: int):
-        self.model, self.tokenizer, self.eot_id = model, tokenizer, eot_id
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, eot_id: int, sampling: Sampling, max_tokens: int
+    ):
+        self.decoder, self.tokenizer, self.eot_id = decoder, tokenizer, eot_id
         self.sampling, self.max_tokens = sampling, max_tokens
 
     def encode(self, prompt: str) -> list[int]:
         """The prompt's ids after the end-of-text token that every story follows."""
         ids = [self.eot_id, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
-        room = self.model.config.block_size
+        room = self.decoder.config.block_size
         if len(ids) > room:
             note(
                 f"note: a beginning of {len(ids):,} tokens exceeds the context of {room}; its last part is read"
@@ -131,18 +144,27 @@ class Writer:
         }
 
     def write(self, prompts: list[str], seed: int) -> list[dict]:
-        """A story for each prompt, in one batch."""
+        """A story for each prompt, as many at once as BATCH_BYTES of keys and values have room for."""
         from tqdm import tqdm
 
-        seeds = [seed + k for k in range(len(prompts))]
-        written: list[list[int]] = [[] for _ in prompts]
-        encoded = [self.encode(prompt) for prompt in prompts]
-        steps = generate(self.model, encoded, self.max_tokens, self.eot_id, self.sampling, seeds)
-        for tokens in tqdm(steps, unit="token", disable=None, delay=2, leave=False):
-            for ids, token in zip(written, tokens, strict=True):
-                if token is not None:
-                    ids.append(token)
-        return [self.row(*facts) for facts in zip(prompts, written, seeds, strict=True)]
+        config = self.decoder.config
+        at_once = max(1, BATCH_BYTES // (8 * config.n_layer * config.n_embd * config.block_size))
+        rows = []
+        with tqdm(total=len(prompts), unit="story", disable=None, delay=2, leave=False) as bar:
+            for first in range(0, len(prompts), at_once):
+                part = prompts[first : first + at_once]
+                seeds = [seed + first + k for k in range(len(part))]
+                written: list[list[int]] = [[] for _ in part]
+                encoded = [self.encode(prompt) for prompt in part]
+                steps = generate(self.decoder, encoded, self.max_tokens, self.eot_id, self.sampling, seeds)
+                for position, tokens in enumerate(steps):
+                    for ids, token in zip(written, tokens, strict=True):
+                        if token is not None:
+                            ids.append(token)
+                    bar.set_postfix_str(f"{position + 1} tokens", refresh=position % 16 == 0)
+                rows += [self.row(*facts) for facts in zip(part, written, seeds, strict=True)]
+                bar.update(len(part))
+        return rows
 
     def stream(self, prompt: str, seed: int) -> dict:
         """Print one story as it is written, in whole characters."""
@@ -150,7 +172,7 @@ class Writer:
         ids: list[int] = []
         pending: list[int] = []
         encoded = [self.encode(prompt)]
-        for (token,) in generate(self.model, encoded, self.max_tokens, self.eot_id, self.sampling, [seed]):
+        for (token,) in generate(self.decoder, encoded, self.max_tokens, self.eot_id, self.sampling, [seed]):
             if token is None:
                 continue
             ids.append(token)
@@ -166,6 +188,7 @@ class Writer:
 
 def converse(writer: Writer, seed: int) -> None:
     """Continue what the user types until an end of file or Ctrl-C."""
+    sys.stdin.reconfigure(errors="replace")
     note("Type the beginning of a story and press Enter (empty: a new story). Ctrl-D or Ctrl-C leaves.")
     while True:
         try:

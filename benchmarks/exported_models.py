@@ -45,7 +45,7 @@ def main() -> None:
         (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
         flags = ["--prompts-file", folder / "prompts.txt", "--output", folder / "stories.jsonl"]
         flags += ["--temperature", 0, "--max-tokens", settings.max_tokens, "--seed", 0]
-        script("generate.py", *places, *flags)
+        script("generate.py", *places, *flags, "--dtype", "float32")
         lines = (folder / "stories.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         stories = [row["story"] for row in rows]

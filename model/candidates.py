@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model.checkpoint import find_checkpoint, load_model
+from model.decoder import Decoder
 from model.files import sha256_file, shown
 from model.generation import Sampling, generate_all
 from model.metrics import read_rows
@@ -114,7 +115,7 @@ class OwnModel(Candidate):
         return F.linear(states, self.network.head_weight)
 
     def continue_ids(self, prompts: list[list[int]], seeds: list[int]) -> list[tuple[list[int], bool]]:
-        written = generate_all(self.network, prompts, MAX_TOKENS, self.end_id, SAMPLING, seeds)
+        written = generate_all(Decoder(self.network), prompts, MAX_TOKENS, self.end_id, SAMPLING, seeds)
         return [(ids, len(ids) < MAX_TOKENS) for ids in written]
 
 

@@ -1,4 +1,4 @@
-"""Writing text: a key-value cache, and the choice of each next token."""
+"""Writing text: the choice of each next token, and many sequences side by side."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model.config import GPTConfig
+from model.decoder import Decoder, KVCache
 from model.gpt import GPT
 from model.settings import UserError, require_seed
 
@@ -42,65 +42,157 @@ class Sampling:
                 raise UserError(f"{message}, not {getattr(self, message.split()[0])}")
 
 
-class KVCache:
-    """Keys and values of the positions so far, for every layer; room for block_size positions."""
+def next_distribution(
+    logits: Tensor, previous: Tensor | None, sampling: Sampling
+) -> tuple[Tensor, Tensor | None]:
+    """Probabilities (B, K) of the next token after all filters, from logits (B, V), and the K tokens' ids (B, K).
 
-    def __init__(self, config: GPTConfig, batch: int, like: Tensor):
-        shape = (config.n_layer, batch, config.kv_heads, config.block_size, config.head_dim)
-        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
-        self.length = 0
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's (B, H, T, D) keys and values; return those of all positions so far."""
-        end = self.length + k.size(2)
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all sequences but these."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-
-
-def next_distribution(logits: Tensor, previous: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities (B, V) of the next token from logits (B, V), after all filters.
-
-    `previous` (B, V) is True where a token has occurred. Temperature 0 gives the likeliest token all.
+    The ids are None where the K = V probabilities stand in the order of the vocabulary, otherwise the likeliest
+    comes first and all others have no probability. `previous` (B, V) is True where a token has occurred;
+    None: nowhere. Temperature 0 gives the likeliest token all.
     """
-    if sampling.repetition_penalty != 1:
+    if sampling.repetition_penalty != 1 and previous is not None:
         penalised = torch.where(
             logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty
         )
         logits = torch.where(previous, penalised, logits)
     if sampling.temperature == 0:
-        return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.size(-1):
-        smallest = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if sampling.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
-        # A token stays where those before it do not hold top_p yet, so the likeliest always does.
-        outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p
-        logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
-    if sampling.min_p > 0:
-        probabilities = logits.softmax(-1)
-        smallest = sampling.min_p * probabilities.amax(-1, keepdim=True)
-        logits = logits.masked_fill(probabilities < smallest, -torch.inf)
-    return logits.softmax(-1)
+        likeliest = logits.argmax(-1, keepdim=True)
+        return torch.ones_like(likeliest, dtype=logits.dtype), likeliest
+    # differences first, and no divisor that float32 flushes to 0: so any temperature gives probabilities
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)
+    everything = logits.softmax(-1)
+    vocabulary = logits.size(-1)
+    if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
+        return everything, None
+    # Sorting a whole vocabulary costs a CPU more than the model does. A few of the likeliest are nearly always enough
+    # to hold all that the filters leave; a GPU sorts fast, but would have to wait for the answer.
+    count = vocabulary if logits.is_cuda else sampling.top_k or 64
+    while True:
+        count = min(count, vocabulary)
+        probabilities, ids = everything.topk(count)
+        outside = torch.zeros_like(probabilities, dtype=torch.bool)
+        if sampling.top_k:
+            outside[:, sampling.top_k :] = True
+            probabilities = probabilities.masked_fill(outside, 0)
+            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+        if sampling.top_p < 1:
+            # A token stays where those before it do not hold top_p yet, so the likeliest always does.
+            outside |= probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        if sampling.min_p > 0:
+            outside |= probabilities < sampling.min_p * probabilities[:, :1]
+        if count == vocabulary or count == sampling.top_k or outside[:, -1].all():
+            probabilities = probabilities.masked_fill(outside, 0)
+            return probabilities / probabilities.sum(-1, keepdim=True), ids
+        count *= 8
 
 
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Token ids (B,) from probabilities (B, V) and numbers in [0, 1) (B,): inverse of the distribution."""
-    cumulative = probabilities.double().cumsum(-1)
-    # scaled by the sum, so that rounding cannot point past the last token with any probability
-    return torch.searchsorted(cumulative, (uniforms.double() * cumulative[:, -1])[:, None], right=True)[:, 0]
+    """Indices (B,) drawn from probabilities (B, K) by numbers in [0, 1) (B,): inverse of the distribution."""
+    cumulative = probabilities.cumsum(-1)
+    # scaled by the sum and kept below it, so that rounding cannot point past the last with any probability
+    targets = uniforms.type_as(cumulative).clamp(max=1 - 2**-22)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, targets, right=True)[:, 0]
 
 
-@torch.no_grad()
+class Batch:
+    """Sequences that are written side by side: tensors on the decoder's device, and a step that never waits for it."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: list[list[int]],
+        max_tokens: int,
+        eot_id: int,
+        sampling: Sampling,
+        seeds: list[int],
+    ):
+        self.decoder, self.sampling, self.eot_id, self.graph = decoder, sampling, eot_id, None
+        device, count = decoder.device, len(prompts)
+        self.total = max(map(len, prompts)) + max_tokens
+        tokens = torch.full((count, self.total), eot_id)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt)
+        streams = [torch.rand(max_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        self.tokens, self.uniforms = tokens.to(device), torch.stack(streams).to(device)
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.position = self.lengths.min()[None].clone()  # (1,), where the next tokens will stand
+        self.occurred = None
+        if sampling.repetition_penalty != 1:
+            self.occurred = torch.zeros(count, decoder.config.vocab_size, dtype=torch.bool, device=device)
+            self.occurred.scatter_(1, self.tokens[:, : int(self.position)], True)
+        self.cache = KVCache(decoder, count, min(decoder.config.block_size, self.total))
+
+    def write(self, logits: Tensor) -> None:
+        """Choose each sequence's next token from logits (B, V); those still in their prompt keep its token."""
+        if self.occurred is not None and 0 <= self.eot_id < logits.size(1):
+            self.occurred[:, self.eot_id] = False  # every story begins with it, and should still end
+        probabilities, ids = next_distribution(logits, self.occurred, self.sampling)
+        turn = (self.position - self.lengths).clamp(0, self.uniforms.size(1) - 1)[:, None]
+        new = draw(probabilities, self.uniforms.gather(1, turn)[:, 0])[:, None]
+        if ids is not None:
+            new = ids.gather(1, new)
+        given = self.tokens.index_select(1, self.position)
+        new = torch.where(self.lengths[:, None] <= self.position, new, given)
+        self.tokens.index_copy_(1, self.position, new)
+        if self.occurred is not None:
+            self.occurred.scatter_(1, new, True)
+        self.position += 1
+
+    def read_anew(self, first: int, position: int) -> None:
+        """Read the tokens from `first` on into an empty cache, and write the next."""
+        self.cache.clear()
+        self.write(self.decoder(self.tokens[:, first:position], self.cache))
+
+    def step(self, graph: bool = False) -> None:
+        """Read the latest tokens and write the next ones."""
+        latest = self.tokens.index_select(1, self.position - 1)
+        self.write(self.decoder(latest, self.cache, graph))
+
+    def advance(self) -> None:
+        """step(), on a GPU as one CUDA graph, so that nothing but the GPU itself takes time."""
+        if not self.tokens.is_cuda:
+            return self.step()
+        if self.graph is None:
+            self.capture()
+        self.graph.replay()
+        self.cache.length += 1
+
+    def capture(self) -> None:
+        """Record a step. Whatever its rehearsals wrote is written again by the first replay."""
+        state = [t for t in (self.position, self.cache.next, self.tokens, self.occurred) if t is not None]
+        before, length = [t.clone() for t in state], self.cache.length
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.step(graph=True)
+                self.restore(state, before, length)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.step(graph=True)
+        self.restore(state, before, length)
+
+    def restore(self, state: list[Tensor], before: list[Tensor], length: int) -> None:
+        for tensor, old in zip(state, before, strict=True):
+            tensor.copy_(old)
+        self.cache.length = length
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all sequences but these (ascending)."""
+        self.tokens, self.uniforms, self.lengths = (
+            t[rows] for t in (self.tokens, self.uniforms, self.lengths)
+        )
+        if self.occurred is not None:
+            self.occurred = self.occurred[rows]
+        self.cache.keep(rows)
+        self.graph = None
+
+
+@torch.inference_mode()
 def generate(
-    model: GPT,
+    decoder: Decoder,
     prompts: list[list[int]],
     max_tokens: int,
     eot_id: int,
@@ -118,52 +210,45 @@ def generate(
     """
     for seed in seeds:
         require_seed(seed)
-    device, block_size = model.head_weight.device, model.config.block_size
-    lengths = torch.tensor([len(p) for p in prompts])
-    uniforms = torch.stack(
-        [torch.rand(max_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    )
-    total = int(lengths.max()) + max_tokens
-    tokens = torch.full((len(prompts), total), eot_id)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt)
-    alive = torch.arange(len(prompts))  # rows still going on
-    cache = KVCache(model.config, len(prompts), model.head_weight)
+    block_size, lengths = decoder.config.block_size, [len(prompt) for prompt in prompts]
+    batch = Batch(decoder, prompts, max_tokens, eot_id, sampling, seeds)
+    ahead = 16 if decoder.device.type == "cuda" else 1  # positions written before anyone looks at them
+    rows = list(range(len(prompts)))  # the sequence that each row of the batch holds
+    ended: set[int] = set()
     begin = 0  # of the window that the model reads
-    read = 0  # tokens of the sequences that the cache has seen, or slid over
-    for position in range(int(lengths.min()), total):
-        if position - begin > block_size:
+    shown = min(lengths)  # positions yielded
+    for position in range(shown, batch.total):
+        if position - begin > block_size or position == min(lengths):
             while position - begin > block_size:
                 begin += block_size + 1 - max(1, block_size // 2)
-            cache, read = KVCache(model.config, len(alive), model.head_weight), begin
-        logits = model.last_logits(tokens[alive, read:position].to(device), cache)
-        read = position
-        writing = lengths[alive] <= position
-        previous = torch.zeros_like(logits, dtype=torch.bool)
-        if sampling.repetition_penalty != 1:
-            previous.scatter_(1, tokens[alive, :position].to(device), True)
-            previous[:, eot_id] = False  # every story begins with it, and should still end
-        turn = (position - lengths[alive]).clamp(min=0, max=max_tokens - 1)
-        new = draw(next_distribution(logits, previous, sampling), uniforms[alive, turn].to(device)).cpu()
-        tokens[alive, position] = torch.where(writing, new, tokens[alive, position])
-        ended = writing & (new == eot_id)
-        yielded: list[int | None] = [None] * len(prompts)
-        for row, token, is_new in zip(alive.tolist(), new.tolist(), (writing & ~ended).tolist(), strict=True):
-            if is_new:
-                yielded[row] = token
-        yield yielded
-        ended |= position + 1 - lengths[alive] >= max_tokens
-        if ended.any():
-            cache.keep((~ended).nonzero()[:, 0].to(device))
-            alive = alive[~ended]
-            if not len(alive):
+            batch.read_anew(begin, position)
+        else:
+            batch.advance()
+        if position + 1 - shown < ahead and position + 1 < batch.total:
+            continue
+        for place, tokens in enumerate(batch.tokens[:, shown : position + 1].T.tolist(), start=shown):
+            yielded: list[int | None] = [None] * len(prompts)
+            for row, token in zip(rows, tokens, strict=True):
+                if row in ended or place < lengths[row]:
+                    continue
+                if token != eot_id:
+                    yielded[row] = token
+                if token == eot_id or place + 1 - lengths[row] >= max_tokens:
+                    ended.add(row)
+            yield yielded
+            if len(ended) == len(prompts):
                 return
+        shown = position + 1
+        going = [k for k, row in enumerate(rows) if row not in ended]
+        if len(going) <= 3 * len(rows) // 4:  # dropping a few would cost more than writing on
+            batch.keep(going)
+            rows = [rows[k] for k in going]
 
 
-def generate_all(model: GPT, prompts: list[list[int]], *arguments) -> list[list[int]]:
+def generate_all(decoder: Decoder, prompts: list[list[int]], *arguments) -> list[list[int]]:
     """generate(), collected: the new tokens of each sequence."""
     written: list[list[int]] = [[] for _ in prompts]
-    for row_tokens in generate(model, prompts, *arguments):
+    for row_tokens in generate(decoder, prompts, *arguments):
         for row, token in enumerate(row_tokens):
             if token is not None:
                 written[row].append(token)
@@ -175,5 +260,5 @@ def continue_text(
 ) -> str:
     """The prompt as the beginning of a story, and how the model goes on, sampled with a seed."""
     ids = [eot_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    written = generate_all(model, [ids], max_tokens, eot_id, Sampling(top_p=0.95), [seed])[0]
+    written = generate_all(Decoder(model), [ids], max_tokens, eot_id, Sampling(top_p=0.95), [seed])[0]
     return tokenizer.decode(ids[1:] + written, skip_special_tokens=False)

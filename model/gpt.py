@@ -8,7 +8,6 @@ Shapes: B sequences, T tokens each, C = n_embd, H heads of size D, V = vocab_siz
 """
 
 import math
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +17,6 @@ from model.config import GPTConfig
 
 # Longest context whose (T, T) scores are trained on as a whole on a CPU
 PLAIN_UP_TO = 512
-
-
-class Cache(Protocol):
-    """What attention needs of a key-value cache; model.generation has one."""
-
-    length: int  # positions already stored
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
@@ -67,10 +58,10 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal multi-head self-attention, (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         bias = config.blocks == "gpt2"
-        self.config, self.layer = config, layer
+        self.config = config
         self.heads = (config.n_head, config.kv_heads, config.kv_heads)  # of q, k and v
         self.qkv = nn.Linear(config.n_embd, sum(self.heads) * config.head_dim, bias=bias)
         self.proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=bias)
@@ -78,26 +69,20 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim)
             self.k_norm = RMSNorm(config.head_dim)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         B, T, _ = x.shape
         # q is (B, H, T, D); k and v have as many heads, or fewer
         q, k, v = self.qkv(x).view(B, T, -1, self.config.head_dim).transpose(1, 2).split(self.heads, dim=1)
         if rotary is not None:
             q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, *rotary).type_as(v), rotate(k, *rotary).type_as(v)
-        mask = None
-        if cache is not None:
-            past = cache.length
-            k, v = cache.extend(self.layer, k, v)
-            if past and T > 1:  # each new token sees the past and the new ones up to itself
-                mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         dropout = self.config.dropout if self.training else 0.0
         grouped = k.size(1) < q.size(1)
         if self.training and x.device.type == "cpu" and not (dropout or grouped) and T <= PLAIN_UP_TO:
             y = plain_attention(q, k, v)
         else:
-            how = {"dropout_p": dropout, "is_causal": mask is None and T > 1, "enable_gqa": grouped}
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
+            how = {"dropout_p": dropout, "is_causal": True, "enable_gqa": grouped}
+            y = F.scaled_dot_product_attention(q, k, v, **how)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -131,16 +116,16 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.mlp_norm = make_norm(config)
         self.mlp = GELUMLP(config) if config.blocks == "gpt2" else SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, cache))
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -156,7 +141,7 @@ class GPT(nn.Module):
             self.register_buffer("rotary_cos", cos, persistent=False)
             self.register_buffer("rotary_sin", sin, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         if not config.tie_weights:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -178,23 +163,20 @@ class GPT(nn.Module):
         """The output matrix, (V, C)."""
         return self.token_embedding.weight if self.config.tie_weights else self.head.weight
 
-    def hidden(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """Token ids (B, T) -> final normalised states (B, T, C), after the positions already in the cache."""
-        start = cache.length if cache is not None else 0
+    def hidden(self, idx: Tensor) -> Tensor:
+        """Token ids (B, T) -> final normalised states (B, T, C)."""
         T = idx.shape[1]
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens exceed the context of {self.config.block_size}")
+        if self.config.block_size < T:
+            raise ValueError(f"{T} tokens exceed the context of {self.config.block_size}")
         x = self.token_embedding(idx)
         rotary = None
         if self.config.blocks == "gpt2":
-            x = x + self.position_embedding.weight[start : start + T]
+            x = x + self.position_embedding.weight[:T]
         else:
-            rotary = self.rotary_cos[start : start + T], self.rotary_sin[start : start + T]
+            rotary = self.rotary_cos[:T], self.rotary_sin[:T]
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, rotary, cache)
-        if cache is not None:
-            cache.length += T
+            x = block(x, rotary)
         return self.norm(x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -203,10 +185,6 @@ class GPT(nn.Module):
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-    def last_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits of the last position only, (B, V) in float32: all that generation needs."""
-        return F.linear(self.hidden(idx, cache)[:, -1], self.head_weight).float()
 
     def count_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -1,9 +1,15 @@
 """generate.py as its users run it, with a model that has learnt next to nothing."""
 
 import json
+import os
+import pty
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
+from conftest import REPO
 
 
 @pytest.fixture
@@ -56,11 +62,6 @@ def test_a_checkpoint_file_is_all_it_needs(run, trained, tmp_path):
 
 
 def test_interactive_continues_each_line_until_the_end_of_input(trained):
-    import subprocess
-    import sys
-
-    from conftest import REPO
-
     command = [sys.executable, REPO / "generate.py", "--checkpoint-dir", trained, "--interactive"]
     command += ["--max-tokens", 5, "--seed", 1]
     result = subprocess.run(
@@ -74,3 +75,69 @@ def test_interactive_continues_each_line_until_the_end_of_input(trained):
 def test_a_beginning_beyond_the_context_is_noted_and_continued(generate):
     result = generate("--prompt", "a big dog " * 30, "--max-tokens", 5, "--seed", 1, check=0)
     assert "its last part is read" in result.stderr and result.stdout.startswith("a big dog a big dog")
+
+
+def test_interactive_in_a_terminal(trained):
+    """A beginning, its story, the next prompt; then Ctrl-C leaves without an error."""
+    command = [sys.executable, REPO / "generate.py", "--checkpoint-dir", trained, "--interactive"]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [*map(str, command), "--max-tokens", "5", "--seed", "1"])
+    signal.alarm(60)  # the test fails, rather than hangs, where a prompt does not come
+    shown = read_until(terminal, b"> ")
+    assert b"Ctrl-D or Ctrl-C leaves" in shown and b"Traceback" not in shown
+    os.write(terminal, b"A cat\n")
+    story = read_until(terminal, b"\n> ")
+    assert story.count(b"A cat") == 2  # as typed, and as the story's beginning
+    os.write(terminal, b"\x03")
+    rest = read_until(terminal, None)
+    _, status = os.waitpid(child, 0)
+    signal.alarm(0)
+    assert os.waitstatus_to_exitcode(status) == 0 and b"Traceback" not in rest
+    assert b"\x1b" not in shown + story + rest
+
+
+def read_until(terminal, end):
+    """What the terminal shows, up to `end`, or to the end of the program."""
+    shown = b""
+    while end is None or end not in shown:
+        try:
+            more = os.read(terminal, 1_000)
+        except OSError:  # how Linux says that the other side has closed
+            more = b""
+        if not more:
+            return shown
+        shown += more
+    return shown
+
+
+def test_an_empty_prompt_starts_a_new_story(generate):
+    flags = ["--max-tokens", 8, "--seed", 4]
+    assert generate("--prompt", "", *flags, check=0).stdout == generate(*flags, check=0).stdout != ""
+
+
+def test_a_prompt_that_is_not_utf8_is_read_as_well_as_can_be(generate):
+    result = generate("--prompt", os.fsdecode(b"caf\xe9"), "--max-tokens", 3, "--seed", 1, check=0)
+    assert result.stdout.startswith("caf\ufffd")
+
+
+def test_stories_beyond_the_memory_for_one_batch_wait_for_the_next(trained, monkeypatch):
+    import generate as script
+    from model.checkpoint import find_checkpoint, load_model
+    from model.decoder import Decoder
+    from model.generation import Sampling
+
+    model, tokenizer, checkpoint = load_model(find_checkpoint(trained, "best", "best"))
+    writer = script.Writer(Decoder(model.double()), tokenizer, checkpoint["eot_id"], Sampling(), 12)
+    together = writer.write(["A cat", "Two", "", "One day"], seed=3)
+    monkeypatch.setattr(
+        script, "BATCH_BYTES", 3 * 8 * 16 * 16
+    )  # of one layer of 16, context 16: three stories
+    assert writer.write(["A cat", "Two", "", "One day"], seed=3) == together
+
+
+def test_every_precision_writes_a_story(generate):
+    stories = [
+        generate("--dtype", d, "--max-tokens", 8, "--seed", 1).stdout for d in ("float32", "int8", "auto")
+    ]
+    assert all(stories)

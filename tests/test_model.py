@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model.config import PRESETS, GPTConfig, find_preset
-from model.generation import KVCache
 from model.gpt import GPT
 from model.huggingface import to_config_json, to_huggingface
 from model.settings import UserError
@@ -128,28 +127,11 @@ def test_the_order_of_earlier_tokens_matters(blocks):
     assert (model(swapped) - model(ids))[0, 5].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("blocks", "sizes"), [("modern", {}), ("gpt2", {}), ("modern", QWEN3_SIZES)])
-@pytest.mark.parametrize("chunks", [[32], [1] * 32, [5, 1, 7, 19], [31, 1]])
-@torch.no_grad()
-def test_reading_in_pieces_gives_the_same_logits(blocks, sizes, chunks):
-    model, ids = make_model(blocks, **sizes).double(), token_ids()
-    expected, cache, end = model(ids), KVCache(model.config, len(ids), model.head_weight), 0
-    for chunk in chunks:
-        logits = model.last_logits(ids[:, end : end + chunk], cache)
-        end += chunk
-        assert cache.length == end
-        torch.testing.assert_close(logits, expected[:, end - 1].float())
-
-
 @pytest.mark.parametrize("blocks", FAMILIES)
 def test_too_long_a_sequence_is_refused(blocks):
     model = make_model(blocks)
     with pytest.raises(ValueError, match="33 tokens exceed the context of 32"):
         model(token_ids(length=33))
-    cache = KVCache(model.config, 3, model.head_weight)
-    model.last_logits(token_ids(length=30), cache)
-    with pytest.raises(ValueError, match="33 tokens"):
-        model.last_logits(token_ids(length=3), cache)
 
 
 # Initial weights, dropout, precision

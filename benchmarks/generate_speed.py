@@ -1,0 +1,236 @@
+"""How fast stories are written: one and many at once, beside transformers' generate and llama2.c's run.c.
+
+python benchmarks/generate_speed.py                                  random weights in stories-15m's shape
+python benchmarks/generate_speed.py --llama2c PATH                   a folder with a compiled `run` and tokenizer.bin
+python benchmarks/generate_speed.py --checkpoint checkpoints/best.pt  time to the first word, and what few bits cost
+
+All take turns in every round; printed are medians of tokens per second. Everyone draws with temperature 0.8 and
+top-p 0.95. The weights are random, but for a final norm large enough that a few tokens hold most of the
+probability, as after training. The cost of few bits is measured in bits per byte, on validation stories of up to a
+context, read token by token as when writing.
+"""
+
+import math
+import re
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from evaluate import read_stories
+from model.checkpoint import find_checkpoint, load_model
+from model.config import GPTConfig, find_preset
+from model.decoder import Decoder, KVCache
+from model.generation import Sampling, generate_all
+from model.gpt import GPT
+from model.runtime import choose_device, device_name
+from model.settings import REPO, UserError, read_settings, run_script
+
+PRESET = "stories-15m"  # the shape
+STREAMS = 64  # stories at once, beside one
+TOKENS = 240  # of each story
+ROUNDS = 5  # of which the median counts
+DEVICE = "auto"  # auto, cpu, cuda or mps
+LLAMA2C: str | None = None  # a folder with llama2.c's compiled run and its tokenizer.bin
+CHECKPOINT: str | None = None  # a trained model, for the time to the first word and the cost of few bits
+CHECKPOINT_DIR = "checkpoints"  # where best, latest and steps are looked for
+DATA_DIR = "data"  # whose validation stories tell the cost
+SPLIT = "validation"  # of them
+MAX_SAMPLES = 256  # stories that tell the cost
+
+SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+FINAL_NORM = 18.0
+
+
+def main() -> None:
+    settings = read_settings(__file__)
+    device, config = choose_device(settings.device), find_preset(settings.preset).config
+    print(f"{settings.preset}: {device_name(device)}; torch {torch.__version__}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = list_contenders(settings, config, device, Path(folder))
+        speeds: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(settings.rounds):
+            for name, contender in contenders.items():
+                speeds[name].append(contender())
+    for name, values in speeds.items():
+        print(
+            f"{name:<44} {statistics.median(values):>9,.0f} tokens/s  ({min(values):,.0f} to {max(values):,.0f})"
+        )
+    if settings.checkpoint is not None:
+        path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="best")
+        waits = [first_word(path) for _ in range(settings.rounds)]
+        print(f"{'from the command to the first word':<44} {statistics.median(waits):>9.2f} s")
+        print_cost(path, device, read_stories(settings))
+
+
+def list_contenders(
+    settings, config: GPTConfig, device: torch.device, folder: Path
+) -> dict[str, Callable[[], float]]:
+    torch.manual_seed(0)
+    model = GPT(config).eval().to(device)
+    torch.nn.init.constant_(model.norm.weight, FINAL_NORM)
+    contenders: dict[str, Callable[[], float]] = {}
+    for weights in ("float32", "float16", "int8") if device.type == "cpu" else ("float32", "float16"):
+        decoder = Decoder(model, weights)
+        for streams in (1, settings.streams):
+            write = partial(
+                generate_all, decoder, [[0]] * streams, settings.tokens, -1, SAMPLING, list(range(streams))
+            )
+            contenders[f"{weights}, {streams} at once"] = partial(
+                rate, write, streams * settings.tokens, device
+            )
+    contenders |= transformers_contenders(config, device, settings.tokens)
+    if settings.llama2c is not None:
+        binary, weights = Path(settings.llama2c).resolve(), folder / "model.bin"
+        write_llama2c(weights, config)
+        command = [binary / "run", weights, "-z", binary / "tokenizer.bin", "-n", config.block_size]
+        contenders["llama2.c run, greedy"] = partial(run_c, [*command, "-t", 0])
+        contenders["llama2.c run"] = partial(
+            run_c, [*command, "-t", SAMPLING.temperature, "-p", SAMPLING.top_p]
+        )
+    return contenders
+
+
+def rate(write: Callable, tokens: int, device: torch.device) -> float:
+    started = time.perf_counter()
+    write()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return tokens / (time.perf_counter() - started)
+
+
+def transformers_contenders(
+    config: GPTConfig, device: torch.device, tokens: int
+) -> dict[str, Callable[[], float]]:
+    """Its generate for a model of the same shape, with each cache that it offers."""
+    try:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+    except ImportError:
+        raise UserError("this measures transformers too: pip install -r requirements-test.txt") from None
+
+    shape = Qwen3Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.n_embd,
+        intermediate_size=config.n_hidden,
+        num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head,
+        num_key_value_heads=config.n_head,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.block_size,
+        tie_word_embeddings=config.tie_weights,
+    )
+    contenders = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        network = Qwen3ForCausalLM(shape).eval()
+        torch.nn.init.constant_(network.model.norm.weight, FINAL_NORM)
+        network = network.to(device, dtype)
+        start = torch.zeros(1, 1, dtype=torch.long, device=device)
+        for cache in ("dynamic", "static"):
+            write = partial(
+                network.generate,
+                start,
+                attention_mask=torch.ones_like(start),
+                cache_implementation=cache,
+                do_sample=True,
+                temperature=SAMPLING.temperature,
+                top_p=SAMPLING.top_p,
+                top_k=0,
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+                pad_token_id=0,
+                disable_compile=True,
+            )
+            name = f"transformers, {str(dtype).removeprefix('torch.')}, {cache} cache"
+            contenders[name] = partial(rate, write, tokens, device)
+    return contenders
+
+
+def write_llama2c(path: Path, config: GPTConfig) -> None:
+    """Random weights of the same shape as llama2.c reads them: seven sizes, then float32 numbers."""
+    C, hidden, layers, V = config.n_embd, config.n_hidden, config.n_layer, config.vocab_size
+    generator = np.random.default_rng(0)
+
+    def numbers(*shape: int) -> np.ndarray:
+        return (0.02 * generator.standard_normal(shape)).astype(np.float32)
+
+    ones = np.ones((layers, C), np.float32)
+    rotary = numbers(config.block_size, config.head_dim)  # read over
+    matrices = [ones, numbers(4, layers, C, C), ones, numbers(3, layers, C, hidden)]
+    arrays = [numbers(V, C), *matrices, np.full(C, FINAL_NORM, np.float32), rotary]
+    sizes = struct.pack("7i", C, hidden, layers, config.n_head, config.n_head, V, config.block_size)
+    path.write_bytes(sizes + b"".join(array.tobytes() for array in arrays))
+
+
+def run_c(command: list) -> float:
+    """Its own count; a story that begins anew after a few tokens is written again."""
+    for seed in range(1, 20):
+        words = [*map(str, command), "-s", str(seed)]
+        said = subprocess.run(words, capture_output=True, timeout=300).stderr.decode(errors="replace")
+        speed = float(re.search(r"tok/s: ([\d.]+|inf)", said)[1])
+        if 10 < speed < math.inf:
+            return speed
+    raise RuntimeError("llama2.c's run gave no speed")
+
+
+def first_word(checkpoint: Path) -> float:
+    """Seconds from starting generate.py until a word of a new story is there."""
+    command = [
+        sys.executable,
+        REPO / "generate.py",
+        "--checkpoint",
+        checkpoint,
+        "--seed",
+        "1",
+        "--max-tokens",
+        "20",
+    ]
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        while not process.stdout.read(1).strip():
+            pass
+        seconds = time.perf_counter() - started
+        process.stdout.read()
+    return seconds
+
+
+@torch.inference_mode()
+def print_cost(path: Path, device: torch.device, stories: list[str]) -> None:
+    model, tokenizer, checkpoint = load_model(path, device)
+    eot_id, room = checkpoint["eot_id"], model.config.block_size
+    sequences = [
+        [eot_id, *tokenizer.encode(s, add_special_tokens=False).ids, eot_id][: room + 1] for s in stories
+    ]
+    size = sum(len(tokenizer.decode(ids[1:]).encode()) for ids in sequences)
+    exact = None
+    for weights in ("float32", "float16", "int8") if device.type == "cpu" else ("float32", "float16"):
+        decoder, nats = Decoder(model, weights), 0.0
+        for first in range(0, len(sequences), 64):
+            part = sequences[first : first + 64]
+            longest = max(map(len, part))
+            ids = torch.tensor([s + [-1] * (longest - len(s)) for s in part], device=device)
+            cache = KVCache(decoder, len(part), room)
+            for position in range(longest - 1):
+                logits = decoder(ids[:, position : position + 1].clamp(min=0), cache)
+                loss = torch.nn.functional.cross_entropy(
+                    logits, ids[:, position + 1], reduction="sum", ignore_index=-1
+                )
+                nats += loss.item()
+        bits = nats / math.log(2) / size
+        exact = exact or bits
+        print(
+            f"{weights + ', bits per byte':<44} {bits:>11.5f}  ({bits / exact - 1:+.4%}; {len(stories)} stories)"
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)
