@@ -228,10 +228,11 @@ def prepare_forward(model: GPT, runtime: Runtime, wanted: int, windows: int) -> 
         micro_batch = -(-windows // -(-windows // micro_batch))
     forward = torch.compile(model, dynamic=False) if runtime.compile else model
     while True:
-        zeros = torch.zeros(micro_batch, model.config.block_size, dtype=torch.long, device=runtime.device)
+        # cut out of longer rows as the windows of a step are: other strides would be compiled once more
+        rows = torch.zeros(micro_batch, model.config.block_size + 1, dtype=torch.long, device=runtime.device)
         try:
             with runtime.autocast():
-                loss = forward(zeros, zeros)
+                loss = forward(rows[:, :-1], rows[:, 1:])
             loss.backward()
         except torch.OutOfMemoryError:
             if micro_batch == 1:

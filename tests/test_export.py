@@ -21,6 +21,7 @@ from data import train_tokenizer
 from model.batches import load_data
 from model.checkpoint import load_checkpoint, load_model, save_checkpoint
 from model.config import GPTConfig
+from model.decoder import Decoder
 from model.generation import Sampling, generate_all
 from model.gpt import GPT
 from model.huggingface import from_config_json, load_pretrained, to_config_json, token_table
@@ -72,7 +73,7 @@ def make(tokenizers, tmp_path):
             for weight, parameter in model.named_parameters():
                 parameter.normal_(1.0 if "norm" in weight and weight.endswith("weight") else 0.0, 0.2)
             if ends_after:  # the head's row of the end is the state in which it shall come
-                ids = [eot_id, *generate_all(model, [[eot_id]], ends_after, eot_id, GREEDY, [0])[0]]
+                ids = [eot_id, *generate_all(Decoder(model), [[eot_id]], ends_after, eot_id, GREEDY, [0])[0]]
                 state = model.hidden(torch.tensor([ids]))[0, -1]
                 model.head.weight[eot_id] = (
                     state * 1.1 * (model.head_weight @ state).max() / state.square().sum()
@@ -104,7 +105,7 @@ def continuations(path, length=40):
     model, tokenizer, checkpoint = load_model(path)
     eot_id = checkpoint["eot_id"]
     prompts = [[eot_id, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in PROMPTS]
-    written = generate_all(model, prompts, length, eot_id, GREEDY, [0] * len(prompts))
+    written = generate_all(Decoder(model), prompts, length, eot_id, GREEDY, [0] * len(prompts))
     return list(zip(prompts, written, strict=True))
 
 
