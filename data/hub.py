@@ -4,8 +4,11 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
-from data.stories import BATCH, first_line, progress, quiet_datasets, require_column
+from data.stories import BATCH, Progress, first_line, quiet_datasets, slices
+from data.story_files import require_column
+from model.files import require_space
 from model.settings import UserError, require
 
 
@@ -34,10 +37,11 @@ def reach_hub() -> str:
     return reason
 
 
-def open_hub(word: str, column: str, stream: bool) -> dict[str, Iterator[str]]:
+def open_hub(word: str, column: str, stream: bool, folder: Path) -> dict[str, Iterator[str]]:
     """The stories of a hub data set, `name` or `name:config`, as {"train": ..., "validation": ...}.
 
-    "validation" is absent where the data set has no such split. With `stream` only what is read is downloaded.
+    "validation" is absent where the data set has no such split. With `stream` only what is read is downloaded,
+    else everything, to the hub's cache; the stories are to be written into the folder.
     Raises UserError for whatever goes wrong.
     """
     import datasets
@@ -58,6 +62,8 @@ def open_hub(word: str, column: str, stream: bool) -> dict[str, Iterator[str]]:
     require("train" in splits, f"{word} on the hub has no train split: it has {', '.join(splits)}")
     validation = next((split for split in ("validation", "valid", "val", "dev") if split in splits), None)
     chosen = {"train": "train"} | ({"validation": validation} if validation else {})
+    if isinstance(splits, datasets.DatasetDict):
+        require_space(folder, sum(splits[split].data.nbytes for split in chosen.values()))
     stories = {}
     for part, split in chosen.items():
         with hub_errors(word, offline):
@@ -72,14 +78,15 @@ def hub_stories(split: object, word: str, offline: str) -> Iterator[str]:
 
     with (
         hub_errors(word, offline),
-        progress(total=getattr(split, "num_rows", None), desc=word, unit=" stories") as bar,
+        Progress(total=getattr(split, "num_rows", None), desc=word, unit=" stories") as bar,
     ):
         for table in split.with_format("arrow").iter(BATCH):
             kind = table.schema[0].type
             text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
             require(text, f"{word} on the hub: column {table.schema[0].name!r} is not text but {kind}")
             bar.update(table.num_rows)
-            yield from (story or "" for story in table.column(0).to_pylist())
+            for stories in slices(table):
+                yield from (story or "" for story in stories)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from conftest import assert_one_line_error
 from fake_hub import serve_hub
 
 from data import ingestion
-from data.stories import find_files, read_file
+from data.story_files import find_files, read_file
 from model.settings import UserError
 
 STORIES = [
@@ -89,7 +89,7 @@ def test_every_form_of_json(tmp_path, text):
 
 
 def test_json_elements_may_lie_across_the_blocks_it_is_read_in(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.stories.BLOCK", 7)
+    monkeypatch.setattr("data.story_files.BLOCK", 7)
     path = write_stories(tmp_path / "stories.json")
     assert list(read_file(path, "text")) == STORIES
 
@@ -253,7 +253,7 @@ def test_max_stories_counts_training_stories(tmp_path, limit, fraction, monkeypa
 def test_line_ends_are_the_same_everywhere():
     dropped = ingestion.Counter()
     stories = ["a\r\nb\rc\n", "\ufeff a\nb\nc", "\r\n", "d"]
-    assert list(ingestion.clean(stories, dropped, set())) == ["a\nb\nc", "d"]
+    assert list(ingestion.clean(stories, dropped, ingestion.NumberSet())) == ["a\nb\nc", "d"]
     assert dropped == {"duplicates": 1, "empty": 1}
 
 
