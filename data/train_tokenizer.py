@@ -26,7 +26,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # learn and encode on a
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data.hub import reach_hub
-from data.stories import END_OF_TEXT, first_line, next_step, open_raw, progress, raw_batches, read_manifest
+from data.stories import END_OF_TEXT, Progress, first_line, next_step, open_raw, raw_batches, read_manifest
 from model.files import atomic_write, read_json, sha256_file, shown, write_json
 from model.settings import UserError, read_settings, require, run_script
 
@@ -117,7 +117,7 @@ def learn_bpe(stories: object, settings: SimpleNamespace) -> Tokenizer:
         show_progress=False,
     )
     stop = threading.Event()
-    with progress(total=len(stories), desc="words", unit=" stories") as bar, ThreadPoolExecutor(1) as thread:
+    with Progress(total=len(stories), desc="words", unit=" stories") as bar, ThreadPoolExecutor(1) as thread:
 
         def counted() -> Iterator[list[str]]:
             for batch in raw_batches(stories):
@@ -186,7 +186,7 @@ def gpt2_from_files(names: list[str]) -> models.BPE:
 def collect_characters(stories: object, settings: SimpleNamespace) -> Tokenizer:
     """A token for each character of the stories; any other character becomes its UTF-8 bytes."""
     characters = set()
-    with progress(total=len(stories), desc="characters", unit=" stories") as bar:
+    with Progress(total=len(stories), desc="characters", unit=" stories") as bar:
         for batch in raw_batches(stories):
             characters.update(*batch)
             bar.update(len(batch))
