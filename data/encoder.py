@@ -4,6 +4,7 @@ A byte-level BPE cuts a text into words and encodes each on its own. Stories use
 table from word to tokens does the work, and the tokenizer is asked only about words that the table lacks.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -14,11 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from model.settings import UserError
+from data.stories import END_OF_TEXT, first_line
+from model.files import shown
+from model.settings import REPO, UserError, require
 
 # GPT-2's pattern, as pre_tokenizers.ByteLevel applies it, for the characters of which no version of Unicode
 # changes the class: Latin-1 and the punctuation of English texts. All else goes to the tokenizer.
@@ -31,13 +35,29 @@ UNUSUAL = re.compile("[^\x00-\xff\u2010-\u2027]")
 TABLE_WORDS = 500_000  # about 100 MB
 
 
-class Encoder:
-    """encoder(stories) gives the stories' tokens as bytes, an `end` after each story."""
+def load_tokenizer(path: Path) -> Tokenizer:
+    command = shown(REPO / "data" / "train_tokenizer.py")
+    require(path.is_file(), f"no tokenizer yet in {shown(path.parent)}: run: python {command}")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises the bare class
+        raise UserError(
+            f"{shown(path)} is not a tokenizer ({first_line(error)}): run: python {command}"
+        ) from None
+    known = tokenizer.token_to_id(END_OF_TEXT) is not None
+    require(known, f"{shown(path)} has no token {END_OF_TEXT}, which stands between stories")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # a story that spells out <|endoftext|> stays text
+    return tokenizer
 
-    def __init__(self, tokenizer: Tokenizer, end: int, number: str):
-        tokenizer.encode_special_tokens = True  # a story that spells out <|endoftext|> stays text
+
+class Encoder:
+    """encoder(stories) gives the stories' tokens as bytes, `<|endoftext|>` after each."""
+
+    def __init__(self, tokenizer: Tokenizer, number: str):
         self.tokenizer, self.number = tokenizer, np.dtype(number).newbyteorder("<")
-        self.end = np.array(end, self.number).tobytes()
+        self.end = np.array(tokenizer.token_to_id(END_OF_TEXT), self.number).tobytes()
         self.table = WordTable(self.encode) if encodes_word_by_word(tokenizer) else None
 
     def __call__(self, stories: list[str]) -> bytes:
@@ -86,20 +106,22 @@ def encodes_word_by_word(tokenizer: Tokenizer) -> bool:
 
 
 def encode_all(
-    batches: Iterable[list[str]], tokenizer: Tokenizer, end: int, number: str, workers: int
+    batches: Iterable[list[str]], tokenizer_file: Path, number: str, workers: int
 ) -> Iterator[tuple[list[str], bytes]]:
     """Each batch with its tokens, in order. Raises UserError where a process dies."""
     if workers == 1:
-        encoder = Encoder(tokenizer, end, number)
+        encoder = Encoder(load_tokenizer(tokenizer_file), number)
         yield from ((batch, encoder(batch)) for batch in batches)
         return
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, start_worker, (tokenizer, end, number))
+    # A file's name, not what is in it: a process that died while taking in much would leave us waiting.
+    pool = ProcessPoolExecutor(workers, spawn, start_worker, (tokenizer_file, number))
 
     def submitted() -> Iterator[tuple[list[str], Future]]:
         waiting = deque()
         for batch in batches:
-            waiting.append((batch, pool.submit(encode_here, batch)))
+            with deaf_to_ctrl_c():  # as is the process that this may start: Ctrl-C is ours to answer
+                waiting.append((batch, pool.submit(encode_here, batch)))
             if len(waiting) > 4 * workers:  # so far ahead that nobody waits, and memory stays small
                 yield waiting.popleft()
         yield from waiting
@@ -115,11 +137,19 @@ def encode_all(
         pool.shutdown(cancel_futures=True)
 
 
-def start_worker(tokenizer: Tokenizer, end: int, number: str) -> None:
+@contextlib.contextmanager
+def deaf_to_ctrl_c() -> Iterator[None]:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def start_worker(tokenizer_file: Path, number: str) -> None:
     global encoder_here
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     threading.Thread(target=die_with_parent, daemon=True).start()
-    encoder_here = Encoder(tokenizer, end, number)
+    encoder_here = Encoder(load_tokenizer(tokenizer_file), number)
 
 
 def die_with_parent() -> None:

@@ -20,14 +20,12 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from data.encoder import Encoder, encode_all
+from data.encoder import Encoder, encode_all, load_tokenizer
 from data.stories import (
     END_OF_TEXT,
     SPLITS,
     Progress,
-    first_line,
     next_step,
     open_raw,
     raw_batches,
@@ -35,7 +33,7 @@ from data.stories import (
 )
 from model.config import GPTConfig
 from model.files import atomic_write, read_json, require_space, sha256_file, shown, size_text, write_json
-from model.settings import REPO, UserError, read_settings, require, run_script
+from model.settings import UserError, read_settings, require, run_script
 
 WORKERS = 0  # processes that encode; 0 takes one for each core
 DATA_DIR = "data"  # the folder of raw/, tokenizer/ and processed/
@@ -51,7 +49,7 @@ def main():
     require(settings.workers >= 0, "--workers is 0 (all cores) or more")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process does its own work
     manifest = read_manifest(settings.data_dir)
-    tokenizer_file = settings.data_dir / "tokenizer" / "tokenizer.json"
+    tokenizer_file = tokenizer_path(settings)
     tokenizer = load_tokenizer(tokenizer_file)
     end = tokenizer.token_to_id(END_OF_TEXT)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
@@ -68,7 +66,7 @@ def main():
     if splits:
         print(f"{shown(folder)} is up to date (delete it to make it anew)")
     else:
-        splits = pack_all(folder, settings, manifest, tokenizer, wanted)
+        splits = pack_all(folder, settings, manifest, Encoder(tokenizer, wanted["dtype"]), wanted)
         write_json(folder / "meta.json", {**wanted, "splits": splits})
     for split, counts in splits.items():
         print(
@@ -79,20 +77,8 @@ def main():
     print(next_step("train.py", settings))
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    command = shown(REPO / "data" / "train_tokenizer.py")
-    require(path.is_file(), f"no tokenizer yet in {shown(path.parent)}: run: python {command}")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises the bare class
-        raise UserError(
-            f"{shown(path)} is not a tokenizer ({first_line(error)}): run: python {command}"
-        ) from None
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    require(end is not None, f"{shown(path)} has no token {END_OF_TEXT}, which stands between stories")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+def tokenizer_path(settings: SimpleNamespace) -> Path:
+    return settings.data_dir / "tokenizer" / "tokenizer.json"
 
 
 def up_to_date(folder: Path, wanted: dict, manifest: dict) -> dict:
@@ -110,24 +96,20 @@ def up_to_date(folder: Path, wanted: dict, manifest: dict) -> dict:
     return splits if whole else {}
 
 
-def pack_all(
-    folder: Path, settings: SimpleNamespace, manifest: dict, tokenizer: Tokenizer, wanted: dict
-) -> dict:
+def pack_all(folder: Path, settings: SimpleNamespace, manifest: dict, encoder: Encoder, wanted: dict) -> dict:
     """Write a .bin for each split; returns their counts and digests."""
-    encode = (tokenizer, wanted["eot_id"], wanted["dtype"])
     stories = {split: open_raw(settings.data_dir, split, manifest) for split in SPLITS}
-    require_space(
-        folder, sum(packed_size(stories[s], manifest["splits"][s], Encoder(*encode)) for s in SPLITS)
-    )
+    require_space(folder, sum(packed_size(stories[s], manifest["splits"][s], encoder) for s in SPLITS))
     splits = {}
     with contextlib.ExitStack() as stack:  # both files take their names together, at the end of this block
         for split in SPLITS:
             path = stack.enter_context(atomic_write(folder / f"{split}.bin"))
-            raw = manifest["splits"][split]
+            raw, start = manifest["splits"][split], time.monotonic()
             workers = min(settings.workers or os.cpu_count(), 1 + raw["bytes"] // WORKER_BYTES)
-            start = time.monotonic()
-            with Progress(total=raw["bytes"], unit="B", desc=split) as bar:
-                pairs = encode_all(raw_batches(stories[split]), *encode, workers)
+            pairs = encode_all(
+                raw_batches(stories[split]), tokenizer_path(settings), wanted["dtype"], workers
+            )
+            with Progress(total=raw["bytes"], unit="B", desc=split) as bar, contextlib.closing(pairs):
                 splits[split] = pack(path, pairs, wanted, bar)
             seconds, size = time.monotonic() - start, raw["bytes"]
             print(f"{split}: {size_text(size)} in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s")
