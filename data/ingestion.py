@@ -159,7 +159,7 @@ def write_splits(folder: Path, sources: list, validation_sources: list, settings
     files = [source for source in (*sources, *validation_sources) if isinstance(source, Path)]
     size = sum(file.stat().st_size for file in files)
     dropped = Counter()
-    with Progress(total=size, unit="B", desc="reading") as bar:
+    with Progress(disable=None if files else True, total=size, unit="B", desc="reading") as bar:
         opened = [open_source(source, total, settings, bar) for source in sources]
         validation = [source["validation"] for source in opened if "validation" in source]
         if validation_sources:
@@ -246,19 +246,20 @@ def part(
     folder: Path, stories: Iterable[str], settings: SimpleNamespace, dropped: Counter, bar: Progress
 ) -> dict:
     """Draw the validation stories at random; both splits keep the order of the source."""
+    from datasets import Dataset
+
     everything = folder / "everything.arrow"
     total = write_arrow(everything, stories, bar)["stories"]
     require(total > 0, f"no stories found in {' '.join(settings.source)}{describe(dropped, '; dropped: ')}")
     require(total > 1, "only one story found: training and validation need one each")
     count = min(total - 1, validation_count(total, settings.validation_fraction))
-    from datasets import Dataset
-
     chosen = set(random.Random(settings.seed).sample(range(total), count))
-    splits = {}
-    for split in SPLITS:
-        numbered = enumerate(itertools.chain.from_iterable(raw_batches(Dataset.from_file(str(everything)))))
-        mine = (story for index, story in numbered if (index in chosen) == (split == "validation"))
-        splits[split] = write_split(folder / split, mine)
+    splits, whole = {}, Dataset.from_file(str(everything))
+    with Progress(total=2 * whole.data.nbytes, unit="B", desc="parting") as bar:
+        for split in SPLITS:
+            numbered = enumerate(itertools.chain.from_iterable(raw_batches(whole, bar)))
+            mine = (story for index, story in numbered if (index in chosen) == (split == "validation"))
+            splits[split] = write_split(folder / split, mine)
     everything.unlink()
     return splits
 

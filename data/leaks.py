@@ -6,7 +6,7 @@ case, spaces and punctuation. Exact duplicates are gone by then.
 
 import string
 from collections import Counter
-from collections.abc import Iterator
+from itertools import chain
 
 from data.stories import Progress, raw_batches
 
@@ -28,10 +28,10 @@ def sentences(story: str) -> set[bytes]:
 def count_near_duplicates(train: object, validation: object) -> dict:
     """{"compared": validation stories looked at, "near_duplicates": how many of them}, of two datasets."""
     step = -(-len(validation) // COMPARED)
-    stories = each(validation.select(range(0, len(validation), step)))
+    chosen = validation.select(range(0, len(validation), step))
     found_in: dict[bytes, list[int]] = {}
     sizes = []
-    for number, story in enumerate(stories):
+    for number, story in enumerate(chain.from_iterable(raw_batches(chosen))):
         own = sentences(story)
         sizes.append(len(own))
         for sentence in own:
@@ -39,17 +39,10 @@ def count_near_duplicates(train: object, validation: object) -> dict:
     found_in = {sentence: numbers for sentence, numbers in found_in.items() if len(numbers) <= COMMONPLACE}
 
     near = set()
-    with Progress(total=len(train), desc="near-duplicates", unit=" stories") as bar:
-        for story in each(train, bar):
+    with Progress(total=train.data.nbytes, unit="B", desc="near-duplicates") as bar:
+        for story in chain.from_iterable(raw_batches(train, bar)):
             shared = Counter()
             for sentence in sentences(story) & found_in.keys():
                 shared.update(found_in[sentence])
             near.update(number for number, count in shared.items() if 2 * count >= sizes[number])
     return {"compared": len(sizes), "near_duplicates": len(near)}
-
-
-def each(dataset: object, bar: Progress | None = None) -> Iterator[str]:
-    for batch in raw_batches(dataset):
-        yield from batch
-        if bar is not None:
-            bar.update(len(batch))

@@ -41,6 +41,7 @@ DATA_DIR = "data"  # the folder of raw/, tokenizer/ and processed/
 FORMAT = 2
 # bytes of text for each process: with less, starting it takes longer than its work
 WORKER_BYTES = 10_000_000
+# beyond it, training sees a story in two windows or more; of the default model
 CONTEXT = GPTConfig().block_size
 
 
@@ -72,7 +73,7 @@ def main():
         print(
             f"{split:<10} {counts['stories']:>9,} stories  {counts['tokens']:>13,} tokens  "
             f"{size_text(counts['bytes']):>9}  {counts['bytes'] / counts['tokens']:.2f} bytes per token  "
-            f"{counts['longer']:,} longer than {CONTEXT} tokens"
+            f"{counts['longer'] / counts['stories']:.1%} longer than {CONTEXT} tokens"
         )
     print(next_step("train.py", settings))
 
@@ -138,7 +139,8 @@ def pack(path: Path, pairs: Iterator[tuple[list[str], bytes]], wanted: dict, bar
             tokens = np.frombuffer(packed, number)
             ends = np.flatnonzero(tokens == wanted["eot_id"])
             size = sum(len(story.encode()) for story in batch)
-            counts["stories"] += len(ends)
+            require(len(ends) >= len(batch), "stories were lost on the way to their tokens: run this again")
+            counts["stories"] += len(batch)
             counts["tokens"] += len(tokens)
             counts["bytes"] += size
             counts["longer"] += int(np.sum(np.diff(ends, prepend=-1) - 1 > CONTEXT))

@@ -22,9 +22,11 @@ BATCH_BYTES = 1 << 23
 class Progress(tqdm):
     """A progress bar with an ETA: from the first second on, and only where someone can see it."""
 
-    def __init__(self, **options: object):
-        super().__init__(disable=None, delay=1, leave=False, unit_scale=True, dynamic_ncols=True, **options)
-        self.stories = 0
+    stories = 0
+
+    def __init__(self, disable: bool | None = None, **options: object):
+        options |= {"delay": 1, "leave": False, "unit_scale": True, "dynamic_ncols": True}
+        super().__init__(disable=disable, **options)
 
     def add(self, stories: int, size: int = 0) -> None:
         """Count stories, and the bytes they were read from, of a bar whose unit is bytes."""
@@ -89,14 +91,20 @@ def open_split(folder: Path, counts: dict) -> object:
     return dataset
 
 
-def raw_batches(dataset: object) -> Iterator[list[str]]:
-    """The stories of a split, in order, as lists."""
+def raw_batches(dataset: object, bar: Progress | None = None) -> Iterator[list[str]]:
+    """The stories of a split, in order, as lists; a bar of total dataset.data.nbytes goes along."""
     for table in dataset.with_format("arrow").iter(BATCH):
-        yield from slices(table)
+        for stories in slices(table):
+            yield stories
+            if bar is not None:
+                bar.add(len(stories), table.nbytes * len(stories) / len(table))
 
 
 def slices(table: object) -> Iterator[list]:
-    """A table's first column as lists, the shorter the longer its stories are."""
-    step = max(1, len(table) * BATCH_BYTES // max(BATCH_BYTES, table.nbytes))
-    for start in range(0, len(table), step):
-        yield table.slice(start, step).column(0).to_pylist()
+    """A table's first column as lists, shorter ones where its stories are long."""
+    if len(table) > 1 and table.nbytes > BATCH_BYTES:
+        middle = len(table) // 2
+        yield from slices(table.slice(0, middle))
+        yield from slices(table.slice(middle))
+    elif len(table):
+        yield table.column(0).to_pylist()

@@ -117,14 +117,13 @@ def learn_bpe(stories: object, settings: SimpleNamespace) -> Tokenizer:
         show_progress=False,
     )
     stop = threading.Event()
-    with Progress(total=len(stories), desc="words", unit=" stories") as bar, ThreadPoolExecutor(1) as thread:
+    with Progress(total=stories.data.nbytes, unit="B", desc="words") as bar, ThreadPoolExecutor(1) as thread:
 
         def counted() -> Iterator[list[str]]:
-            for batch in raw_batches(stories):
+            for batch in raw_batches(stories, bar):
                 if stop.is_set():
                     raise RuntimeError("stopped")
                 yield batch
-                bar.update(len(batch))
 
         # In a thread, because Ctrl-C comes to the main one, which would be deaf inside the library.
         learning = thread.submit(tokenizer.train_from_iterator, counted(), trainer)
@@ -186,10 +185,9 @@ def gpt2_from_files(names: list[str]) -> models.BPE:
 def collect_characters(stories: object, settings: SimpleNamespace) -> Tokenizer:
     """A token for each character of the stories; any other character becomes its UTF-8 bytes."""
     characters = set()
-    with Progress(total=len(stories), desc="characters", unit=" stories") as bar:
-        for batch in raw_batches(stories):
+    with Progress(total=stories.data.nbytes, unit="B", desc="characters") as bar:
+        for batch in raw_batches(stories, bar):
             characters.update(*batch)
-            bar.update(len(batch))
     tokens = [END_OF_TEXT, *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(characters)]
     vocab = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True))

@@ -3,12 +3,15 @@ import json
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from conftest import assert_one_line_error
 from fake_hub import serve_hub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+
+from data.encoder import Encoder
 
 STORY = (
     "Once upon a time, there was a little dog named {}. {} liked to run, and to play with his friend Tim.\n\n"
@@ -95,7 +98,8 @@ def round_trip(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert tokenizer.token_to_id("<|endoftext|>") not in ids
     assert tokenizer.decode(ids) == tokenizer.decode(ids, skip_special_tokens=False) == text
-    assert tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids == ids
+    packed = np.frombuffer(Encoder(tokenizer, "uint16")([text]), "<u2").tolist()
+    assert packed == [*ids, tokenizer.token_to_id("<|endoftext|>")]
 
 
 @KINDS
