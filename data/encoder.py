@@ -5,16 +5,15 @@ table from word to tokens does the work, and the tokenizer is asked only about w
 """
 
 import contextlib
+import itertools
 import json
 import multiprocessing
-import os
 import re
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -108,54 +107,51 @@ def encodes_word_by_word(tokenizer: Tokenizer) -> bool:
 def encode_all(
     batches: Iterable[list[str]], tokenizer_file: Path, number: str, workers: int
 ) -> Iterator[tuple[list[str], bytes]]:
-    """Each batch with its tokens, in order. Raises UserError where a process dies."""
+    """Each batch with its tokens, in order. Raises UserError where a process dies.
+
+    Each process has a pipe of its own, which breaks when it is killed. (A ProcessPoolExecutor's are shared, and one
+    killed while it writes leaves the others waiting.)
+    """
     if workers == 1:
         encoder = Encoder(load_tokenizer(tokenizer_file), number)
         yield from ((batch, encoder(batch)) for batch in batches)
         return
-    spawn = multiprocessing.get_context("spawn")
-    # A file's name, not what is in it: a process that died while taking in much would leave us waiting.
-    pool = ProcessPoolExecutor(workers, spawn, start_worker, (tokenizer_file, number))
-
-    def submitted() -> Iterator[tuple[list[str], Future]]:
-        waiting = deque()
-        for batch in batches:
-            with deaf_to_ctrl_c():  # as is the process that this may start: Ctrl-C is ours to answer
-                waiting.append((batch, pool.submit(encode_here, batch)))
-            if len(waiting) > 4 * workers:  # so far ahead that nobody waits, and memory stays small
-                yield waiting.popleft()
-        yield from waiting
-
+    started = [start_worker(tokenizer_file, number) for _ in range(workers)]
+    at_work = deque((None, pipe) for _, pipe in started)  # what each does, the earliest first
     try:
-        for batch, future in submitted():
-            yield batch, future.result()
-    except BrokenProcessPool:
+        for batch in itertools.chain(batches, [None] * workers):
+            earliest, pipe = at_work.popleft()
+            tokens = pipe.recv_bytes() if earliest else b""
+            if batch:
+                pipe.send(batch)
+            at_work.append((batch, pipe))
+            if earliest:
+                yield earliest, tokens
+    except (EOFError, ConnectionError):
         raise UserError(
             "a process that encodes has died, perhaps for want of memory: try --workers 1"
         ) from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        for process, _ in started:
+            process.terminate()
+            process.join()
 
 
-@contextlib.contextmanager
-def deaf_to_ctrl_c() -> Iterator[None]:
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def start_worker(tokenizer_file: Path, number: str) -> tuple[BaseProcess, Connection]:
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=work, args=(theirs, tokenizer_file, number), daemon=True)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it inherits this: Ctrl-C is ours to answer
     try:
-        yield
+        process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    theirs.close()
+    return process, ours
 
 
-def start_worker(tokenizer_file: Path, number: str) -> None:
-    global encoder_here
-    threading.Thread(target=die_with_parent, daemon=True).start()
-    encoder_here = Encoder(load_tokenizer(tokenizer_file), number)
-
-
-def die_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def encode_here(stories: list[str]) -> bytes:
-    return encoder_here(stories)
+def work(pipe: Connection, tokenizer_file: Path, number: str) -> None:
+    encoder = Encoder(load_tokenizer(tokenizer_file), number)
+    with contextlib.suppress(EOFError, ConnectionError):  # the other end is gone
+        while True:
+            pipe.send_bytes(encoder(pipe.recv()))

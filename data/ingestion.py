@@ -56,7 +56,8 @@ DATA_DIR = "data"  # the folder of raw/, tokenizer/ and processed/
 FORMAT = 2
 TINYSTORIES = "roneneldan/TinyStories"
 SAMPLE_STORIES = 20_000
-LATEST = 1_000_000  # stories met last, whose digests wait to be sorted in
+# numbers that a NumberSet keeps before it sorts them in
+LATEST = 1_000_000
 
 
 def main():

@@ -9,7 +9,6 @@ The same lines are the flags --batch-tokens and --learning-rate, with type, defa
 from there. A value that may be None, or a list, says its type in an annotation.
 """
 
-import _thread
 import argparse
 import ast
 import difflib
@@ -186,7 +185,7 @@ def stop_again(failure: object) -> None:
     """Send a signal once more whose exception came up in the garbage collector, where Python drops it."""
     again = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(failure.exc_type)
     if again:
-        threading.Timer(0.01, _thread.interrupt_main, [again]).start()
+        threading.Timer(0.01, signal.pthread_kill, [threading.main_thread().ident, again]).start()
     else:
         sys.__unraisablehook__(failure)
 
