@@ -32,6 +32,7 @@ WORD = re.compile(
 )
 UNUSUAL = re.compile("[^\x00-\xff\u2010-\u2027]")
 TABLE_WORDS = 500_000  # about 100 MB
+LONG_WORD = 100  # letters; what is longer hardly comes again
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -82,7 +83,9 @@ class WordTable(dict):
     def __missing__(self, word: str) -> bytes:
         if len(self) >= TABLE_WORDS:
             self.clear()
-        self[word] = tokens = self.encode(word)
+        tokens = self.encode(word)
+        if len(word) <= LONG_WORD:
+            self[word] = tokens
         return tokens
 
 

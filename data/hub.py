@@ -62,29 +62,29 @@ def open_hub(word: str, column: str, stream: bool, folder: Path) -> dict[str, It
     require("train" in splits, f"{word} on the hub has no train split: it has {', '.join(splits)}")
     validation = next((split for split in ("validation", "valid", "val", "dev") if split in splits), None)
     chosen = {"train": "train"} | ({"validation": validation} if validation else {})
-    if isinstance(splits, datasets.DatasetDict):
-        require_space(folder, sum(splits[split].data.nbytes for split in chosen.values()))
-    stories = {}
+    stories, size = {}, 0
     for part, split in chosen.items():
         with hub_errors(word, offline):
             columns = splits[split].column_names or list(next(iter(splits[split]), {}))
         require_column(column, columns, f"{word} on the hub, split {split},")
-        stories[part] = hub_stories(splits[split].select_columns(column), word, offline)
+        texts = splits[split].select_columns(column)
+        size += 0 if stream else texts.data.nbytes
+        stories[part] = hub_stories(texts, word, offline)
+    require_space(folder, size)
     return stories
 
 
 def hub_stories(split: object, word: str, offline: str) -> Iterator[str]:
+    import datasets
     import pyarrow
 
-    with (
-        hub_errors(word, offline),
-        Progress(total=getattr(split, "num_rows", None), desc=word, unit=" stories") as bar,
-    ):
+    total = split.data.nbytes if isinstance(split, datasets.Dataset) else None  # unknown of a stream
+    with hub_errors(word, offline), Progress(total=total, unit="B", desc=word) as bar:
         for table in split.with_format("arrow").iter(BATCH):
             kind = table.schema[0].type
             text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
             require(text, f"{word} on the hub: column {table.schema[0].name!r} is not text but {kind}")
-            bar.update(table.num_rows)
+            bar.add(table.num_rows, table.nbytes)
             for stories in slices(table):
                 yield from (story or "" for story in stories)
 
