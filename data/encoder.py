@@ -130,7 +130,7 @@ def encode_all(
             at_work.append((batch, pipe))
             if earliest:
                 yield earliest, tokens
-    except (EOFError, ConnectionError):
+    except (EOFError, OSError):  # of the pipe
         raise UserError(
             "a process that encodes has died, perhaps for want of memory: try --workers 1"
         ) from None
@@ -155,6 +155,6 @@ def start_worker(tokenizer_file: Path, number: str) -> tuple[BaseProcess, Connec
 
 def work(pipe: Connection, tokenizer_file: Path, number: str) -> None:
     encoder = Encoder(load_tokenizer(tokenizer_file), number)
-    with contextlib.suppress(EOFError, ConnectionError):  # the other end is gone
+    with contextlib.suppress(EOFError, OSError):  # the other end is gone
         while True:
             pipe.send_bytes(encoder(pipe.recv()))

@@ -201,7 +201,8 @@ class NumberSet:
     def add(self, number: int) -> None:
         self.latest.add(number)
         if len(self.latest) == LATEST:
-            self.sorted = np.sort(np.concatenate([self.sorted, np.fromiter(self.latest, np.int64)]))
+            self.sorted = np.concatenate([self.sorted, np.fromiter(self.latest, np.int64)])
+            self.sorted.sort()
             self.latest.clear()
 
 
