@@ -103,7 +103,7 @@ def much(packed, tmp_path_factory):
     (folder / "tokenizer").symlink_to(packed / "tokenizer")
     source = folder / "stories.jsonl"
     with source.open("w", encoding="utf-8") as file:
-        for number in range(4_000):
+        for number in range(3_200):
             file.write(json.dumps({"text": f"{number} \u05d0 " + "once upon a time " * 200}) + "\n")
     command = [sys.executable, REPO / "data/ingestion.py", "--source", source, "--data-dir", folder]
     subprocess.run(command, check=True, capture_output=True)
