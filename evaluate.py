@@ -1,45 +1,75 @@
-"""Step 6: how well does a model predict stories that it has not seen?
+"""Step 6: how well does a model predict stories that it has not seen, and what are its own like?
 
-python evaluate.py                                           the latest checkpoint, all validation stories
-python evaluate.py --checkpoint best 1000 --max-samples 500  two checkpoints side by side
+python evaluate.py                                             the latest checkpoint, all validation stories
+python evaluate.py --checkpoint best runs/b/best.pt            side by side, with the error of the difference
+python evaluate.py --checkpoint best roneneldan/TinyStories-33M    against any Hugging Face causal model
+python evaluate.py --text my_stories.txt                       on stories of one's own
+python evaluate.py --num-stories 100                           do its stories end, repeat, copy?
+python evaluate.py --stories stories.jsonl                     the same of stories that generate.py wrote
+python evaluate.py --checkpoint best latest --report checkpoints/report.html
 
-Each story is scored from its own beginning, after <|endoftext|>, to its own end, which counts as a token.
-Beyond the model's context a window slides by half of it, and each token is scored once. Bits per byte
-(summed loss / ln 2 / UTF-8 bytes) can be compared between tokenizers, loss per token and perplexity cannot.
+Each story is scored from its own beginning to its own end, which counts as a token; beyond the model's
+context with a window that slides by half of it. Compare bits per byte: loss per token and perplexity depend
+on the tokenizer. Intervals are 95 %, by bootstrap over stories.
 """
 
-import math
+import hashlib
+import platform
 import shlex
 import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import tokenizers
 import torch
-import torch.nn.functional as F
-from tokenizers import Tokenizer
-from tqdm import tqdm
 
-from model.batches import Split, load_data
-from model.checkpoint import find_checkpoint, load_model
-from model.files import shown, write_json
-from model.generation import continue_text, text_tokenizer
-from model.gpt import GPT
+from data.hub import reach_hub
+from data.story_files import find_files, read_file
+from model.batches import Data, Split, load_data
+from model.candidates import Candidate, find_candidate, load_candidate
+from model.files import atomic_write, shown, size_text, write_json
+from model.generation import text_tokenizer
+from model.report import QUALITY_COLUMNS, SCORE_COLUMNS, cells, on_its_side, render
+from model.resume import fingerprints
 from model.runtime import Runtime, choose_runtime
-from model.settings import read_settings, require, run_script
+from model.scoring import bootstrap, interval, score_stories
+from model.settings import UserError, read_settings, require, require_seed, run_script
+from model.story_quality import Story, describe, read_written
 
-CHECKPOINT: list[str] = []  # files or folders, "best", "latest" or steps; none: the latest
+CHECKPOINT: list[str] = []  # files, folders, "best", "latest", steps or Hugging Face models; none: the latest
 CHECKPOINT_DIR = "checkpoints"  # where best, latest and steps are looked for
 DATA_DIR = "data"  # holds tokenizer/ and processed/
 SPLIT = "validation"  # train, validation or all
-MAX_SAMPLES = 0  # stories to score, evenly spread over the split; 0 is all
-BATCH_SIZE = 0  # windows in one forward pass; 0 packs about 16,000 tokens
-PROMPT: list[str] = []  # also print how each checkpoint continues these beginnings
+TEXT: list[str] = []  # score these files' stories instead: what step 1 reads (.txt, .jsonl, ...)
+MAX_SAMPLES = 0  # stories to score, evenly spread; 0 is all
+BATCH_SIZE = 0  # windows in one forward pass; 0 packs as many tokens as suit the device
+NUM_STORIES: int | None = None  # stories each checkpoint writes, to be judged; none: 100 for a report, else 0
+STORIES: list[str] = []  # .jsonl files of generate.py, whose stories are judged too
+PROMPT: list[str] = [
+    "Once upon a time, there was a little",
+    "One day, a boy named Tim",
+    "Lily and her mom went to the",
+    "The big dog was sad because",
+    "In the forest there lived a",
+    "Tom had a red ball. He",
+    '"Can you help me?" asked the',
+    "It was raining, and Sara",
+    "There once was an old",
+    "Ben wanted to be brave, but",
+]  # beginnings of the stories that are written; those on the command line are printed
 OUTPUT: str | None = None  # write the results to this .json file
-SEED = 1337  # of the continuations
+REPORT: str | None = None  # write a page with tables, curves and stories to this .html file
+SEED = 1337  # of the stories and of the bootstrap
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
 DTYPE = "float32"  # float32, or for speed bfloat16 or float16
+
+# Stories that each checkpoint writes for a report
+REPORT_STORIES = 100
+# Beginnings whose stories stand side by side in a report
+SHOWN_PROMPTS = 5
 
 
 def main() -> None:
@@ -51,156 +81,224 @@ def main() -> None:
         },
         aliases={"model": "checkpoint", "max-stories": "max-samples"},
     )
+    check(settings)
+    files = {name: read_written(name) for name in settings.stories}
+    # stories in files are judged without a model, unless one is named
+    names = settings.checkpoint or ([] if files else [None])
+    found = [find_candidate(settings.checkpoint_dir, name) for name in names]
+    if any(isinstance(name, str) and not Path(name).exists() for name in found):
+        reach_hub()
+    data = read_data(settings)
+    stories, source = read_stories(settings, data)
+    runtime = choose_runtime(settings.device, settings.dtype, "off")
+
+    results, scores, written = [], [], {}
+    for name in found:
+        candidate = load_candidate(name, runtime.device)
+        warn_if_trained_elsewhere(candidate, settings, data)
+        started = time.perf_counter()
+        candidate.read_into(stories)
+        scores.append(score_stories(candidate, stories, runtime, settings.batch_size))
+        seconds = time.perf_counter() - started
+        results.append({**candidate.facts, **scores[-1].summary(), "seconds": round(seconds, 2)})
+        results[-1] |= {"by_position": scores[-1].by_position(), "settings": candidate.settings}
+        results[-1] |= {"curve": candidate.curve}
+        if settings.num_stories:
+            count = len(settings.prompt)
+            prompts = [settings.prompt[k % count] for k in range(settings.num_stories)]
+            written[candidate.name] = candidate.write(prompts, settings.seed)
+        del candidate  # its memory goes to the next one
+    if results:
+        add_intervals(results, bootstrap(scores, settings.seed))
+    report = describe_run(settings, runtime, stories, source, data)
+    report |= {"results": results, "quality": judge(written | files, stories, data)}
+    report["written"] = side_by_side(written, settings.prompt)
+    show(report, settings)
+
+
+def check(settings: SimpleNamespace) -> None:
+    """Settle and check the settings. Raises UserError before anything takes long."""
     require(settings.max_samples >= 0, f"--max-samples must be 0 (all) or more, not {settings.max_samples}")
     require(settings.batch_size >= 0, f"--batch-size must be 0 (found) or more, not {settings.batch_size}")
-    names = settings.checkpoint or [None]
-    paths = [find_checkpoint(settings.checkpoint_dir, name, prefer="latest") for name in names]
-    stories = read_stories(settings)
-    runtime = choose_runtime(settings.device, settings.dtype, "off")
-    results = []
-    for path in paths:
-        model, tokenizer, checkpoint = load_model(path, runtime.device)
-        facts = {
-            "checkpoint": shown(path),
-            "step": checkpoint["step"],
-            "parameters": model.count_parameters(),
-        }
-        started = time.perf_counter()
-        scores = score_stories(model, tokenizer, checkpoint["eot_id"], stories, runtime, settings.batch_size)
-        results.append({**facts, **summarise(scores), "seconds": round(time.perf_counter() - started, 2)})
-        for prompt in settings.prompt:
-            story = continue_text(model, tokenizer, checkpoint["eot_id"], prompt, 200, settings.seed)
-            print(f"{shown(path)}: {story}\n")
-    print_results(results, len(stories), settings.split)
-    if settings.output is not None:
-        report = {
-            "command": shlex.join(["python", *sys.argv]),
-            "torch": torch.__version__,
-            "device": runtime.reasons,
-            "split": settings.split,
-            "results": results,
-        }
-        write_json(Path(settings.output), report)
-        print(f"written to {settings.output}")
+    require_seed(settings.seed)
+    if settings.num_stories is None:
+        printed = len(settings.prompt) if "prompt" in settings.given else 0
+        settings.num_stories = max(printed, REPORT_STORIES if settings.report else 0)
+    require(settings.num_stories >= 0, f"--num-stories must be 0 or more, not {settings.num_stories}")
+    require(not (settings.text and "split" in settings.given), "--text and --split: give one of the two")
+    for name in ("output", "report"):
+        path = getattr(settings, name)
+        require(path is None or not Path(path).is_dir(), f"--{name} {path} is a folder: name a file in it")
 
 
-def read_stories(settings: SimpleNamespace) -> list[str]:
-    """The text of the chosen stories of the chosen split, decoded from the packed tokens."""
-    data = load_data(settings.data_dir)
+def read_data(settings: SimpleNamespace) -> Data | None:
+    """The packed stories; None where there are none and --text does without."""
+    try:
+        return load_data(settings.data_dir)
+    except UserError:
+        if settings.text:
+            return None
+        raise
+
+
+def read_stories(settings: SimpleNamespace, data: Data | None) -> tuple[list[str], str]:
+    """The stories to score, and what they are, in words."""
+    if settings.text:
+        stories = read_text(settings)
+        return stories, f"{len(stories):,} stories of {', '.join(settings.text)}"
     tokenizer = text_tokenizer(data.tokenizer_json)
     splits = {"train": [data.train], "validation": [data.validation], "all": [data.train, data.validation]}
     bounds = [(split, *ends) for split in splits[settings.split] for ends in story_bounds(split, data.eot_id)]
-    if settings.max_samples and settings.max_samples < len(bounds):
-        chosen = np.linspace(0, len(bounds) - 1, settings.max_samples).round().astype(int)
-        bounds = [bounds[k] for k in chosen]
-    return tokenizer.decode_batch(
-        [split.tokens[first:end].tolist() for split, first, end in bounds], skip_special_tokens=False
-    )
+    require(bool(bounds), f"there are no {settings.split} stories in {shown(settings.data_dir)}")
+    ids = [split.tokens[first:end].tolist() for split, first, end in spread(bounds, settings.max_samples)]
+    stories = tokenizer.decode_batch(ids, skip_special_tokens=False)
+    kind = "training and validation" if settings.split == "all" else settings.split
+    # in an order of their own, so that no figure depends on that of the file
+    return sorted(stories), f"{len(stories):,} {kind} stories"
+
+
+def read_text(settings: SimpleNamespace) -> list[str]:
+    stories = []
+    for word in settings.text:
+        files = find_files(word, settings.data_dir)
+        require(files is not None, f"there is no file or folder {word}")
+        stories += [story.strip() for file in files for story in read_file(file, "text")]
+    stories = [story for story in stories if story]
+    require(bool(stories), f"{', '.join(settings.text)} holds no stories")
+    return sorted(spread(stories, settings.max_samples))
+
+
+def spread(items: list, count: int) -> list:
+    """`count` of the items, evenly spread; all where count is 0 or too large."""
+    if not count or count >= len(items):
+        return items
+    return [items[k] for k in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
 def story_bounds(split: Split, eot_id: int) -> list[tuple[int, int]]:
     """Where each story begins and ends (before its end-of-text token) among the tokens."""
     ends = np.flatnonzero(np.asarray(split.tokens) == eot_id)
-    return list(zip([0, *(ends[:-1] + 1).tolist()], ends.tolist(), strict=True))
+    return list(zip([0, *(ends[:-1] + 1).tolist()], ends.tolist(), strict=True)) if len(ends) else []
 
 
-def sliding_windows(length: int, block_size: int) -> list[tuple[int, int, int]]:
-    """(first, end, scored from) of each window over a sequence, so that each position is scored once.
+def warn_if_trained_elsewhere(candidate: Candidate, settings: SimpleNamespace, data: Data | None) -> None:
+    trained_on = candidate.facts.get("trained_on")
+    if settings.text or not trained_on:
+        return
+    here = fingerprints(data)
+    if trained_on.get("tokenizer") == here["tokenizer"] and trained_on != here:
+        print(
+            f"note: {candidate.name} was trained on other stories than those in {shown(settings.data_dir)}; "
+            "these may have been among them",
+            file=sys.stderr,
+        )
 
-    Windows begin half a context apart; each scores what those before it did not.
-    """
-    windows, end = [], 0
-    while end < length:
-        first = max(0, len(windows) * max(1, block_size // 2))
-        windows.append((first, min(length, first + block_size), end))
-        end = windows[-1][1]
-    return windows
+
+def add_intervals(results: list[dict], resampled: np.ndarray) -> None:
+    """Add to each result the interval of bits per byte, and of its difference to the first."""
+    if results[0]["stories"] < 2:  # a single story says nothing about others
+        return
+    for k, (result, samples) in enumerate(zip(results, resampled, strict=True)):
+        result["bits_per_byte_interval"] = interval(samples)
+        if k:
+            low, high = interval(samples - resampled[0])
+            result["difference"] = result["bits_per_byte"] - results[0]["bits_per_byte"]
+            result["difference_interval"] = [low, high]
+            result["verdict"] = "better" if high < 0 else "worse" if low > 0 else "no clear difference"
 
 
-@torch.no_grad()
-def score_stories(
-    model: GPT, tokenizer: Tokenizer, eot_id: int, stories: list[str], runtime: Runtime, batch_size: int
-) -> dict[str, np.ndarray]:
-    """For each story: its loss in nats, tokens (its end included), bytes, and tokens predicted rightly."""
-    encoded = tokenizer.encode_batch_fast(stories, add_special_tokens=False)
-    sequences = [np.array([eot_id, *encoding.ids, eot_id]) for encoding in encoded]
-    windows = [
-        (story, *window)
-        for story, ids in enumerate(sequences)
-        for window in sliding_windows(len(ids) - 1, model.config.block_size)
+def judge(groups: dict[str, list[Story]], stories: list[str], data: Data | None) -> dict[str, dict]:
+    """What the written stories are like, beside as many real validation stories."""
+    if not groups:
+        return {}
+    count = max(map(len, groups.values()))
+    tokenizer = text_tokenizer(data.tokenizer_json) if data else None
+    if data:
+        bounds = spread(story_bounds(data.validation, data.eot_id), count)
+        ids = [data.validation.tokens[first:end].tolist() for first, end in bounds]
+        real = tokenizer.decode_batch(ids, skip_special_tokens=False)
+    else:
+        real = spread(stories, count)
+    figures = describe({"real stories": [Story(text) for text in real], **groups}, data, tokenizer)
+    for name in groups if data else ():
+        for figure in ("copied_8grams", "mean_longest_copy"):
+            excess = figures[name][figure] - figures["real stories"][figure]
+            figures[name][figure + "_beyond_real"] = excess
+    return figures
+
+
+def side_by_side(written: dict[str, list[Story]], prompts: list[str]) -> list[dict]:
+    """The first story of each checkpoint at each of the first beginnings."""
+    return [
+        {"prompt": prompt, "stories": {name: stories[k].text for name, stories in written.items()}}
+        for k, prompt in enumerate(prompts)
+        if written and k < min(map(len, written.values()))
     ]
-    windows.sort(key=lambda w: w[1] - w[2])  # longest first, so that a batch has windows of one length
-    loss, right = np.zeros(len(stories)), np.zeros(len(stories), dtype=int)
-    with tqdm(total=len(windows), unit="window", disable=None, delay=1, leave=False) as bar:
-        position = 0
-        while position < len(windows):
-            longest = windows[position][2] - windows[position][1]
-            batch = windows[position : position + (batch_size or max(1, 16_384 // longest))]
-            position += len(batch)
-            inputs = np.full((len(batch), longest), eot_id)
-            targets = np.full((len(batch), longest), -1)
-            for row, (story, first, end, scored) in enumerate(batch):
-                inputs[row, : end - first] = sequences[story][first:end]
-                targets[row, scored - first : end - first] = sequences[story][scored + 1 : end + 1]
-            losses, hits = score_batch(model, inputs, targets, runtime)
-            owners = [window[0] for window in batch]
-            np.add.at(loss, owners, losses)
-            np.add.at(right, owners, hits)
-            bar.update(len(batch))
-    tokens = np.array([len(ids) - 1 for ids in sequences])
+
+
+def describe_run(
+    settings: SimpleNamespace, runtime: Runtime, stories: list[str], source: str, data: Data | None
+) -> dict:
+    """All that it takes to repeat the run: command, versions, fingerprints."""
+    digest = hashlib.sha256("\0".join(stories).encode())
+    modules = {
+        "torch": torch,
+        "numpy": np,
+        "tokenizers": tokenizers,
+        "transformers": sys.modules.get("transformers"),
+    }
+    versions = {name: module.__version__ for name, module in modules.items() if module}
     return {
-        "loss": loss,
-        "right": right,
-        "tokens": tokens,
-        "bytes": np.array([len(s.encode()) for s in stories]),
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **versions},
+        "device": runtime.reasons,
+        "seed": settings.seed,
+        "source": source,
+        "stories_sha256": digest.hexdigest(),
+        "data": fingerprints(data) if data else None,
     }
 
 
-def score_batch(
-    model: GPT, inputs: np.ndarray, targets: np.ndarray, runtime: Runtime
-) -> tuple[np.ndarray, np.ndarray]:
-    """Summed loss and right predictions of each row (B, T); targets of -1 do not count."""
-    idx = torch.from_numpy(inputs).to(runtime.device)
-    wanted = torch.from_numpy(targets).to(runtime.device)
-    with runtime.autocast():
-        logits = model(idx)
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=-1
-    )
-    hits = logits.argmax(-1) == wanted
-    return losses.view(wanted.shape).cpu().double().sum(1).numpy(), hits.sum(1).cpu().numpy()
-
-
-def summarise(scores: dict[str, np.ndarray]) -> dict[str, float]:
-    total = {name: values.sum().item() for name, values in scores.items()}
-    loss = total["loss"] / total["tokens"]
-    return {
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "bits_per_byte": total["loss"] / math.log(2) / total["bytes"],
-        "accuracy": total["right"] / total["tokens"],
-        "stories": len(scores["loss"]),
-        "tokens": total["tokens"],
-        "bytes": total["bytes"],
-    }
-
-
-def print_results(results: list[dict], stories: int, split: str) -> None:
-    """One checkpoint as lines of `key: value`, several as a table."""
-    print(f"{stories:,} {split} stories" if split != "all" else f"all {stories:,} stories")
+def show(report: dict, settings: SimpleNamespace) -> None:
+    """Print what was found, and write the files that were asked for."""
+    if "prompt" in settings.given:
+        for row in report["written"]:
+            for name, story in row["stories"].items():
+                print(f"{name}: {story}\n")
+    results = report["results"]
+    if results:
+        print(f"{report['source']}, {size_text(results[0]['bytes'])}")
     if len(results) == 1:
         for key, value in results[0].items():
+            if key in ("sha256", "trained_on", "by_position", "settings", "curve") or value is None:
+                continue
+            if isinstance(value, list):
+                value = f"{value[0]:.4f} to {value[1]:.4f}"
             print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
-        return
-    width = max(len(result["checkpoint"]) for result in results)
-    print(
-        f"{'checkpoint':<{width}}  {'step':>8}  {'loss':>7}  {'perplexity':>10}  {'bits/byte':>9}  {'accuracy':>8}"
-    )
-    for r in results:
-        print(
-            f"{r['checkpoint']:<{width}}  {r['step']:>8,}  {r['loss']:>7.4f}  {r['perplexity']:>10.3f}  "
-            f"{r['bits_per_byte']:>9.4f}  {r['accuracy']:>8.2%}"
+    elif results:
+        print_table(cells(SCORE_COLUMNS, results))
+    if report["quality"]:
+        print()
+        rows = [{"name": name, **figures} for name, figures in report["quality"].items()]
+        print_table(on_its_side(cells(QUALITY_COLUMNS, rows)))
+    if settings.output is not None:
+        write_json(Path(settings.output), report)
+        print(f"written to {settings.output}")
+    if settings.report is not None:
+        with atomic_write(Path(settings.report)) as temporary:
+            temporary.write_text(render(report, SHOWN_PROMPTS), encoding="utf-8")
+        print(f"report in {settings.report}")
+
+
+def print_table(rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        first, *rest = (
+            cell.ljust(width) if k == 0 else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
+        print("  ".join([first, *rest]).rstrip())
 
 
 if __name__ == "__main__":

@@ -14,16 +14,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.batches import Batches, Data, load_data, validation_windows
+from model.batches import Batches, Data, load_data, to_device, validation_windows
 from model.checkpoint import BEFORE_DECAY, load_latest, prune, save_checkpoint
 from model.config import BLOCK_FAMILIES, OPTIMIZERS, PRESETS, SCHEDULES
 from model.console import ProgressBar, StopRequest, agree, print_end, print_plan
 from model.files import shown
 from model.generation import continue_text, text_tokenizer
 from model.gpt import GPT
+from model.huggingface import load_pretrained
 from model.metrics import Metrics
 from model.optimizer import learning_rate, make_optimizers
 from model.resume import TrainingState, only_one, rewind, set_aside, settle
@@ -41,6 +42,7 @@ from model.settings import UserError, read_settings, require, run_script
 
 # Edit these, or give them as flags: MAX_STEPS is --max-steps. None takes the preset's value.
 PRESET = "stories-9m"  # shape and recipe, by a name in model/config.py
+INIT_FROM: str | None = None  # begin with the weights of a Hugging Face folder or name (GPT-2 or Qwen3)
 
 BLOCKS: str | None = None  # modern (Qwen3's) or gpt2 (GPT-2's)
 BLOCK_SIZE: int | None = None  # context length, in tokens
@@ -50,6 +52,10 @@ N_EMBD: int | None = None  # width
 DROPOUT: float | None = None  # share of activations dropped; helps where the epochs are many
 TIE_WEIGHTS: bool | None = None  # use the token embedding as the output head
 VOCAB_SIZE: int | None = None  # None takes the tokenizer's; a larger one only pads
+N_KV_HEAD: int | None = None  # key-value heads, shared by groups of attention heads; None: one for each
+HEAD_SIZE: int | None = None  # width of a head; None: N_EMBD / N_HEAD
+N_INNER: int | None = None  # width of the feed-forward layer; None: 4 N_EMBD, or 8/3 of it in modern blocks
+ROPE_BASE: float | None = None  # base of the rotary positions' wavelengths, 10,000 in all presets
 
 MAX_STEPS: int | None = None  # optimizer steps in all
 MAX_MINUTES: float | None = None  # minutes of training steps in all (compiling and evaluating come on top)
@@ -128,7 +134,8 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
     runtime = choose_runtime(settings.device, settings.dtype, settings.compile, settings.deterministic)
     folder = settings.checkpoint_dir
     path, checkpoint = load_latest(folder) or (None, None)
-    config, recipe = settle(settings, checkpoint, data, on_cpu=runtime.device.type == "cpu")
+    pretrained = load_pretrained(settings.init_from) if settings.init_from and not checkpoint else None
+    config, recipe = settle(settings, checkpoint, data, runtime.device.type == "cpu", pretrained)
     if checkpoint:
         path, checkpoint = rewind(folder, path, checkpoint, recipe, processes.first)
     windows_per_step = max(1, recipe.batch_tokens // config.block_size)
@@ -138,9 +145,14 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
         data.validation.tokens, config.block_size, max(1, settings.eval_tokens // config.block_size)
     )
 
+    if runtime.device.type == "cuda":
+        batches.move_to(runtime.device, budget=0.25 * torch.cuda.mem_get_info(runtime.device)[0])
+
     # With what: the model and its optimizers
     torch.manual_seed(settings.seed)
     model = GPT(config).to(runtime.device)
+    if pretrained:
+        model.load_state_dict(pretrained.with_context(config.block_size).weights)
     optimizers = make_optimizers(model, recipe, low_precision=runtime.dtype == torch.bfloat16)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     state = TrainingState(model, optimizers, scaler)
@@ -177,7 +189,8 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
         before, progress = progress, max(state.step / recipe.max_steps, state.seconds / time_limit)
         finished = progress >= 1
         if processes.first and state.step != state.last_evaluation:
-            if finished or (state.step and state.step % settings.eval_interval == 0 and not stop):
+            begun = state.step or pretrained  # there is something to evaluate
+            if finished or (begun and state.step % settings.eval_interval == 0 and not stop):
                 row = evaluate(model, validation, data, runtime)
                 row |= {"step": state.step, "tokens": state.step * tokens_per_step}
                 metrics.add({**row, "sample": write_sample(model, data, settings)})
@@ -208,7 +221,7 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
         loss = torch.zeros((), device=runtime.device)
         for first in range(0, len(mine), micro_batch):
             chosen = starts[first : first + micro_batch]
-            windows = to_device(batches.windows(chosen), runtime.device)
+            windows = batches.tensor(chosen, runtime.device)
             if config.dropout:  # which activations are dropped follows from the seed and the step alone
                 torch.manual_seed(dropout_seed(settings.seed, state.step, int(mine[first])))
             share = len(chosen) / windows_per_step
@@ -267,11 +280,6 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
 
 def dropout_seed(seed: int, step: int, window: int) -> int:
     return int(np.random.SeedSequence((seed, step, window)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def to_device(windows: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(windows)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @torch.no_grad()

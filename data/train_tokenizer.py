@@ -3,6 +3,7 @@
     python data/train_tokenizer.py               # learn 10,000 byte-pair tokens from data/raw/train
     python data/train_tokenizer.py --kind gpt2   # GPT-2's 50,257 tokens, from the Hugging Face hub
     python data/train_tokenizer.py --kind char   # one token per character of the stories
+    python data/train_tokenizer.py --kind DIR    # that of a Hugging Face folder or name (with a slash)
 
 The result is data/tokenizer/tokenizer.json, which the tokenizers library reads. Each kind encodes any
 Unicode text, and decoding gives exactly that text back. `<|endoftext|>`, which stands after each story, is
@@ -30,7 +31,7 @@ from data.stories import END_OF_TEXT, Progress, first_line, next_step, open_raw,
 from model.files import atomic_write, read_json, sha256_file, shown, write_json
 from model.settings import UserError, read_settings, require, run_script
 
-KIND = "bpe"  # "bpe" (learned), "gpt2" (GPT-2's 50,257 tokens) or "char" (one token per character)
+KIND = "bpe"  # "bpe" (learned), "gpt2" (GPT-2's 50,257 tokens), "char", or a Hugging Face folder or name
 VOCAB_SIZE = 10_000  # of bpe: `<|endoftext|>`, the 256 bytes, and the most useful pieces of words
 MAX_STORIES = 0  # training stories to learn from, the first so many; 0 is all
 GPT2_FILES: list[str] = []  # vocab.json merges.txt, to make gpt2 without a network
@@ -43,7 +44,7 @@ EXAMPLE = "Once upon a time, there was a little dragonfly named Lily."
 
 
 def main():
-    settings = read_settings(__file__, choices={"kind": ("bpe", "gpt2", "char")})
+    settings = read_settings(__file__)
     check(settings)
     manifest = read_manifest(settings.data_dir)
     stories = open_raw(settings.data_dir, "train", manifest)
@@ -54,18 +55,17 @@ def main():
     made_from = {"format": FORMAT, "kind": settings.kind}
     if settings.kind == "bpe":
         made_from["vocab_size"] = settings.vocab_size
-    if settings.kind != "gpt2":
+    if settings.kind in ("bpe", "char"):
         made_from |= {
             "max_stories": settings.max_stories,
             "raw_sha256": manifest["splits"]["train"]["sha256"],
         }
-    if up_to_date(path, made_from):
+    if settings.kind in KINDS and up_to_date(path, made_from):
         print(f"{shown(path)} is up to date (delete it to make it anew)")
         tokenizer = Tokenizer.from_file(str(path))
     else:
         start = time.monotonic()
-        make = {"bpe": learn_bpe, "gpt2": load_gpt2, "char": collect_characters}[settings.kind]
-        tokenizer = make(stories, settings)
+        tokenizer = KINDS.get(settings.kind, take_over)(stories, settings)
         with atomic_write(path) as temporary:
             tokenizer.save(str(temporary))
         write_json(path.with_name("made_from.json"), {**made_from, "tokenizer_sha256": sha256_file(path)})
@@ -77,6 +77,8 @@ def main():
 def check(settings: SimpleNamespace) -> None:
     kind = settings.kind
     bytes_and_end = 257
+    known = kind in KINDS or "/" in kind or Path(kind).exists()
+    require(known, f"--kind takes bpe, gpt2 or char, or a Hugging Face folder or name, not {kind!r}")
     require(
         kind == "bpe" or "vocab_size" not in settings.given, f"--vocab-size is for --kind bpe, not {kind}"
     )
@@ -194,6 +196,19 @@ def collect_characters(stories: object, settings: SimpleNamespace) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
+
+
+def take_over(stories: object, settings: SimpleNamespace) -> Tokenizer:
+    """The tokenizer of a model from elsewhere, to go on training it or to compare with it."""
+    from model.huggingface import load_tokenizer_json  # with torch, which takes seconds to load
+
+    tokenizer = Tokenizer.from_str(load_tokenizer_json(settings.kind))
+    found = tokenizer.token_to_id(END_OF_TEXT) is not None
+    require(found, f"the tokenizer of {settings.kind} has no {END_OF_TEXT}, which stands between stories")
+    return tokenizer
+
+
+KINDS = {"bpe": learn_bpe, "gpt2": load_gpt2, "char": collect_characters}
 
 
 # What the user sees

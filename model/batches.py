@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from model.files import read_json, sha256_file, shown
 from model.settings import UserError, require_seed
@@ -64,7 +66,9 @@ def load_data(data_dir: Path, verify: bool = False) -> Data:
         )
     splits = {}
     for name in ("train", "validation"):
-        path, facts = processed / f"{name}.bin", meta["splits"][name]
+        path, facts = processed / f"{name}.bin", meta["splits"].get(name)
+        if not facts or not facts["tokens"]:
+            raise UserError(f"{shown(processed)} has no {name} stories: run {PREPARE}")
         expected = facts["tokens"] * np.dtype(meta["dtype"]).itemsize
         size = path.stat().st_size if path.exists() else 0
         if size != expected:
@@ -98,6 +102,16 @@ class Batches:
         self.windows_per_step = windows_per_step
         self.windows_per_epoch = len(tokens) // block_size
         self._epochs: dict[int, tuple[int, np.ndarray]] = {}
+        self._resident: Tensor | None = None
+
+    def move_to(self, device: torch.device, budget: float) -> None:
+        """Keep the tokens in the memory of the device, if they take no more than `budget` bytes there.
+
+        Windows are then gathered on the device, and a step waits for no copy from the host.
+        """
+        if 2 * 4 * len(self.tokens) <= budget:  # int32, twice while the pieces are joined
+            pieces = np.array_split(self.tokens, -(-len(self.tokens) // 2**24))
+            self._resident = torch.cat([torch.from_numpy(p.astype(np.int32)).to(device) for p in pieces])
 
     def epoch_order(self, epoch: int) -> tuple[int, np.ndarray]:
         """The epoch's offset into the ring, and its permutation of the windows."""
@@ -121,6 +135,19 @@ class Batches:
         """The tokens of each window and the one after it, (len(starts), block_size + 1) int64."""
         indices = starts[:, None] + np.arange(self.block_size + 1)
         return self.tokens[indices % len(self.tokens)].astype(np.int64)
+
+    def tensor(self, starts: np.ndarray, device: torch.device) -> Tensor:
+        """The same windows on the device, (len(starts), block_size + 1) int64."""
+        if self._resident is None:
+            return to_device(self.windows(starts), device)
+        indices = to_device(starts, device)[:, None] + torch.arange(self.block_size + 1, device=device)
+        return self._resident[indices % len(self.tokens)].long()
+
+
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor on the device, without waiting for it: what is copied from pinned memory overtakes nothing."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def validation_windows(tokens: np.ndarray, block_size: int, limit: int) -> np.ndarray:

@@ -21,15 +21,25 @@ class GPTConfig:
     dropout: float = 0.0
     tie_weights: bool = True  # the output head is the token embedding
     blocks: str = "modern"  # "modern" is Qwen3's dense architecture, "gpt2" is GPT-2's
+    n_kv_head: int | None = None  # key-value heads, each for n_head / n_kv_head queries; None: n_head
+    head_size: int | None = None  # width of a head; None: n_embd / n_head
+    n_inner: int | None = None  # width of the feed-forward layer; None: see n_hidden
+    rope_base: float = 10_000.0  # longest wavelength of rotary positions, over 2 pi
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "kv_heads", "n_hidden"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         require(
-            self.n_embd % self.n_head == 0,
+            self.head_size is not None or self.n_embd % self.n_head == 0,
             f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: each head takes an equal part",
         )
+        require(
+            self.n_head % self.kv_heads == 0,
+            f"n_head {self.n_head} is not divisible by n_kv_head {self.kv_heads}",
+        )
         require(self.blocks in BLOCK_FAMILIES, f"blocks is modern or gpt2, not {self.blocks!r}")
+        modern_only = self.n_kv_head is None and self.head_size is None
+        require(self.blocks == "modern" or modern_only, "n_kv_head and head_size are for modern blocks")
         require(
             self.blocks == "gpt2" or self.head_dim % 2 == 0,
             f"modern blocks need an even head size; n_embd {self.n_embd} / n_head {self.n_head} is {self.head_dim}",
@@ -38,11 +48,17 @@ class GPTConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.n_embd // self.n_head
+        return self.head_size or self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
 
     @property
     def n_hidden(self) -> int:
         """Width of the feed-forward layer: 4 n_embd, or for SwiGLU's three matrices 8/3, in steps of 64."""
+        if self.n_inner is not None:
+            return self.n_inner
         return 4 * self.n_embd if self.blocks == "gpt2" else -(-8 * self.n_embd // (3 * 64)) * 64
 
 

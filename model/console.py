@@ -36,7 +36,8 @@ def print_plan(
     print(
         f"stories      {train.stories:,} ({len(train.tokens):,} tokens) to train on, "
         f"{data.validation.stories:,} ({len(data.validation.tokens):,} tokens) to validate\n"
-        f"model        {settings.preset}: {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, "
+        f"model        {settings.init_from or settings.preset}: "
+        f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, "
         f"context {config.block_size}, vocabulary {config.vocab_size:,}, {config.blocks} blocks; "
         f"{state.model.count_parameters():,} parameters\n"
         f"device       {runtime.reasons}{where}\n"

@@ -46,7 +46,7 @@ class KVCache:
     """Keys and values of the positions so far, for every layer; room for block_size positions."""
 
     def __init__(self, config: GPTConfig, batch: int, like: Tensor):
-        shape = (config.n_layer, batch, config.n_head, config.block_size, config.head_dim)
+        shape = (config.n_layer, batch, config.kv_heads, config.block_size, config.head_dim)
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)
         self.length = 0
 

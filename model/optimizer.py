@@ -6,7 +6,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from model.config import Recipe
+from model.config import GPTConfig, Recipe
 
 ADAMW_SHARE = 0.5  # of the Muon learning rate, for what Muon does not train
 
@@ -84,9 +84,11 @@ class Muon(torch.optim.Optimizer):
                 parameter.add_(step * (-group["lr"] * scale * kept))
 
 
-def parts_of(name: str) -> int:
-    """How many matrices of the architecture lie in one joint parameter."""
-    return 3 if name.endswith("qkv.weight") else 2 if name.endswith("gate_up.weight") else 1
+def parts_of(name: str, config: GPTConfig) -> int:
+    """How many matrices of equal size lie in one joint parameter: of queries as many as share their keys."""
+    if name.endswith("qkv.weight"):
+        return config.n_head // config.kv_heads + 2
+    return 2 if name.endswith("gate_up.weight") else 1
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe, low_precision: bool) -> list[torch.optim.Optimizer]:
@@ -101,7 +103,7 @@ def make_optimizers(model: nn.Module, recipe: Recipe, low_precision: bool) -> li
         if parameter.dim() < 2:
             undecayed.append(parameter)
         elif recipe.optimizer == "muon" and name.startswith("blocks."):
-            muon[parts_of(name)].append(parameter)
+            muon[parts_of(name, model.config)].append(parameter)
         else:
             decayed.append(parameter)
     share = ADAMW_SHARE if muon else 1.0

@@ -20,10 +20,11 @@ from model.checkpoint import BEFORE_DECAY, list_checkpoints, load_checkpoint, st
 from model.config import CONFIG_FIELDS, RECIPE_FIELDS, GPTConfig, Recipe, find_preset
 from model.files import shown
 from model.gpt import GPT
-from model.settings import UserError
+from model.huggingface import Pretrained, token_table
+from model.settings import UserError, require
 
 # What makes a run this run and not another; the rest may change when it goes on.
-FIXED = ("preset", *CONFIG_FIELDS, "seed", "batch_tokens", "optimizer")
+FIXED = ("preset", "init_from", *CONFIG_FIELDS, "seed", "batch_tokens", "optimizer")
 KEPT = (
     *FIXED,
     *RECIPE_FIELDS,
@@ -33,6 +34,11 @@ KEPT = (
     "sample_prompt",
     "sample_tokens",
 )
+
+# A pretrained model's context, which may be very long, is cut to this unless BLOCK_SIZE says otherwise.
+CONTEXT_LIMIT = 1_024
+# Of the preset's learning rate: a pretrained model is to be changed, not shaken.
+PRETRAINED_SHARE = 0.1
 
 
 @dataclass
@@ -85,15 +91,20 @@ def fingerprints(data: Data) -> dict[str, str]:
 
 
 def settle(
-    settings: SimpleNamespace, checkpoint: dict | None, data: Data, on_cpu: bool
+    settings: SimpleNamespace,
+    checkpoint: dict | None,
+    data: Data,
+    on_cpu: bool,
+    pretrained: Pretrained | None = None,
 ) -> tuple[GPTConfig, Recipe]:
     """Fill in every setting that was left open; return the model's shape and the recipe.
 
-    A new run takes them from its preset. A run that goes on keeps its own, but for what the user set by
-    a flag, or edited in the script since it began. Raises UserError with the list of what may not differ.
+    A new run takes them from its preset, and its shape from a pretrained model where it begins with one.
+    A run that goes on keeps its own, but for what the user set by a flag, or edited in the script since it
+    began. Raises UserError with the list of what may not differ.
     """
     if checkpoint is None:
-        fill_from_preset(settings, data, on_cpu)
+        fill_from_preset(settings, data, on_cpu, pretrained)
     else:
         keep_from_checkpoint(settings, checkpoint, data)
     if settings.vocab_size < data.vocab_size:
@@ -107,7 +118,9 @@ def left_open(settings: SimpleNamespace, name: str) -> bool:
     return getattr(settings, name) is None and not (name == "max_minutes" and name in settings.given)
 
 
-def fill_from_preset(settings: SimpleNamespace, data: Data, on_cpu: bool) -> None:
+def fill_from_preset(
+    settings: SimpleNamespace, data: Data, on_cpu: bool, pretrained: Pretrained | None
+) -> None:
     preset = find_preset(settings.preset)
     recipe = preset.recipe
     if on_cpu:  # a CPU learns more from many small steps than from few large ones
@@ -117,6 +130,9 @@ def fill_from_preset(settings: SimpleNamespace, data: Data, on_cpu: bool) -> Non
             eval_interval=recipe.cpu_eval_interval or recipe.eval_interval,
         )
     values = {**vars(recipe), **vars(preset.config), "vocab_size": data.vocab_size}
+    if pretrained:
+        values |= shape_of(pretrained, settings, data)
+        values["learning_rate"] = PRETRAINED_SHARE * recipe.learning_rate
     for name in (*CONFIG_FIELDS, *RECIPE_FIELDS):
         if left_open(settings, name):
             setattr(settings, name, values[name])
@@ -124,9 +140,29 @@ def fill_from_preset(settings: SimpleNamespace, data: Data, on_cpu: bool) -> Non
         settings.save_interval = settings.eval_interval
 
 
+def shape_of(pretrained: Pretrained, settings: SimpleNamespace, data: Data) -> dict[str, object]:
+    """The shape that a pretrained model has, whatever the preset; only its context may be chosen, and dropout.
+
+    Raises UserError where a flag asks for another shape, or the stories were packed with another tokenizer.
+    """
+    shape = {name: value for name, value in vars(pretrained.config).items() if name != "dropout"}
+    shape["block_size"] = min(shape["block_size"], CONTEXT_LIMIT)
+    for name, value in shape.items():
+        asked = getattr(settings, name)
+        fits = asked in (None, value) or name == "block_size"
+        require(fits, f"{settings.init_from} has {name} {value}, which --init-from cannot change to {asked}")
+    require(
+        token_table(pretrained.tokenizer_json) == token_table(data.tokenizer_json),
+        f"the stories are packed with another tokenizer than that of {settings.init_from}: run "
+        f"python data/train_tokenizer.py --kind {settings.init_from}, then python data/prepare_data.py",
+    )
+    return shape
+
+
 def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data) -> None:
     saved, then = checkpoint["settings"], checkpoint["defaults"]
     edited = {name for name, value in settings.defaults.items() if name in then and value != then[name]}
+    saved = {"init_from": None, **vars(GPTConfig()), **saved}  # as before there were these settings
     differences = []
     for name in KEPT:
         value = getattr(settings, name)

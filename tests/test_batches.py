@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from model.batches import Batches, load_data, validation_windows
 from model.settings import UserError
@@ -61,6 +62,19 @@ def test_a_window_is_that_piece_of_the_ring_and_the_token_after_it(shape):
             assert window == [(start + k) % length for k in range(block_size + 1)]
             wrapped += start + block_size >= length
     assert wrapped
+
+
+@pytest.mark.parametrize("budget", [0, 1e9])
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_a_device_gets_the_same_windows_whether_or_not_the_tokens_are_there(dtype, budget):
+    tokens = np.random.default_rng(0).integers(60_000, size=1_000).astype(dtype)
+    batches, device = Batches(tokens, 8, 5, seed=3), torch.device("cpu")
+    batches.move_to(device, budget)
+    for step in range(40):  # round the ring
+        starts = batches.starts(step)
+        windows = batches.tensor(starts, device)
+        assert windows.dtype == torch.int64 and windows.tolist() == batches.windows(starts).tolist()
+    assert (batches._resident is not None) == (budget > 0)
 
 
 def test_a_step_is_a_pure_function_of_seed_and_step():

@@ -1,194 +1,34 @@
-"""Scores of stories against a loop that takes one story and one window at a time, in float64."""
+"""evaluate.py as its users run it: splits, files, Hugging Face models, tables, the report."""
 
 import hashlib
+import html.parser
 import json
 import math
+import random
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import assert_one_line_error
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from test_model import reference as as_transformers
+from test_scoring import EOT, STORIES, make_model, make_tokenizer, score
 
 import evaluate as script
-from model.config import GPTConfig
-from model.generation import text_tokenizer
-from model.gpt import GPT
-from model.runtime import Runtime
+from model.candidates import TransformersModel
+from model.checkpoint import save_checkpoint
+from model.scoring import score_stories
 from model.settings import UserError
 
-torch.set_num_threads(1)
-
-FAMILIES = ("modern", "gpt2")
-EOT = 0
-CPU = Runtime(torch.device("cpu"), torch.float32, False, "")
-BLOCK_SIZE = 16
-SENTENCES = ["Once upon a time there was a cat.", "The cat sat on a mat, and Zoë sat there too."]
-STORIES = [
-    "Once upon a time",
-    "",  # nothing but its end
-    "a",
-    "The cat sat on the mat. " * 9,
-    "Zoë saw a dragon 🐉!\n\n“Oh,” said the cat.",
-    "Once there was a story that says <|endoftext|> and goes on.",
-    "qzx" * 31,
-    "The cat.",
-]
+TRAIN = [f"Cat {k} sat on the mat and saw a dog." for k in range(10)]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    # as a tokenizer from elsewhere may: it would add a token to each story, if it were asked
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", EOT)]
-    )
-    return text_tokenizer(tokenizer.to_str())
-
-
-def make_model(blocks, block_size=BLOCK_SIZE):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(300, block_size, n_layer=2, n_head=2, n_embd=16, blocks=blocks)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
-@torch.no_grad()
-def score_one_by_one(model, tokenizer, stories):
-    """Loss, right predictions and tokens of each story: each token from the window that the text says.
-
-    The first window predicts block_size tokens; each later one begins half a context further and
-    predicts those that the one before did not reach.
-    """
-    model, block_size = model.double(), model.config.block_size
-    scores = []
-    for story in stories:
-        ids = [EOT, *tokenizer.encode(story, add_special_tokens=False).ids, EOT]
-        loss, right = 0.0, 0
-        for target in range(1, len(ids)):
-            begin = 0
-            while target - begin > block_size:
-                begin += block_size // 2
-            log_probabilities = model(torch.tensor([ids[begin:target]]))[0, -1].log_softmax(-1)
-            loss -= log_probabilities[ids[target]].item()
-            right += log_probabilities.argmax().item() == ids[target]
-        scores.append((loss, right, len(ids) - 1))
-    return scores
-
-
-def score(model, tokenizer, stories=STORIES, batch_size=0):
-    return script.score_stories(model, tokenizer, EOT, stories, CPU, batch_size)
-
-
-@pytest.mark.parametrize("blocks", FAMILIES)
-@pytest.mark.parametrize("block_size", [4, 15, 16, 400])
-def test_scores_are_those_of_one_token_at_a_time(tokenizer, blocks, block_size):
-    model = make_model(blocks, block_size).double()
-    scores = score(model, tokenizer)
-    expected = score_one_by_one(model, tokenizer, STORIES)
-    assert scores["tokens"].tolist() == [tokens for _, _, tokens in expected]
-    assert scores["right"].tolist() == [right for _, right, _ in expected]
-    np.testing.assert_allclose(scores["loss"], [loss for loss, _, _ in expected], rtol=1e-6)
-    assert max(scores["tokens"]) > 90 and min(scores["tokens"]) == 1
-
-
-@pytest.mark.parametrize("blocks", FAMILIES)
-def test_float32_scores_are_close(tokenizer, blocks):
-    model = make_model(blocks)
-    scores = score(model, tokenizer)
-    expected = [loss for loss, _, _ in score_one_by_one(model, tokenizer, STORIES)]
-    np.testing.assert_allclose(scores["loss"], expected, rtol=1e-5)
-
-
-def test_the_end_of_a_story_is_scored(tokenizer):
-    """A model that always expects the end is right once a story, at the only sure cost of that token."""
-    model = make_model("modern")
-    with torch.no_grad():
-        model.token_embedding.weight.zero_()
-        model.token_embedding.weight[EOT] = 0.25
-        model.norm.weight.fill_(1.0)
-    model.hidden = lambda idx, cache=None: torch.ones(*idx.shape, 16)
-    scores = score(model, tokenizer)
-    assert scores["right"].tolist() == [1] * len(STORIES)
-    cost = math.log(math.exp(4) + 299)  # of another token, whose logit is 0
-    expected = (scores["tokens"] - 1) * cost + (cost - 4)
-    np.testing.assert_allclose(scores["loss"], expected, rtol=1e-5)
-
-
-def test_tokens_and_bytes_are_those_of_the_text(tokenizer):
-    scores = score(make_model("modern"), tokenizer)
-    lengths = [len(tokenizer.encode(story, add_special_tokens=False).ids) + 1 for story in STORIES]
-    assert scores["tokens"].tolist() == lengths
-    assert scores["bytes"].tolist() == [len(story.encode("utf-8")) for story in STORIES]
-    assert scores["bytes"][4] > len(STORIES[4])
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 1_000])
-def test_the_batch_size_changes_nothing(tokenizer, batch_size):
-    model = make_model("gpt2").double()
-    scores, expected = score(model, tokenizer, batch_size=batch_size), score(model, tokenizer)
-    for name in ("right", "tokens", "bytes"):
-        assert scores[name].tolist() == expected[name].tolist()
-    np.testing.assert_allclose(scores["loss"], expected["loss"], rtol=1e-6)
-
-
-def test_the_order_of_the_stories_changes_nothing(tokenizer):
-    model = make_model("modern").double()
-    expected = score(model, tokenizer)
-    order = np.random.default_rng(0).permutation(len(STORIES))
-    scores = score(model, tokenizer, [STORIES[k] for k in order], batch_size=3)
-    for name in ("right", "tokens", "bytes"):
-        assert scores[name].tolist() == expected[name][order].tolist()
-    np.testing.assert_allclose(scores["loss"], expected["loss"][order], rtol=1e-6)
-
-
-def test_bfloat16_scores_are_close(tokenizer):
-    """Within 1 %: eight bits a number, and the errors of many tokens even out."""
-    model = make_model("modern")
-    rough = Runtime(torch.device("cpu"), torch.bfloat16, False, "")
-    scores = script.score_stories(model, tokenizer, EOT, STORIES, rough, 0)
-    assert scores["loss"].sum() == pytest.approx(score(model, tokenizer)["loss"].sum(), rel=0.01)
-
-
-@pytest.mark.parametrize("block_size", [1, 2, 3, 8, 15, 16])
-def test_windows_score_each_position_once_with_half_a_context_before_it(block_size):
-    for length in range(1, 8 * block_size + 3):
-        scored = []
-        for number, (first, end, begin) in enumerate(script.sliding_windows(length, block_size)):
-            assert first == number * max(1, block_size // 2)
-            assert first <= begin < end <= min(length, first + block_size)
-            assert number == 0 or begin - first >= block_size // 2
-            scored += range(begin, end)
-        assert scored == list(range(length))
-
-
-def test_a_summary_divides_sums_by_sums():
-    scores = {"loss": [8.0, 2.0], "right": [3, 1], "tokens": [7, 3], "bytes": [30, 10]}
-    summary = script.summarise({name: np.array(values) for name, values in scores.items()})
-    assert summary == {
-        "loss": pytest.approx(1.0),
-        "perplexity": pytest.approx(math.e),
-        "bits_per_byte": pytest.approx(10 / math.log(2) / 40),
-        "accuracy": pytest.approx(0.4),
-        "stories": 2,
-        "tokens": 10,
-        "bytes": 40,
-    }
-
-
-# The stories of a split
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +40,7 @@ def data_dir(tmp_path_factory, tokenizer):
     (folder / "tokenizer" / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     sha256 = hashlib.sha256((folder / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
     meta = {"dtype": "uint16", "vocab_size": 300, "eot_id": EOT, "tokenizer_sha256": sha256, "splits": {}}
-    for split, stories in (("train", [f"Cat {k} sat." for k in range(10)]), ("validation", STORIES)):
+    for split, stories in (("train", TRAIN), ("validation", STORIES)):
         encoded = [tokenizer.encode(story, add_special_tokens=False).ids for story in stories]
         tokens = np.array([token for ids in encoded for token in (*ids, EOT)], dtype="<u2")
         (folder / "processed" / f"{split}.bin").write_bytes(tokens.tobytes())
@@ -212,14 +52,14 @@ def data_dir(tmp_path_factory, tokenizer):
 
 
 def read(data_dir, split, max_samples=0):
-    return script.read_stories(SimpleNamespace(data_dir=data_dir, split=split, max_samples=max_samples))
+    settings = SimpleNamespace(data_dir=data_dir, split=split, max_samples=max_samples, text=[])
+    return script.read_stories(settings, script.load_data(data_dir))[0]
 
 
 def test_stories_come_back_from_the_packed_tokens(data_dir):
-    train = [f"Cat {k} sat." for k in range(10)]
-    assert read(data_dir, "validation") == STORIES
-    assert read(data_dir, "train") == train
-    assert read(data_dir, "all") == train + STORIES
+    assert read(data_dir, "validation") == sorted(STORIES)
+    assert read(data_dir, "train") == sorted(TRAIN)
+    assert read(data_dir, "all") == sorted(TRAIN + STORIES)
 
 
 @pytest.mark.parametrize(
@@ -227,47 +67,331 @@ def test_stories_come_back_from_the_packed_tokens(data_dir):
     [(1, [0]), (2, [0, 9]), (4, [0, 3, 6, 9]), (10, range(10)), (99, range(10)), (0, range(10))],
 )
 def test_a_sample_is_spread_evenly_over_the_split(data_dir, count, expected):
-    assert read(data_dir, "train", count) == [f"Cat {k} sat." for k in expected]
+    assert read(data_dir, "train", count) == [TRAIN[k] for k in expected]
 
 
 # The script
 
 
-@pytest.fixture
-def checkpoint(tmp_path, tokenizer):
-    from model.checkpoint import save_checkpoint
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer):
+    """A folder with two different models and the metrics of a run."""
+    folder = tmp_path_factory.mktemp("run")
+    for name, blocks, step in (("ckpt_40.pt", "modern", 40), ("best.pt", "gpt2", 30)):
+        model = make_model(blocks)
+        content = {"config": vars(model.config), "settings": {"seed": 1}, "weights": model.state_dict()}
+        content |= {"tokenizer": tokenizer.to_str(), "eot_id": EOT, "data": {}, "step": step}
+        save_checkpoint(folder / name, content)
+    rows = [{"step": k, "bits_per_byte": 5 / k, "tokens": 64 * k} for k in (20, 30, 40)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
-    model = make_model("modern")
-    content = {"config": vars(model.config), "settings": {}, "weights": model.state_dict(), "step": 40}
-    content |= {"tokenizer": tokenizer.to_str(), "eot_id": EOT, "data": {}}
-    for name in ("ckpt_40.pt", "best.pt"):
-        save_checkpoint(tmp_path / "run" / name, content)
-    return tmp_path / "run"
+
+@pytest.fixture
+def evaluate(monkeypatch, tmp_path, checkpoint, data_dir):
+    """evaluate(flags...) runs the script's main in tmp_path and returns what --output wrote."""
+    monkeypatch.chdir(tmp_path)
+
+    def evaluate(*flags):
+        output = tmp_path / "scores.json"
+        places = ["--checkpoint-dir", checkpoint, "--device", "cpu", "--output", output]
+        if "--data-dir" not in flags:
+            places += ["--data-dir", data_dir]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, [*places, *flags])])
+        script.main()
+        return json.loads(output.read_text(encoding="utf-8"))
+
+    return evaluate
 
 
 def test_the_script_prints_and_writes_the_scores(run, tmp_path, checkpoint, data_dir, tokenizer):
     places = ["--checkpoint-dir", checkpoint, "--data-dir", data_dir, "--device", "cpu"]
-    report = tmp_path / "scores.json"
-    result = run("evaluate.py", *places, "--output", report, cwd=tmp_path, check=0)
-    expected = script.summarise(score(make_model("modern"), tokenizer))
+    result = run("evaluate.py", *places, "--output", "scores.json", cwd=tmp_path, check=0)
+    expected = score(make_model("modern"), tokenizer).summary()
     for key, value in expected.items():
         line = f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}"
         assert line in result.stdout.splitlines()
-    (row,) = json.loads(report.read_text())["results"]
+    written = json.loads((tmp_path / "scores.json").read_text())
+    (row,) = written["results"]
     assert row["step"] == 40 and row["checkpoint"].endswith("ckpt_40.pt")
+    assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+    low, high = row["bits_per_byte_interval"]
+    assert low < row["bits_per_byte"] < high
+    assert f"bits_per_byte_interval: {low:.4f} to {high:.4f}" in result.stdout
+    assert written["command"].startswith("python ") and "--output scores.json" in written["command"]
+    assert written["versions"]["torch"] == torch.__version__
+    assert row["sha256"] == hashlib.sha256((checkpoint / "ckpt_40.pt").read_bytes()).hexdigest()
+
+
+def test_several_checkpoints_are_rows_of_a_table(evaluate, capsys):
+    written = evaluate("--checkpoint", "40", "best", "40", "--prompt", "Once upon")
+    lines = capsys.readouterr().out.splitlines()
+    header = next(k for k, line in enumerate(lines) if line.split()[:1] == ["checkpoint"])
+    rows = [line.split() for line in lines[header + 1 : header + 4]]
+    assert [row[0].rpartition("/")[2] for row in rows] == ["ckpt_40.pt", "best.pt", "ckpt_40.pt"]
+    assert lines[header - 1].startswith("8 validation stories")
+    assert sum(": Once upon" in line for line in lines) == len(written["written"][0]["stories"]) == 2
+    first, other, same = written["results"]
+    assert "difference" not in first and same["verdict"] == "no clear difference"
+    assert same["difference_interval"] == [same["difference"], 0] == [0, 0]
+    assert other["difference"] == other["bits_per_byte"] - first["bits_per_byte"]
+    assert other["difference_interval"][0] < other["difference"] < other["difference_interval"][1]
+    assert other["verdict"] in lines[header + 2]
+
+
+def test_neither_order_nor_batch_size_changes_a_figure(evaluate, tmp_path):
+    stories = [story for story in STORIES if story and "endoftext" not in story]
+    stories += [f"There were {k} cats and a dog{'s' * k}." for k in range(9)]
+    results = []
+    for seed, batch_size in ((0, 0), (1, 1), (2, 5)):
+        random.Random(seed).shuffle(stories)
+        (tmp_path / "own.txt").write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
+        flags = ["--text", "own.txt", "--batch-size", batch_size, "--checkpoint", "best", "40"]
+        results.append(evaluate(*flags)["results"])
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            for key in ("loss", "perplexity", "bits_per_byte", "accuracy", "stories", "tokens", "bytes"):
+                assert same[key] == pytest.approx(one[key], rel=1e-6)
+            assert same["bits_per_byte_interval"] == pytest.approx(one["bits_per_byte_interval"], rel=1e-6)
+
+
+def test_stories_of_ones_own_need_no_packed_data(evaluate, tmp_path, tokenizer):
+    (tmp_path / "own.jsonl").write_text('{"text": " The cat. "}\n{"text": ""}\n{"text": "A dog sat."}\n')
+    (row,) = evaluate("--text", "own.jsonl", "--data-dir", tmp_path / "none")["results"]
+    expected = score(make_model("modern"), tokenizer, ["The cat.", "A dog sat."]).summary()
     assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-5)
 
 
-def test_several_checkpoints_are_rows_of_a_table(run, tmp_path, checkpoint, data_dir):
-    places = ["--checkpoint-dir", checkpoint, "--data-dir", data_dir, "--device", "cpu"]
-    few = ["--max-samples", "2", "--prompt", "Once upon"]
-    result = run("evaluate.py", *places, *few, "--checkpoint", "best", "40", cwd=tmp_path, check=0)
-    lines = result.stdout.splitlines()
-    header = next(k for k, line in enumerate(lines) if line.split()[:1] == ["checkpoint"])
-    first, second = (line.split() for line in lines[header + 1 :])
-    assert first[0].endswith("best.pt") and second[0].endswith("ckpt_40.pt") and first[1:] == second[1:]
-    assert lines[header - 1] == "2 validation stories"
-    assert sum(": Once upon" in line for line in lines) == 2
+def test_a_model_trained_on_other_stories_is_remarked_on(evaluate, checkpoint, data_dir, tmp_path, capsys):
+    content = torch.load(checkpoint / "best.pt", weights_only=True)
+    here = script.fingerprints(script.load_data(data_dir))
+    for name, changes in {"same.pt": {}, "other.pt": {"training stories": "0"}}.items():
+        save_checkpoint(tmp_path / name, {**content, "data": here | changes})
+        evaluate("--checkpoint", name, "--max-samples", 1)
+        remark = f"{name} was trained on other stories than those in"
+        assert (remark in capsys.readouterr().err) == bool(changes)
+
+
+def test_written_stories_are_judged_beside_real_ones(evaluate, tmp_path, capsys):
+    rows = [
+        {"prompt": "Cat 3 sat", "story": " on the mat and saw a dragon.", "finish_reason": "end_of_story"}
+    ]
+    (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, rows * 2)))
+    written = evaluate("--stories", "s.jsonl")
+    assert written["results"] == []  # without a model
+    real, judged = written["quality"]["real stories"], written["quality"]["s.jsonl"]
+    assert judged["stories"] == real["stories"] == 2 and judged["ended"] == 1
+    assert judged["unseen_examples"] == ["dragon"]
+    assert judged["longest_copy_text"].startswith("Cat 3 sat on the mat and saw a d")
+    assert judged["copied_8grams_beyond_real"] == judged["copied_8grams"] - real["copied_8grams"] > 0
+    assert "8-grams found in training" in capsys.readouterr().out
+
+
+def test_stories_of_a_checkpoint_are_the_same_each_time(evaluate):
+    one, same, other = (evaluate("--num-stories", 12, "--seed", seed) for seed in (1, 1, 2))
+    assert one["written"] == same["written"] != other["written"]
+    assert one["quality"] == same["quality"]
+    (name,) = set(one["quality"]) - {"real stories"}
+    assert one["quality"][name]["stories"] == 12
+    assert [row["prompt"] for row in one["written"]] == script.PROMPT
+
+
+# Hugging Face models
+
+
+def save_transformers(folder, model, tokenizer, **special):
+    model.save_pretrained(folder)
+    special = special or {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def random_transformer(kind, context=400):
+    torch.manual_seed(1)
+    shape = {"vocab_size": 300, "bos_token_id": EOT, "eos_token_id": EOT}
+    if kind == "neo":
+        config = transformers.GPTNeoConfig(
+            **shape, max_position_embeddings=context, hidden_size=16, num_layers=2, num_heads=2,
+            attention_types=[[["global", "local"], 1]], window_size=8,
+        )  # fmt: skip
+    elif kind == "gpt2":
+        config = transformers.GPT2Config(**shape, n_positions=context, n_embd=16, n_layer=2, n_head=2)
+    else:
+        config = transformers.LlamaConfig(
+            **shape, max_position_embeddings=context, hidden_size=16, intermediate_size=32,
+            num_hidden_layers=2, num_attention_heads=2,
+        )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def own_loss(model, tokenizer, stories):
+    """Summed loss of the stories as transformers counts it."""
+    total = 0.0
+    for story in stories:
+        ids = torch.tensor([[EOT, *tokenizer.encode(story, add_special_tokens=False).ids, EOT]])
+        total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    return total
+
+
+@pytest.mark.parametrize("kind", ["neo", "gpt2", "llama"])
+def test_a_transformers_model_gets_the_loss_that_it_counts_itself(tmp_path, tokenizer, kind, evaluate):
+    model = random_transformer(kind)
+    folder = save_transformers(tmp_path / kind, model, tokenizer)
+    (row,) = evaluate("--checkpoint", folder, "--num-stories", 3)["results"]
+    size = sum(len(story.encode()) for story in STORIES)
+    assert (row["stories"], row["bytes"]) == (len(STORIES), size)
+    expected = own_loss(model, tokenizer, STORIES) / math.log(2) / size
+    assert row["bits_per_byte"] == pytest.approx(expected, abs=1e-4)
+    assert row["parameters"] == model.num_parameters()
+
+
+@pytest.mark.parametrize("blocks", ["modern", "gpt2"])
+def test_an_exported_model_scores_as_before(tmp_path, tokenizer, blocks):
+    """Beyond its context too, so windows slide alike."""
+    model = make_model(blocks)
+    folder = save_transformers(tmp_path, as_transformers(model), tokenizer)
+    exported = TransformersModel(str(folder), CPU)
+    exported.read_into(STORIES)
+    assert exported.block_size == 16
+    runtime = SimpleNamespace(device=CPU, autocast=torch.no_grad)
+    scores = score_stories(exported, STORIES, runtime)
+    np.testing.assert_allclose(scores.loss, score(model, tokenizer).loss, rtol=1e-4)
+
+
+@pytest.mark.parametrize("blocks", ["modern", "gpt2"])
+def test_our_scores_are_the_losses_of_the_exported_model(tokenizer, blocks):
+    model = make_model(blocks, block_size=400)
+    size = sum(len(story.encode()) for story in STORIES)
+    expected = own_loss(as_transformers(model), tokenizer, STORIES) / math.log(2) / size
+    assert score(model, tokenizer).summary()["bits_per_byte"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_end_token_is_the_one_that_the_model_expects(tmp_path, tokenizer):
+    """Of a tokenizer with two: a model that was trained as llama2.c's expects the next beginning."""
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).backend_tokenizer
+    tokenizer.add_special_tokens(["</s>"])  # 300
+    for expected in (EOT, tokenizer.token_to_id("</s>")):
+        shape = {"vocab_size": 301, "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 64}
+        config = transformers.LlamaConfig(**shape, num_hidden_layers=1, num_attention_heads=1)
+        model = transformers.LlamaForCausalLM(config)
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+            model.lm_head.weight[expected] = 1.0
+            model.model.norm.weight.fill_(1.0)
+            for layer in model.model.layers:
+                layer.mlp.down_proj.weight.zero_()
+            model.model.embed_tokens.weight.fill_(1.0)
+        names = {"bos_token": "<|endoftext|>", "eos_token": "</s>"}
+        folder = save_transformers(tmp_path / str(expected), model, tokenizer, **names)
+        candidate = TransformersModel(str(folder), CPU)
+        candidate.read_into(["The cat sat.", "A dog."])
+        assert (candidate.start_id, candidate.end_id) == (EOT, expected)
+
+
+def break_folder(folder, damage):
+    if damage == "weights":
+        (folder / "model.safetensors").write_bytes(b"nothing")
+    elif damage == "tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif damage == "no tokenizer":  # transformers then makes up an empty one
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+    elif damage == "config":
+        (folder / "config.json").write_text("{")
+    elif damage == "kind":
+        (folder / "config.json").write_text('{"model_type": "vit"}')
+    elif damage == "end":
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    elif damage == "missing":
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(folder / "model.safetensors")
+        del weights["transformer.h.1.mlp.c_fc.weight"]
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "needle"),
+    [
+        ("weights", "does not load"),
+        ("tokenizer", "does not load"),
+        ("no tokenizer", "does not give stories back"),
+        ("config", "does not load"),
+        ("kind", "does not load"),
+        ("end", "has no end-of-text token"),
+        ("missing", "lacks 1 of its weights, transformer.h.1.mlp.c_fc.weight"),
+        ("context", "has a context of 1 token"),
+    ],
+)
+def test_a_broken_hugging_face_folder_is_one_line(tmp_path, tokenizer, evaluate, damage, needle):
+    model = random_transformer("gpt2", context=1 if damage == "context" else 32)
+    folder = save_transformers(tmp_path / "model", model, tokenizer)
+    break_folder(folder, damage)
+    with pytest.raises(UserError, match=needle):
+        evaluate("--checkpoint", folder)
+
+
+# The report
+
+
+class Page(html.parser.HTMLParser):
+    """Every tag is closed in order; what the page would load, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.loads, self.words, self.tags = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loads += [value for name, value in attributes if name in ("src", "href", "srcset", "action")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loads += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_report_is_one_page_with_everything(evaluate, tmp_path):
+    prompt = '<script>alert("x")</script> & the cat'
+    flags = ["--report", "r.html", "--checkpoint", "best", "40", "--num-stories", 2]
+    written = evaluate(*flags, "--prompt", prompt, "</style><b>")
+    text = (tmp_path / "r.html").read_bytes().decode()  # as it is, line ends too
+    page = Page(text)
+    assert page.loads == [] and "url(http" not in text and "@import" not in text
+    assert "script" not in page.tags and page.tags.count("svg") == 2
+    said = "".join(page.words)
+    for result in written["results"]:
+        assert f"{result['bits_per_byte']:.4f}" in said
+    for row in written["written"]:
+        for story in row["stories"].values():
+            assert story.removeprefix(row["prompt"]).strip("\n") in said
+    assert prompt in said and written["command"] in said and written["results"][1]["verdict"] in said
+    assert "n_layer" in said and "prefers-color-scheme: dark" in text
+
+
+def test_a_report_of_stories_alone(evaluate, tmp_path):
+    (tmp_path / "s.jsonl").write_text('{"prompt": "The", "story": " cat sat."}\n')
+    evaluate("--stories", "s.jsonl", "--report", "r.html")
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "svg" not in page.tags and "s.jsonl" in "".join(page.words)
+
+
+# What the user got wrong
 
 
 @pytest.mark.parametrize(
@@ -275,14 +399,44 @@ def test_several_checkpoints_are_rows_of_a_table(run, tmp_path, checkpoint, data
     [
         (["--split", "test"], "--split takes train, validation or all, not 'test'"),
         (["--max-samples", "-1"], "--max-samples must be 0"),
+        (["--num-stories", "-1"], "--num-stories must be 0"),
+        (["--seed", "-1"], "seed must be 0 or more"),
         (["--checkpoint", "best", "41"], "there is no checkpoint '41'"),
+        (["--text", "none.txt"], "there is no file or folder none.txt"),
+        (["--text", "none"], "there is no file or folder none"),
+        (["--text", "empty.txt"], "empty.txt holds no stories"),
+        (["--text", "empty.txt", "--split", "all"], "--text and --split: give one of the two"),
+        (["--stories", "none.jsonl"], "there is no file none.jsonl"),
+        (["--report", "."], "--report . is a folder"),
+        (["--data-dir", "nothing"], "run python data/prepare_data.py"),
+        (["--checkpoint", "short.pt"], "short.pt has a context of 1 token"),
     ],
 )
-def test_what_the_user_got_wrong_is_one_line(run, tmp_path, checkpoint, data_dir, flags, needle):
+def test_what_the_user_got_wrong_is_one_line(evaluate, tmp_path, tokenizer, flags, needle):
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    model = make_model("modern", block_size=1)
+    content = {"config": vars(model.config), "settings": {}, "weights": model.state_dict(), "step": 1}
+    save_checkpoint(
+        tmp_path / "short.pt", content | {"tokenizer": tokenizer.to_str(), "eot_id": 0, "data": {}}
+    )
+    with pytest.raises(UserError, match=needle):
+        evaluate(*flags)
+
+
+def test_an_error_ends_the_script_with_status_two(run, tmp_path, checkpoint, data_dir):
     places = ["--checkpoint-dir", checkpoint, "--data-dir", data_dir]
-    assert_one_line_error(run("evaluate.py", *places, *flags, cwd=tmp_path), needle)
+    result = run("evaluate.py", *places, "--checkpoint", "who/what", cwd=tmp_path)
+    assert_one_line_error(result, "there is no checkpoint of that name here", "who/what does not load")
 
 
-def test_without_data_the_next_command_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"run python data/prepare_data\.py"):
-        read(tmp_path, "validation")
+@pytest.mark.parametrize("facts", [None, {"tokens": 0, "stories": 0, "bytes": 0, "sha256": "-"}])
+def test_a_split_that_is_missing_is_named(evaluate, data_dir, tmp_path, facts):
+    import shutil
+
+    shutil.copytree(data_dir, tmp_path / "data")
+    path = tmp_path / "data" / "processed" / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["splits"] = {"train": meta["splits"]["train"]} | ({"validation": facts} if facts else {})
+    path.write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"has no validation stories: run python data/prepare_data\.py"):
+        evaluate("--data-dir", tmp_path / "data")

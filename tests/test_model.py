@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from model.config import PRESETS, GPTConfig, find_preset
 from model.generation import KVCache
 from model.gpt import GPT
+from model.huggingface import to_config_json, to_huggingface
 from model.settings import UserError
 
 torch.set_num_threads(1)
@@ -34,100 +35,32 @@ def token_ids(rows=3, length=SHAPE["block_size"], vocab_size=SHAPE["vocab_size"]
     return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def as_gpt2(model):
-    """The same weights in transformers' GPT-2, whose Conv1D matrices are (in, out)."""
-    c, w = model.config, model.state_dict()
-    config = GPT2Config(
-        vocab_size=c.vocab_size,
-        n_positions=c.block_size,
-        n_embd=c.n_embd,
-        n_layer=c.n_layer,
-        n_head=c.n_head,
-        tie_word_embeddings=c.tie_weights,
-        attn_implementation="eager",
-    )
-    weights = {
-        "transformer.wte.weight": w["token_embedding.weight"],
-        "transformer.wpe.weight": w["position_embedding.weight"],
-        "transformer.ln_f.weight": w["norm.weight"],
-        "transformer.ln_f.bias": w["norm.bias"],
-        "lm_head.weight": w["token_embedding.weight" if c.tie_weights else "head.weight"],
-    }
-    places = {"attention.qkv": "attn.c_attn", "attention.proj": "attn.c_proj"}
-    places |= {"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
-    norms = {"attention_norm": "ln_1", "mlp_norm": "ln_2"}
-    for layer in range(c.n_layer):
-        here, there = f"blocks.{layer}.", f"transformer.h.{layer}."
-        for ours, theirs in places.items():
-            weights[f"{there}{theirs}.weight"] = w[f"{here}{ours}.weight"].T
-            weights[f"{there}{theirs}.bias"] = w[f"{here}{ours}.bias"]
-        for ours, theirs in norms.items():
-            for part in ("weight", "bias"):
-                weights[f"{there}{theirs}.{part}"] = w[f"{here}{ours}.{part}"]
-    return load_all(GPT2LMHeadModel(config), weights)
-
-
-def as_qwen3(model):
-    """The same weights in transformers' Qwen3, which has q, k, v and gate, up as matrices of their own."""
-    c, w = model.config, model.state_dict()
-    config = Qwen3Config(
-        vocab_size=c.vocab_size,
-        hidden_size=c.n_embd,
-        intermediate_size=c.n_hidden,
-        num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head,
-        num_key_value_heads=c.n_head,
-        head_dim=c.n_embd // c.n_head,
-        max_position_embeddings=c.block_size,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        tie_word_embeddings=c.tie_weights,
-        attn_implementation="eager",
-    )
-    weights = {
-        "model.embed_tokens.weight": w["token_embedding.weight"],
-        "model.norm.weight": w["norm.weight"],
-        "lm_head.weight": w["token_embedding.weight" if c.tie_weights else "head.weight"],
-    }
-    for layer in range(c.n_layer):
-        here, there = f"blocks.{layer}.", f"model.layers.{layer}."
-        q, k, v = w[f"{here}attention.qkv.weight"].split(c.n_embd)
-        gate, up = w[f"{here}mlp.gate_up.weight"].split(c.n_hidden)
-        weights |= {
-            f"{there}input_layernorm.weight": w[f"{here}attention_norm.weight"],
-            f"{there}post_attention_layernorm.weight": w[f"{here}mlp_norm.weight"],
-            f"{there}self_attn.q_proj.weight": q,
-            f"{there}self_attn.k_proj.weight": k,
-            f"{there}self_attn.v_proj.weight": v,
-            f"{there}self_attn.o_proj.weight": w[f"{here}attention.proj.weight"],
-            f"{there}self_attn.q_norm.weight": w[f"{here}attention.q_norm.weight"],
-            f"{there}self_attn.k_norm.weight": w[f"{here}attention.k_norm.weight"],
-            f"{there}mlp.gate_proj.weight": gate,
-            f"{there}mlp.up_proj.weight": up,
-            f"{there}mlp.down_proj.weight": w[f"{here}mlp.down.weight"],
-        }
-    return load_all(Qwen3ForCausalLM(config), weights)
-
-
-def load_all(reference, weights):
-    """Every tensor of the reference is given, so none keeps a value of its own."""
-    missing, unexpected = reference.load_state_dict(weights, strict=False)
-    assert not unexpected and not [name for name in missing if not name.endswith((".attn.bias", "inv_freq"))]
+def reference(model):
+    """The same weights in transformers' own GPT-2 or Qwen3."""
+    settings = to_config_json(model.config, eot_id=0)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings, attn_implementation="eager")
+    reference = AutoModelForCausalLM.from_config(config)
+    weights = to_huggingface(model.state_dict(), model.config)
+    if model.config.tie_weights:
+        weights["lm_head.weight"] = model.token_embedding.weight
+    reference.load_state_dict(weights)  # every tensor is given, so none keeps a value of its own
     return reference.eval()
-
-
-REFERENCES = {"gpt2": as_gpt2, "modern": as_qwen3}
 
 
 # The same function as the reference's
 
 
+QWEN3_SIZES = {"n_kv_head": 2, "head_size": 16, "n_inner": 80, "rope_base": 1e6}  # unlike each preset's
+
+
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("blocks", FAMILIES)
+@pytest.mark.parametrize(
+    ("blocks", "sizes"), [("modern", {}), ("gpt2", {}), ("modern", QWEN3_SIZES), ("gpt2", {"n_inner": 80})]
+)
 @torch.no_grad()
-def test_logits_are_those_of_transformers(blocks, tied):
-    model, ids = make_model(blocks, tie_weights=tied), token_ids()
-    expected = REFERENCES[blocks](model)(ids).logits
+def test_logits_are_those_of_transformers(blocks, sizes, tied):
+    model, ids = make_model(blocks, tie_weights=tied, **sizes), token_ids()
+    expected = reference(model)(ids).logits
     logits = model(ids)
     assert logits.shape == (3, 32, 97) and logits.std() > 0.5  # so that the tolerance means something
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
@@ -137,17 +70,32 @@ def test_logits_are_those_of_transformers(blocks, tied):
 def test_parameters_are_as_many_as_in_transformers(blocks):
     for tied in (True, False):
         model = make_model(blocks, tie_weights=tied)
-        assert model.count_parameters() == REFERENCES[blocks](model).num_parameters()
+        assert model.count_parameters() == reference(model).num_parameters()
 
 
 @pytest.mark.parametrize("blocks", FAMILIES)
 def test_gradients_are_those_of_transformers(blocks):
     model, ids = make_model(blocks), token_ids()
-    reference = REFERENCES[blocks](model)
+    other = reference(model)
     model(ids[:, :-1], ids[:, 1:]).backward()
-    F.cross_entropy(reference(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-    ours, theirs = model.token_embedding.weight.grad, reference.get_input_embeddings().weight.grad
+    F.cross_entropy(other(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    ours, theirs = model.token_embedding.weight.grad, other.get_input_embeddings().weight.grad
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("blocks", FAMILIES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_training_attention_has_the_gradients_of_the_fused_kernel(blocks, dtype, tolerance, monkeypatch):
+    """Relative to the norm of a float64 gradient through PyTorch's scaled_dot_product_attention."""
+    ids, gradients = token_ids(), []
+    for limit, model in ((512, make_model(blocks)), (0, make_model(blocks).double())):
+        monkeypatch.setattr("model.gpt.PLAIN_UP_TO", limit)
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16 and limit > 0):
+            loss = model.train()(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        gradients.append([parameter.grad.double() for parameter in model.parameters()])
+    for fast, exact in zip(*gradients, strict=True):
+        assert (fast - exact).norm() <= tolerance * exact.norm()
 
 
 @pytest.mark.parametrize("blocks", FAMILIES)
@@ -180,11 +128,11 @@ def test_the_order_of_earlier_tokens_matters(blocks):
     assert (model(swapped) - model(ids))[0, 5].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("blocks", FAMILIES)
+@pytest.mark.parametrize(("blocks", "sizes"), [("modern", {}), ("gpt2", {}), ("modern", QWEN3_SIZES)])
 @pytest.mark.parametrize("chunks", [[32], [1] * 32, [5, 1, 7, 19], [31, 1]])
 @torch.no_grad()
-def test_reading_in_pieces_gives_the_same_logits(blocks, chunks):
-    model, ids = make_model(blocks).double(), token_ids()
+def test_reading_in_pieces_gives_the_same_logits(blocks, sizes, chunks):
+    model, ids = make_model(blocks, **sizes).double(), token_ids()
     expected, cache, end = model(ids), KVCache(model.config, len(ids), model.head_weight), 0
     for chunk in chunks:
         logits = model.last_logits(ids[:, end : end + chunk], cache)
@@ -337,9 +285,9 @@ def test_presets_are_the_size_that_their_name_says():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("blocks", FAMILIES)
-def test_flops_are_those_that_torch_counts(blocks, tied):
-    model, ids = make_model(blocks, tie_weights=tied), token_ids(rows=2)
+@pytest.mark.parametrize(("blocks", "sizes"), [("modern", {}), ("gpt2", {}), ("modern", QWEN3_SIZES)])
+def test_flops_are_those_that_torch_counts(blocks, sizes, tied):
+    model, ids = make_model(blocks, tie_weights=tied, **sizes), token_ids(rows=2)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(ids, ids).backward()
     assert model.flops_per_token() * ids.numel() == counter.get_total_flops()
@@ -354,6 +302,10 @@ def test_flops_are_those_that_torch_counts(blocks, tied):
         ({"n_embd": 100, "n_head": 8}, "n_embd 100 is not divisible by n_head 8"),
         ({"n_embd": 24, "n_head": 8}, "even head size"),
         ({"blocks": "llama"}, "modern or gpt2, not 'llama'"),
+        ({"n_kv_head": 3}, "n_head 8 is not divisible by n_kv_head 3"),
+        ({"n_kv_head": 0}, "kv_heads must be at least 1"),
+        ({"n_inner": 0}, "n_hidden must be at least 1"),
+        ({"blocks": "gpt2", "head_size": 16}, "modern blocks"),
         ({"dropout": 1.0}, "dropout"),
         ({"dropout": -0.1}, "dropout"),
         ({"dropout": math.nan}, "dropout"),

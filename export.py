@@ -1,0 +1,193 @@
+"""Take a trained model elsewhere: to transformers and vLLM, or to llama.cpp, ollama and LM Studio.
+
+python export.py --output my_model                               a folder that transformers loads
+python export.py --format gguf --output my_model.gguf            a file that llama.cpp loads
+python export.py --format gguf --dtype q8_0 --checkpoint latest  the latest instead of the best, 8 bits a weight
+
+`python train.py --init-from my_model` goes the other way.
+"""
+
+import json
+import shlex
+from pathlib import Path
+
+import torch
+from tokenizers import processors
+from torch import Tensor
+
+from model.checkpoint import find_checkpoint, load_model
+from model.config import GPTConfig
+from model.files import atomic_folder, atomic_write, shown, size_text
+from model.huggingface import needs, plain_tokenizer, to_config_json, to_huggingface
+from model.llama_cpp import write_gguf
+from model.metrics import read_rows
+from model.settings import REPO, read_settings, require, run_script
+
+CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; none: best, else latest
+CHECKPOINT_DIR = "checkpoints"  # where best, latest and steps are looked for
+FORMAT = "hf"  # hf (a folder for transformers) or gguf (a file for llama.cpp)
+OUTPUT: str | None = None  # the folder or file to write; none: exported/ and the preset's name
+DTYPE = "float32"  # of the matrices: float32, float16, bfloat16 or, in gguf only, q8_0
+OVERWRITE = False  # replace an earlier export
+
+END_OF_TEXT = "<|endoftext|>"
+# What a folder for transformers consists of
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "README.md",
+)
+
+
+def main() -> None:
+    settings = read_settings(
+        __file__,
+        choices={"format": ("hf", "gguf"), "dtype": ("float32", "float16", "bfloat16", "q8_0")},
+        aliases={"model": "checkpoint", "out": "output"},
+    )
+    gguf, dtype = settings.format == "gguf", settings.dtype
+    require(gguf or dtype != "q8_0", "--dtype q8_0 is for --format gguf")
+    path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="best")
+    model, _, checkpoint = load_model(path)
+    name = checkpoint["settings"]["preset"]
+    default = REPO / "exported" / (f"{name}.gguf" if gguf else name)
+    output = Path(settings.output).expanduser() if settings.output else default
+    check_output(output, gguf, settings.overwrite)
+
+    facts = list_facts(path, checkpoint, model.config, model.count_parameters())
+    tensors = to_huggingface(model.state_dict(), model.config)
+    if gguf:
+        with atomic_write(output) as temporary:
+            about = "; ".join(f"{key} {value}" for key, value in facts.items())
+            write_gguf(temporary, tensors, model.config, checkpoint, dtype, name, about)
+    else:
+        files = make_files(tensors, model.config, checkpoint, dtype, model_card(name, facts, dtype))
+        with atomic_folder(output) as temporary:
+            for file, content in files.items():
+                (temporary / file).write_bytes(content)
+    size = sum(file.stat().st_size for file in ([output] if gguf else output.iterdir()))
+    print(f"{shown(path)}, step {checkpoint['step']:,} -> {shown(output)}, {size_text(size)}, {dtype}")
+    where = shlex.quote(shown(output))
+    command = f"llama-completion -m {where} -no-cnv -p 'Once upon a time'"
+    print(f"try: {command}" if gguf else f"how to use it: {where}/README.md")
+
+
+def check_output(output: Path, gguf: bool, overwrite: bool) -> None:
+    """Refuse to write over anything but, with --overwrite, an earlier export."""
+    if gguf:
+        require(output.suffix == ".gguf", f"--output {output}: the name of a GGUF file ends in .gguf")
+        require(not output.is_dir(), f"{shown(output)} is a folder: --format gguf writes a file")
+        require(overwrite or not output.exists(), f"{shown(output)} exists: --overwrite replaces it")
+        return
+    require(not output.exists() or output.is_dir(), f"{shown(output)} is a file: --format hf writes a folder")
+    present = [file.name for file in output.iterdir()] if output.exists() else []
+    require(overwrite or not present, f"{shown(output)} is not empty: --overwrite replaces an earlier export")
+    foreign = sorted(set(present) - set(FILES))
+    require(
+        not foreign,
+        f"{shown(output)} is not just an export, it holds {', '.join(foreign[:3])}: choose another",
+    )
+
+
+def list_facts(path: Path, checkpoint: dict, config: GPTConfig, parameters: int) -> dict[str, str]:
+    """What a reader of the model card wants to know, in its order."""
+    settings, step = checkpoint["settings"], checkpoint["step"]
+    tokens = step * max(1, settings["batch_tokens"] // config.block_size) * config.block_size
+    origin = f", from {settings['init_from']}" if settings.get("init_from") else ""
+    facts = {
+        "preset": settings["preset"] + origin,
+        "architecture": "GPT-2" if config.blocks == "gpt2" else "Qwen3",
+        "shape": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}",
+        "parameters": f"{parameters:,}",
+        "context": f"{config.block_size:,} tokens, beginning and story together",
+        "vocabulary": f"{config.vocab_size:,} tokens",
+        "trained on": f"{tokens:,} tokens in {step:,} steps",
+    }
+    rows = [row for row in read_rows(path.parent / "metrics.jsonl") if row["step"] == step]
+    for row in rows:
+        if "validation_loss" in row:
+            facts["validation bits per byte"] = f"{row['bits_per_byte']:.4f}"
+            facts["validation loss"] = f"{row['validation_loss']:.4f} nats per token"
+    return facts | {f"SHA-256 of the {what}": digest for what, digest in checkpoint["data"].items()}
+
+
+def make_files(
+    tensors: dict[str, Tensor], config: GPTConfig, checkpoint: dict, dtype: str, card: str
+) -> dict[str, bytes]:
+    """The files of a folder that transformers' from_pretrained takes, by name."""
+    save = needs("safetensors.torch", "--format hf").save
+    eot_id = checkpoint["eot_id"]
+    tokenizer = plain_tokenizer(checkpoint["tokenizer"])
+    # The model has only seen stories that follow an end of text: so every text it is given does.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A",
+        pair=f"{END_OF_TEXT} $A {END_OF_TEXT} $B:1",
+        special_tokens=[(END_OF_TEXT, eot_id)],
+    )
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "pad")},
+        "model_max_length": config.block_size,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # a story that spells out <|endoftext|> stays text
+    }
+    generation = {
+        **{f"{role}_token_id": eot_id for role in ("bos", "eos", "pad")},
+        "max_length": config.block_size,
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_p": 0.95,
+    }
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
+    values = {
+        "config.json": {**to_config_json(config, eot_id), "dtype": dtype},
+        "generation_config.json": generation,
+        "tokenizer_config.json": tokenizer_config,
+    }
+    texts = {name: json.dumps(value, indent=2) + "\n" for name, value in values.items()}
+    texts |= {"tokenizer.json": tokenizer.to_str(pretty=True), "README.md": card}
+    files = {name: text.encode() for name, text in texts.items()}
+    return {"model.safetensors": save(tensors, metadata={"format": "pt"}), **files}
+
+
+def model_card(name: str, facts: dict[str, str], dtype: str) -> str:
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A small language model that writes stories, trained from scratch.
+
+| | |
+| --- | --- |
+{table}
+
+Bits per byte (loss / ln 2 / bytes of text) can be compared between tokenizers, loss per token cannot. Both
+were measured during training, in windows cut from validation stories that are no training stories.
+
+## How to use it
+
+Give it the beginning of a story, or nothing. The tokenizer puts `{END_OF_TEXT}` before it, which begins a
+story; the model ends one with the same token.
+
+```python
+from transformers import pipeline
+
+write = pipeline("text-generation", "path/to/this/folder")
+print(write("Once upon a time")[0]["generated_text"])
+```
+
+```bash
+vllm serve path/to/this/folder --dtype {dtype}
+```
+"""
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,249 @@
+"""What `--checkpoint` may name: a checkpoint of this project, or any causal language model of transformers.
+
+Both become a Candidate, so that one protocol scores them: the same stories, the same bytes.
+"""
+
+import contextlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from model.checkpoint import find_checkpoint, load_model
+from model.files import sha256_file, shown
+from model.generation import Sampling, generate_all
+from model.metrics import read_rows
+from model.runtime import warn
+from model.settings import UserError, require
+from model.story_quality import Story
+
+# How stories are written to be judged, the same for every candidate; generate.py's own defaults
+MAX_TOKENS = 400
+SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+WRITTEN_AT_ONCE = 32
+# Stories on which a tokenizer from elsewhere is tried
+CHECKED = 256
+
+
+class Candidate:
+    """A model in evaluation mode on its device, its tokenizer, and what to say of it.
+
+    start_id is the token before a story, end_id the one after it. `tokenizer` takes marks of special
+    tokens that stand in a text as text.
+    """
+
+    name: str
+    whole_logits = False  # whether `states` makes the logits of all positions
+    network: nn.Module
+    tokenizer: Tokenizer
+    start_id: int
+    end_id: int
+    block_size: int
+    vocab_size: int
+    facts: dict  # for the table and the .json file
+    settings: dict  # for the report
+    curve: list[dict]  # evaluations during training, rows of metrics.jsonl
+
+    def check(self) -> None:
+        require(
+            self.block_size >= 2,
+            f"{self.name} has a context of {self.block_size} token: scoring a story takes at least 2",
+        )
+
+    def states(self, idx: Tensor) -> Tensor:
+        """Token ids (B, T) -> what `head` makes logits of, (B, T, ...)."""
+        raise NotImplementedError
+
+    def head(self, states: Tensor) -> Tensor:
+        """States (N, ...) -> logits (N, V). Apart from `states`, so that only what is scored pays for it."""
+        raise NotImplementedError
+
+    def continue_ids(self, prompts: list[list[int]], seeds: list[int]) -> list[tuple[list[int], bool]]:
+        """The sampled tokens after each prompt, without the end token, and whether that was reached."""
+        raise NotImplementedError
+
+    def read_into(self, stories: list[str]) -> None:
+        """Settle from real stories what the model leaves open. Raises UserError where it cannot read them."""
+
+    def write(self, prompts: list[str], seed: int) -> list[Story]:
+        """A story for each prompt, the k-th with seed + k."""
+        encoded = self.tokenizer.encode_batch_fast(prompts, add_special_tokens=False)
+        ids = [[self.start_id, *encoding.ids] for encoding in encoded]
+        seeds = [seed + k for k in range(len(prompts))]
+        stories = []
+        starts = range(0, len(ids), WRITTEN_AT_ONCE)
+        for first in tqdm(starts, desc="writing stories", disable=None, delay=1, leave=False):
+            part = slice(first, first + WRITTEN_AT_ONCE)
+            written = self.continue_ids(ids[part], seeds[part])
+            for prompt, before, (after, ended) in zip(prompts[part], ids[part], written, strict=True):
+                # decoded together: between a prompt and its story some tokenizers would lose a space
+                text = self.tokenizer.decode(before[1:] + after, skip_special_tokens=False)
+                stories.append(Story(text, prompt, ended))
+        return stories
+
+
+class OwnModel(Candidate):
+    """A checkpoint of this project."""
+
+    def __init__(self, path: Path, device: torch.device):
+        self.name = shown(path)
+        self.network, self.tokenizer, checkpoint = load_model(path, device)
+        config = self.network.config
+        self.start_id = self.end_id = checkpoint["eot_id"]
+        self.block_size, self.vocab_size = config.block_size, config.vocab_size
+        self.facts = {
+            "checkpoint": self.name,
+            "step": checkpoint["step"],
+            "parameters": self.network.count_parameters(),
+            "sha256": sha256_file(path),
+            "trained_on": checkpoint["data"],
+        }
+        self.settings = {"step": checkpoint["step"], **checkpoint["config"], **checkpoint["settings"]}
+        rows = [
+            row for row in read_rows(path.parent / "metrics.jsonl") if row.get("bits_per_byte") is not None
+        ]
+        self.curve = [{key: row.get(key) for key in ("step", "tokens", "bits_per_byte")} for row in rows]
+
+    def states(self, idx: Tensor) -> Tensor:
+        return self.network.hidden(idx)
+
+    def head(self, states: Tensor) -> Tensor:
+        return F.linear(states, self.network.head_weight)
+
+    def continue_ids(self, prompts: list[list[int]], seeds: list[int]) -> list[tuple[list[int], bool]]:
+        written = generate_all(self.network, prompts, MAX_TOKENS, self.end_id, SAMPLING, seeds)
+        return [(ids, len(ids) < MAX_TOKENS) for ids in written]
+
+
+class TransformersModel(Candidate):
+    """A folder that transformers loads, or a name on the Hugging Face hub."""
+
+    whole_logits = True
+
+    def __init__(self, name: str, device: torch.device):
+        self.name, self.curve = name, []
+        network, tokenizer = load_transformers(name)
+        self.network = network.to(device).eval()
+        require(
+            hasattr(tokenizer, "backend_tokenizer"),
+            f"the tokenizer of {name} has no fast version (tokenizer.json), which scoring needs",
+        )
+        self.tokenizer = tokenizer.backend_tokenizer
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.tokenizer.encode_special_tokens = True
+        special = [t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None]
+        require(
+            bool(special), f"the tokenizer of {name} has no end-of-text token, which every story ends with"
+        )
+        self.start_id, self.end_id = special[0], special[-1]
+        config = network.config
+        # Without positions of its own (ALiBi, state spaces) a model has no limit; this one is for memory.
+        self.block_size = getattr(config, "max_position_embeddings", None) or 2_048
+        self.vocab_size = network.get_input_embeddings().num_embeddings
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        self.facts = {"checkpoint": name, "step": None, "parameters": parameters}
+        files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+        self.facts["sha256"] = {file.name: sha256_file(file) for file in files}
+        self.facts["commit"] = getattr(config, "_commit_hash", None)
+        plain = (int, float, str, bool)
+        self.settings = {k: v for k, v in config.to_diff_dict().items() if isinstance(v, plain)}
+
+    def states(self, idx: Tensor) -> Tensor:
+        return self.network(input_ids=idx, use_cache=False).logits
+
+    def head(self, states: Tensor) -> Tensor:
+        return states
+
+    @torch.no_grad()
+    def read_into(self, stories: list[str]) -> None:
+        """Check that the tokenizer keeps the text, and choose the end token.
+
+        Some models end a story with the token that begins the next (llama2.c's do), not with the tokenizer's
+        end token. Of the two, this takes the one that the model itself expects after real stories.
+        """
+        encoded = self.tokenizer.encode_batch_fast(stories[:CHECKED], add_special_tokens=False)
+        decoded = self.tokenizer.decode_batch([e.ids for e in encoded], skip_special_tokens=False)
+        changed = sum(a != b for a, b in zip(stories, decoded, strict=False))
+        require(
+            2 * changed <= len(decoded),
+            f"the tokenizer of {self.name} does not give stories back as they were: bits per byte would be wrong",
+        )
+        if changed:
+            warn(
+                f"the tokenizer of {self.name} alters {changed} of {len(decoded)} stories, which lowers its score"
+            )
+        ends = torch.tensor([self.end_id, self.start_id])
+        total = torch.zeros(2)
+        for encoding in encoded[: CHECKED // 8]:
+            ids = torch.tensor([[self.start_id, *encoding.ids][-self.block_size :]])
+            logits = self.states(ids.to(self.network.device))[0, -1].float()
+            total += logits.log_softmax(-1).cpu()[ends]
+        self.end_id = int(ends[total.argmax()])
+
+    def continue_ids(self, prompts: list[list[int]], seeds: list[int]) -> list[tuple[list[int], bool]]:
+        device = self.network.device
+        prompts = [prompt[-(self.block_size - 1) :] for prompt in prompts]
+        width = max(map(len, prompts))
+        idx = torch.tensor([[self.end_id] * (width - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        options = {
+            "do_sample": True,
+            "temperature": SAMPLING.temperature,
+            "top_p": SAMPLING.top_p,
+            "top_k": 0,
+        }
+        options |= {"max_new_tokens": min(MAX_TOKENS, self.block_size - width), "eos_token_id": self.end_id}
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seeds[0])
+            written = self.network.generate(idx, attention_mask=mask, pad_token_id=self.end_id, **options)
+        stories = []
+        for ids in written[:, width:].tolist():
+            ended = self.end_id in ids
+            stories.append((ids[: ids.index(self.end_id)] if ended else ids, ended))
+        return stories
+
+
+def load_transformers(name: str) -> tuple[nn.Module, object]:
+    """transformers' model and tokenizer of a folder or hub name. Raises UserError where they do not load."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(f"{name} is a Hugging Face model: it takes pip install transformers") from None
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    where = (
+        "" if Path(name).is_dir() else "there is no checkpoint of that name here; as a Hugging Face model, "
+    )
+    try:
+        network, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # each kind of damage raises its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{where}{name} does not load: {reason[:200]}") from None
+    # transformers fills what a file lacks with random numbers
+    lacking = sorted(loading["missing_keys"])
+    require(not lacking, f"{name} lacks {len(lacking)} of its weights, {', '.join(lacking[:2])} among them")
+    return network, tokenizer
+
+
+def find_candidate(folder: Path, name: str | None) -> Path | str:
+    """The file of a checkpoint, or the name of a Hugging Face model. Raises UserError where it is neither."""
+    if name is not None and (Path(name) / "config.json").is_file():
+        return name
+    with contextlib.suppress(UserError):
+        return find_checkpoint(folder, name, prefer="latest")
+    if name is not None and name.count("/") == 1 and not name.endswith(".pt") and not Path(name).exists():
+        return name  # who/what: perhaps the hub has it
+    return find_checkpoint(folder, name, prefer="latest")
+
+
+def load_candidate(found: Path | str, device: torch.device) -> Candidate:
+    candidate = OwnModel(found, device) if isinstance(found, Path) else TransformersModel(found, device)
+    candidate.check()
+    return candidate

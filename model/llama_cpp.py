@@ -1,0 +1,122 @@
+"""A model as one GGUF file, the format of llama.cpp and of what is built on it (ollama, LM Studio)."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+from torch import Tensor
+
+from model.config import GPTConfig
+from model.huggingface import TRANSPOSED, needs
+from model.settings import require
+
+SPACE = "\u2581"  # how llama.cpp's tables write a space where tokens are characters
+BLOCK = 32  # weights that share a scale in q8_0
+# Matrices that llama.cpp takes in float32 only
+ALWAYS_FLOAT32 = ("position_embd.weight",)
+
+
+def write_gguf(
+    path: Path,
+    tensors: dict[str, Tensor],
+    config: GPTConfig,
+    checkpoint: dict,
+    dtype: str,
+    name: str,
+    description: str,
+) -> None:
+    """Write a model to a file. `tensors` are to_huggingface's; biases and norms stay in float32.
+
+    Raises UserError where llama.cpp has no place for the tokenizer or the shape, or gguf is not installed.
+    """
+    gguf = needs("gguf", "--format gguf")
+    kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+    kind = gguf.GGMLQuantizationType[kinds[dtype]]
+    rows = {
+        "n_embd": config.n_embd,
+        "n_inner": config.n_hidden,
+        "n_head x head_size": config.n_head * config.head_dim,
+    }
+    for what, length in rows.items():
+        packs = dtype != "q8_0" or length % BLOCK == 0
+        require(
+            packs,
+            f"q8_0 packs {BLOCK} weights at a time, which do not divide {what} {length}: use --dtype float16",
+        )
+    arch = gguf.MODEL_ARCH.GPT2 if config.blocks == "gpt2" else gguf.MODEL_ARCH.QWEN3
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_description(description)
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "float32" else f"MOSTLY_{kinds[dtype]}"])
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.n_hidden)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.kv_heads)
+    if config.blocks == "gpt2":
+        writer.add_layer_norm_eps(1e-5)
+    else:
+        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_rope_freq_base(config.rope_base)
+    add_tokenizer(writer, gguf, json.loads(checkpoint["tokenizer"]), config.vocab_size, checkpoint["eot_id"])
+
+    names = gguf.get_tensor_name_map(arch, config.n_layer)
+    for their, tensor in tensors.items():
+        name = names.get_name(their, try_suffixes=(".weight", ".bias"))
+        matrix = tensor.dim() == 2 and name not in ALWAYS_FLOAT32
+        array = (tensor.T if TRANSPOSED.fullmatch(their) else tensor).contiguous().float().numpy()
+        chosen = kind if matrix else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(array, chosen), raw_dtype=chosen)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_tokenizer(writer: object, gguf: ModuleType, tokenizer: dict, vocab_size: int, eot_id: int) -> None:
+    """Write the vocabulary, how text is cut into words, and that every story begins and ends with eot_id."""
+    model, cut = tokenizer["model"], tokenizer["pre_tokenizer"]
+    tokens = {number: token for token, number in model["vocab"].items()}
+    tokens |= {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    special = {token["id"] for token in tokenizer["added_tokens"]}
+    words = cut and cut["type"] == "ByteLevel" and cut["use_regex"] and not cut["add_prefix_space"]
+    characters = cut is None and model["byte_fallback"] and not model["merges"]
+    holds = tokenizer["normalizer"] is None and (words or characters) and not model.get("ignore_merges")
+    require(
+        bool(holds),
+        "llama.cpp cannot cut text as this tokenizer does; GPT-2's and the bpe and char kinds it can",
+    )
+    if words:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        writer.add_token_merges(merges)
+    else:
+        require(
+            SPACE not in model["vocab"],
+            f"llama.cpp takes {SPACE!r}, a character of these stories, for a space",
+        )
+        tokens = {number: token if token != " " else SPACE for number, token in tokens.items()}
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores([0.0] * vocab_size)
+        writer.add_add_space_prefix(False)
+    types = []
+    for number in range(vocab_size):
+        if number not in tokens:  # a vocabulary made larger than its tokenizer
+            types.append(gguf.TokenType.UNUSED)
+        elif number in special:
+            types.append(gguf.TokenType.CONTROL)
+        else:
+            is_byte = characters and tokens[number].startswith("<0x")
+            types.append(gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL)
+    writer.add_token_list([tokens.get(number, f"<unused{number}>") for number in range(vocab_size)])
+    writer.add_token_types(types)
+    writer.add_bos_token_id(eot_id)
+    writer.add_eos_token_id(eot_id)
+    writer.add_pad_token_id(eot_id)
+    writer.add_add_bos_token(True)

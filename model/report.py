@@ -1,0 +1,225 @@
+"""The page that evaluate.py --report writes: one file that needs nothing else, in light and in dark."""
+
+import html
+import io
+import math
+import re
+import string
+from collections.abc import Callable
+from pathlib import Path
+
+TEMPLATE = Path(__file__).with_name("report.html")
+# One for each model, legible on white and on black
+COLOURS = ("#3b82d6", "#e07b1f", "#2f9e64", "#a367dc", "#d64550", "#129ba3")
+# Drawn in this colour, then given the page's own
+INK = "#010203"
+
+SCORE_NOTE = """Every story scored from its own beginning to its own end, each token once. Lower bits per byte are
+better, and can be compared between tokenizers. Intervals: 95 %, by bootstrap over stories; differences are
+those on the same stories."""
+QUALITY_NOTE = """Real stories: as many of the validation stories. They share stock phrases with the training stories
+too; what goes beyond them is copied. 8-grams and spans count tokens, the given beginnings included. distinct-n:
+different n-grams among all n-grams of words."""
+
+Columns = list[tuple[str, Callable[[dict], str]]]
+
+
+def number(name: str, form: str) -> Callable[[dict], str]:
+    """A cell with a row's figure, – where it has none."""
+    return lambda row: "–" if row.get(name) is None else format(row[name], form)
+
+
+def span(name: str, form: str) -> Callable[[dict], str]:
+    """A cell with an interval: low to high."""
+    return lambda row: " to ".join(format(end, form) for end in row[name]) if row.get(name) else "–"
+
+
+SCORE_COLUMNS: Columns = [
+    ("checkpoint", lambda row: row["checkpoint"]),
+    ("step", number("step", ",")),
+    ("parameters", number("parameters", ",")),
+    ("bits/byte", number("bits_per_byte", ".4f")),
+    ("95 % interval", span("bits_per_byte_interval", ".4f")),
+    ("against the first", number("difference", "+.4f")),
+    ("95 % interval", span("difference_interval", "+.4f")),
+    ("verdict", lambda row: row.get("verdict", "")),
+    ("loss", number("loss", ".4f")),
+    ("perplexity", number("perplexity", ".3f")),
+    ("accuracy", number("accuracy", ".2%")),
+]
+QUALITY_COLUMNS: Columns = [
+    ("what the stories are like", lambda row: row["name"]),
+    ("stories", number("stories", ",")),
+    ("ended by themselves", number("ended", ".1%")),
+    ("words in a story", number("words", ".0f")),
+    ("distinct-1", number("distinct_1", ".3f")),
+    ("distinct-2", number("distinct_2", ".3f")),
+    ("distinct-3", number("distinct_3", ".3f")),
+    ("4-grams repeated within a story", number("repeated_4grams", ".1%")),
+    ("words in no training story", number("unseen_words", ".2%")),
+    ("8-grams found in training", number("copied_8grams", ".1%")),
+    ("  beyond real stories", number("copied_8grams_beyond_real", "+.1%")),
+    ("longest copied span, tokens, mean", number("mean_longest_copy", ".1f")),
+    ("  beyond real stories", number("mean_longest_copy_beyond_real", "+.1f")),
+    ("longest copied span of all", number("longest_copy", "d")),
+]
+
+
+def cells(columns: Columns, rows: list[dict]) -> list[list[str]]:
+    """A table as text, its header first; without columns that no row fills."""
+    table = [[header for header, _ in columns], *([cell(row) for _, cell in columns] for row in rows)]
+    filled = [k for k in range(len(columns)) if any(row[k] not in ("", "–") for row in table[1:])]
+    return [[row[k] for k in filled] for row in table]
+
+
+def on_its_side(rows: list[list[str]]) -> list[list[str]]:
+    """A column for each row, so that long lists of figures fit on narrow screens."""
+    return list(map(list, zip(*rows, strict=True)))
+
+
+def render(report: dict, prompts: int) -> str:
+    """The whole page, from what evaluate.py --output writes too."""
+    results, quality = report["results"], report["quality"]
+    rows = [{"name": name, **figures} for name, figures in quality.items()]
+    figures = [figure for figure in (draw_positions(results), draw_curves(results)) if figure]
+    about = {
+        "command": report["command"],
+        "stories": f"{report['source']}, SHA-256 {report['stories_sha256'][:16]}",
+        "device": report["device"],
+        "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        "seed": report["seed"],
+    }
+    sections = [
+        section("", SCORE_NOTE, table(on_its_side(cells(SCORE_COLUMNS, results))) if results else ""),
+        section("", "", "".join(f"<figure>{figure}</figure>" for figure in figures), "figures"),
+        section(
+            "What the stories are like",
+            QUALITY_NOTE,
+            table(on_its_side(cells(QUALITY_COLUMNS, rows))) + copies(quality) if rows else "",
+        ),
+        section("Stories with the same beginnings", "", "".join(map(beginning, report["written"][:prompts]))),
+        section("Settings", "", table(compare_settings(results)) if results else ""),
+        section(
+            "This page", "", table([["", ""], *([key, str(value)] for key, value in about.items())]), "text"
+        ),
+    ]
+    title = headline(results) or "What the stories are like"
+    when = f"{report['date'][:16].replace('T', ' ')} UTC"
+    page = string.Template(TEMPLATE.read_text(encoding="utf-8"))
+    about_stories = f"{html.escape(report['source'])} · {when}" if results else when
+    return page.substitute(title=html.escape(title), about=about_stories, body="\n".join(sections))
+
+
+def section(heading: str, note: str, body: str, kind: str = "") -> str:
+    """A part of the page; nothing where its body is empty."""
+    if not body:
+        return ""
+    title = f"<h2>{heading}</h2>\n" * bool(heading)
+    remark = f'<p class="note">{note}</p>\n' * bool(note)
+    return f'<section>\n{title}<div class="{kind}">{body}</div>\n{remark}</section>'
+
+
+def headline(results: list[dict]) -> str:
+    """The result in one sentence."""
+    if not results:
+        return ""
+    best = min(results, key=lambda result: result["bits_per_byte"])
+    text = f"{best['checkpoint']}: {best['bits_per_byte']:.4f} bits per byte"
+    clear = all(result is best or result.get("verdict") == "worse" for result in results[1:])
+    if len(results) > 1 and best is results[0] and clear:
+        return text + ", better than " + ("the other" if len(results) == 2 else "all others")
+    if best.get("verdict") == "better":
+        return text + f", better than {results[0]['checkpoint']}"
+    return text if len(results) == 1 else text + ", though not clearly better"
+
+
+def table(rows: list[list[str]]) -> str:
+    head, *body = ([html.escape(cell) for cell in row] for row in rows)
+    lines = ["".join(f"<th>{cell}</th>" for cell in head)]
+    lines += [f"<th>{row[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) for row in body]
+    inner = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table>\n{inner}\n</table></div>'
+
+
+def copies(quality: dict[str, dict]) -> str:
+    """The longest copied span of each group and its unseen words, where training stories were at hand."""
+    rows = [["", "longest span that stands in a training story", "words in no training story, some"]]
+    for name, figures in quality.items():
+        if "longest_copy_text" in figures:
+            text = figures["longest_copy_text"].strip()
+            rows.append([name, text or "none of 8 tokens", ", ".join(figures["unseen_examples"]) or "none"])
+    return f'<div class="text">{table(rows)}</div>' if len(rows) > 1 else ""
+
+
+def beginning(row: dict) -> str:
+    """Stories with one beginning, side by side."""
+    prompt = html.escape(row["prompt"])
+    stories = []
+    for name, text in row["stories"].items():
+        story = html.escape(text.removeprefix(row["prompt"]).strip("\n"))
+        stories.append(f"<article><h4>{html.escape(name)}</h4><p><b>{prompt}</b>{story}</p></article>")
+    return f'<h3>{prompt} …</h3><div class="stories">{"".join(stories)}</div>'
+
+
+def compare_settings(results: list[dict]) -> list[list[str]]:
+    """A row for each setting of any model; those that differ first."""
+    names = list(dict.fromkeys(name for result in results for name in result["settings"]))
+    rows = [[name, *(str(result["settings"].get(name, "–")) for result in results)] for name in names]
+    rows.sort(key=lambda row: len(set(row[1:])) == 1)
+    return [["setting", *(result["checkpoint"] for result in results)], *rows]
+
+
+def draw_positions(results: list[dict]) -> str:
+    """Bits per byte along the story, tokens counted at their mean length so that tokenizers compare."""
+    lines = []
+    for result in results:
+        bytes_per_token = result["bytes"] / result["tokens"]
+        ranges = [r for r in result["by_position"] if r["tokens"] >= 20]
+        where = [(r["first"] + r["end"]) / 2 * bytes_per_token for r in ranges]
+        lines.append((where, [r["loss"] / math.log(2) / bytes_per_token for r in ranges], {}))
+    labels = [result["checkpoint"] for result in results]
+    return draw(labels, lines, "bytes into the story (log scale)", "Bits per byte along the story", log=True)
+
+
+def draw_curves(results: list[dict]) -> str:
+    """Bits per byte of the validation windows during training, against tokens seen."""
+    runs = [result for result in results if len(result["curve"]) > 1]
+    lines = []
+    for result in runs:
+        points = [(row["tokens"] / 1e6, row["bits_per_byte"]) for row in result["curve"]]
+        at = [k for k, row in enumerate(result["curve"]) if row["step"] == result["step"]]
+        lines.append((*map(list, zip(*points, strict=True)), {"marker": "o", "markevery": at}))
+    labels = [result["checkpoint"] for result in runs]
+    return draw(labels, lines, "million tokens seen (dot: this checkpoint)", "Bits per byte while learning")
+
+
+def draw(labels: list[str], lines: list[tuple], x_label: str, title: str, log: bool = False) -> str:
+    """A line chart as SVG in the page's own ink; empty where there is nothing to draw."""
+    if not lines:
+        return ""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+    style = {**dict.fromkeys(inks, INK), "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for k, (label, (x, y, options)) in enumerate(zip(labels, lines, strict=True)):
+            axes.plot(x, y, color=COLOURS[k % len(COLOURS)], label=label, linewidth=1.6, **options)
+        if log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlabel(x_label)
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.grid(alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", frameon=False)
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
+    svg = buffer.getvalue().replace(INK, "currentColor")
+    svg = re.sub(r' id="\w+_\d+"', "", svg[svg.index("<svg") :])  # the same in every figure
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg)  # the page decides how large
+    return svg.replace("fill: #ffffff", "fill: none")  # and what lies below

@@ -1,0 +1,211 @@
+"""The protocol by which models are compared: every story from its own beginning, each token once.
+
+A story stands after its start token, and its end counts as a token. Beyond the model's context a window
+slides by half of it; each token is scored in the first window that reaches it. Bits per byte (summed
+loss / ln 2 / UTF-8 bytes) can be compared between tokenizers, loss per token and perplexity cannot.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model.batches import to_device
+from model.candidates import Candidate
+from model.runtime import Runtime
+from model.settings import UserError, require
+
+# Tokens in one forward pass, and logits at once. A CPU is fastest where they stay in its caches.
+CPU_TOKENS, GPU_TOKENS = 2_048, 65_536
+CPU_LOGITS, GPU_LOGITS = 256 * 10_000, 1 << 27
+RESAMPLES = 1_000
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What each of n stories cost, arrays (n,)."""
+
+    loss: np.ndarray  # nats, summed over the story's tokens
+    right: np.ndarray  # tokens whose prediction was right
+    tokens: np.ndarray  # the end of the story included
+    bytes: np.ndarray  # of its UTF-8 text
+    position_loss: np.ndarray  # (longest,) nats, summed over stories, by token of the story
+
+    def summary(self) -> dict[str, float]:
+        tokens, size = self.tokens.sum().item(), self.bytes.sum().item()
+        loss = self.loss.sum().item() / tokens
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),  # beyond, a float has no room
+            "bits_per_byte": bits_per_byte(self.loss.sum(), max(1, size)).item(),
+            "accuracy": self.right.sum().item() / tokens,
+            "stories": len(self.loss),
+            "tokens": tokens,
+            "bytes": size,
+        }
+
+    def by_position(self) -> list[dict[str, float]]:
+        """Mean loss in nats of the tokens first to end - 1 of the stories, in ranges that widen."""
+        edges = np.unique(np.round(1.25 ** np.arange(80)).astype(int)) - 1
+        edges = [*edges[edges < len(self.position_loss)].tolist(), len(self.position_loss)]
+        ranges = []
+        for first, end in itertools.pairwise(edges):
+            tokens = int((self.tokens.clip(first, end) - first).sum())
+            loss = float(self.position_loss[first:end].sum()) / tokens
+            ranges.append({"first": first, "end": end, "tokens": tokens, "loss": loss})
+        return ranges
+
+
+def bits_per_byte(nats: np.ndarray, size: np.ndarray) -> np.ndarray:
+    return nats / (math.log(2) * size)
+
+
+def sliding_windows(length: int, block_size: int) -> list[tuple[int, int, int]]:
+    """(first, end, scored from) of each window over a sequence, so that each position is scored once."""
+    windows, end = [], 0
+    while end < length:
+        first = len(windows) * max(1, block_size // 2)
+        windows.append((first, min(length, first + block_size), end))
+        end = windows[-1][1]
+    return windows
+
+
+def encode_stories(candidate: Candidate, stories: list[str]) -> list[np.ndarray]:
+    """Each story's token ids between the start and the end token."""
+    sequences = []
+    for first in range(0, len(stories), 1_000):  # the tokenizer's own lists take ten times the memory
+        part = stories[first : first + 1_000]
+        for encoding in candidate.tokenizer.encode_batch_fast(part, add_special_tokens=False):
+            sequences.append(np.array([candidate.start_id, *encoding.ids, candidate.end_id], np.int32))
+    largest = max(int(ids.max()) for ids in sequences)
+    require(
+        largest < candidate.vocab_size,
+        f"{candidate.name}: its tokenizer gives token {largest}, its model knows {candidate.vocab_size}",
+    )
+    return sequences
+
+
+@torch.no_grad()
+def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, batch_size: int = 0) -> Scores:
+    """Score at least one story, `batch_size` windows at a time (0: as many as suit the device)."""
+    sequences = encode_stories(candidate, stories)
+    tokens = np.array([len(ids) - 1 for ids in sequences])
+    windows = [
+        (story, *window)
+        for story, length in enumerate(tokens.tolist())
+        for window in sliding_windows(length, candidate.block_size)
+    ]
+    windows.sort(key=lambda w: w[1] - w[2])  # longest first, so that a batch has windows of one length
+    loss, right = np.zeros(len(stories)), np.zeros(len(stories), int)
+    position_loss = np.zeros(tokens.max())
+
+    def add(story: np.ndarray, position: np.ndarray, results: tuple[Tensor, Tensor]) -> None:
+        losses, hits = (values.cpu().numpy() for values in results)
+        np.add.at(loss, story, losses)
+        np.add.at(right, story, hits)
+        np.add.at(position_loss, position, losses)
+
+    waiting = None  # a GPU computes a batch while the results of the one before are added up
+    with tqdm(total=len(windows), unit="window", disable=None, delay=1, leave=False) as bar:
+        for batch in pack(windows, batch_size, tokens_at_once(candidate, runtime)):
+            story, position, inputs, rows, targets = lay_out(batch, sequences, candidate.end_id)
+            try:
+                results = score_tokens(candidate, inputs, rows, targets, runtime)
+            except torch.OutOfMemoryError:
+                fewer = max(1, len(batch) // 2)
+                raise UserError(f"the GPU's memory ran out: --batch-size {fewer}, or fewer") from None
+            if waiting:
+                add(*waiting)
+            waiting = story, position, results
+            bar.update(len(batch))
+    add(*waiting)
+    sizes = np.array([len(story.encode()) for story in stories])
+    require(
+        bool(np.isfinite(loss).all()),
+        f"{candidate.name} gives a loss that is not finite: its weights are bad",
+    )
+    return Scores(loss, right, tokens, sizes, position_loss)
+
+
+def tokens_at_once(candidate: Candidate, runtime: Runtime) -> int:
+    if runtime.device.type == "cpu":
+        return CPU_TOKENS
+    return min(GPU_TOKENS, GPU_LOGITS // candidate.vocab_size) if candidate.whole_logits else GPU_TOKENS
+
+
+def pack(windows: list[tuple], batch_size: int, tokens: int) -> Iterator[list[tuple]]:
+    """Windows, longest first, in batches of `batch_size`, or of about so many tokens."""
+    first = 0
+    while first < len(windows):
+        longest = windows[first][2] - windows[first][1]
+        batch = windows[first : first + (batch_size or max(1, tokens // longest))]
+        yield batch
+        first += len(batch)
+
+
+def lay_out(
+    batch: list[tuple], sequences: list[np.ndarray], pad: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The tokens that N scored positions need, padded to (B, T), and for each of these positions its
+    story, its place in the story, its index in the flattened (B * T,) and its target."""
+    width = max(end - first for _, first, end, _ in batch)
+    inputs = np.full((len(batch), width), pad)
+    story, position, rows, targets = [], [], [], []
+    for row, (number, first, end, scored) in enumerate(batch):
+        ids = sequences[number]
+        inputs[row, : end - first] = ids[first:end]
+        position.append(np.arange(scored, end))
+        story.append(np.full(end - scored, number))
+        rows.append(position[-1] + (row * width - first))
+        targets.append(ids[scored + 1 : end + 1])
+    parts = [np.concatenate(part) for part in (story, position, rows, targets)]
+    return parts[0], parts[1], inputs, parts[2], parts[3].astype(np.int64)
+
+
+def score_tokens(
+    candidate: Candidate, inputs: np.ndarray, rows: np.ndarray, targets: np.ndarray, runtime: Runtime
+) -> tuple[Tensor, Tensor]:
+    """Loss in nats of each of N positions, and whether its target was the likeliest token, both (N,)."""
+    idx, at, wanted = (to_device(array, runtime.device) for array in (inputs, rows, targets))
+    logits_at_once = CPU_LOGITS if runtime.device.type == "cpu" else GPU_LOGITS
+    losses, hits = [], []
+    with runtime.autocast():
+        states = candidate.states(idx).flatten(0, 1)
+        size = max(1, logits_at_once // candidate.vocab_size)
+        for chunk, target in zip(at.split(size), wanted.split(size), strict=True):
+            logits = candidate.head(states[chunk])
+            if logits.dtype in (torch.bfloat16, torch.float16):
+                logits = logits.float()
+            # Cross-entropy in place, because a copy of the logits costs more than the exponentials
+            largest, likeliest = logits.max(1)
+            wanted_logits = logits.gather(1, target[:, None])[:, 0]
+            sums = logits.sub_(largest[:, None]).exp_().sum(1)
+            losses.append(sums.log_() + largest - wanted_logits)
+            hits.append(likeliest == target)
+    return torch.cat(losses), torch.cat(hits)
+
+
+def bootstrap(scores: list[Scores], seed: int) -> np.ndarray:
+    """Bits per byte of every model on the same 1,000 resamples of the stories, (models, 1,000).
+
+    The percentile bootstrap (Efron 1979), with stories, not tokens, drawn with replacement: the tokens of
+    a story are not independent. The same draws for all models make differences paired.
+    """
+    rng = np.random.default_rng(seed)
+    count = len(scores[0].loss)
+    values = np.stack([*(s.loss for s in scores), scores[0].bytes.astype(float)])
+    totals = np.empty((len(values), RESAMPLES))
+    for k in range(RESAMPLES):
+        times_drawn = np.bincount(rng.integers(count, size=count), minlength=count)
+        totals[:, k] = values @ times_drawn
+    return bits_per_byte(totals[:-1], np.maximum(totals[-1], 1))
+
+
+def interval(samples: np.ndarray) -> list[float]:
+    """The middle 95 % of resampled values: [low, high]."""
+    return np.quantile(samples, (0.025, 0.975)).tolist()

@@ -1,0 +1,236 @@
+"""What written stories are like: do they end, do they repeat themselves, do they copy?
+
+The TinyStories paper (Eldan and Li 2023, section 4) looked by hand and with Rouge for stories that are
+copied; here every span of a story is looked up among all training stories. Stock phrases ("Once upon a
+time there was") occur in new stories too, so real validation stories get the same figures, to compare with.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from model.batches import Data
+from model.settings import UserError, require
+
+# Shortest span, in tokens, that counts as copied; a power of two
+SPAN = 8
+# Training tokens looked at in one piece, which bounds the memory
+CHUNK = 1 << 20
+# Spans are compared by polynomial hashes modulo 2**64: this odd number is the base
+BASE = 0x9E3779B97F4A7C15
+# The first bits of a hash choose an entry of a table of this many bits, the first and fastest test
+FILTER_BITS = 22
+# A run of letters and digits, apostrophes within it
+WORD = re.compile(r"\w+(?:['’]\w+)*")
+EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Story:
+    text: str  # its beginning included
+    prompt: str = ""  # the beginning that was given
+    ended: bool = True  # by itself, and was not cut
+
+
+def words_in(text: str) -> list[str]:
+    return WORD.findall(text.lower())
+
+
+def describe(
+    groups: dict[str, list[Story]], data: Data | None, tokenizer: Tokenizer | None
+) -> dict[str, dict]:
+    """Figures of each group of stories. With `data`, compared with its training stories; `tokenizer` is its.
+
+    The groups go through the training stories together: that is two passes over the packed tokens.
+    """
+    figures = {name: describe_text([story.text for story in stories]) for name, stories in groups.items()}
+    for name, stories in groups.items():
+        figures[name]["ended"] = sum(story.ended for story in stories) / len(stories)
+    if data is None:
+        return figures
+    words = {name: [words_in(story.text) for story in stories] for name, stories in groups.items()}
+    known = {word for lists in words.values() for list_ in lists for word in list_}
+    unseen = unseen_words(known, data, tokenizer)
+    texts = [story.text for stories in groups.values() for story in stories]
+    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ids = [np.array(encoding.ids, int) for encoding in encoded]
+    judged = list(zip(ids, copied_spans(ids, data.train.tokens), strict=True))
+    for name, stories in groups.items():
+        own, judged = judged[: len(stories)], judged[len(stories) :]
+        figures[name] |= describe_copies(own, tokenizer)
+        strange = [word for list_ in words[name] for word in list_ if word in unseen]
+        figures[name]["unseen_words"] = len(strange) / max(1, sum(map(len, words[name])))
+        figures[name]["unseen_examples"] = sorted(set(strange))[:EXAMPLES]
+    return figures
+
+
+def describe_text(texts: list[str]) -> dict[str, float]:
+    """Words per story, distinct-n and repeated 4-grams.
+
+    distinct-n (Li et al. 2016): different n-grams of words / all of them, over the whole group; it falls as
+    a group grows, so compare groups of one size. repeated_4grams: the share of a story's 4-grams of words
+    that stood in it before.
+    """
+    words = [words_in(text) for text in texts]
+    figures = {"stories": len(texts), "words": sum(map(len, words)) / len(texts)}
+    for n in (1, 2, 3):
+        grams = [gram for story in words for gram in n_grams(story, n)]
+        figures[f"distinct_{n}"] = len(set(grams)) / max(1, len(grams))
+    fours = [list(n_grams(story, 4)) for story in words]
+    repeated = sum(len(grams) - len(set(grams)) for grams in fours)
+    return {**figures, "repeated_4grams": repeated / max(1, sum(map(len, fours)))}
+
+
+def n_grams(words: list[str], n: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(words[k:] for k in range(n)), strict=False)
+
+
+def describe_copies(stories: list[tuple[np.ndarray, "Copies"]], tokenizer: Tokenizer) -> dict[str, object]:
+    """Of the stories' spans of eight tokens, the share found in training; and the longest spans found."""
+    spans = sum(copies.spans for _, copies in stories)
+    ids, longest = max(stories, key=lambda pair: pair[1].longest)
+    span = ids[longest.start : longest.start + longest.longest].tolist()
+    return {
+        "copied_8grams": sum(copies.found for _, copies in stories) / max(1, spans),
+        "mean_longest_copy": sum(copies.longest for _, copies in stories) / len(stories),
+        "longest_copy": longest.longest,
+        "longest_copy_text": tokenizer.decode(span, skip_special_tokens=False),
+    }
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What of one story stands in the training stories too, in tokens."""
+
+    spans: int  # of SPAN tokens
+    found: int  # of these in training
+    longest: int  # span found; 0 where none of SPAN is
+    start: int  # of that span in the story
+
+
+class SpansOfOneLength:
+    """All spans of `length` tokens in the written stories, as hashes, and which were found in training."""
+
+    def __init__(self, length: int, starts: np.ndarray, hashes: np.ndarray):
+        self.length, self.starts, self.hashes = length, starts, hashes
+        self.known, self.which = np.unique(hashes, return_inverse=True)
+        self.found = np.zeros(len(self.known), bool)
+
+    def look_up(self, hashes: np.ndarray) -> np.ndarray:
+        """Mark the spans with these hashes as found; return which of the hashes are of a span here."""
+        if not len(self.known):
+            return np.zeros(len(hashes), bool)
+        place = np.searchsorted(self.known, hashes).clip(max=len(self.known) - 1)
+        hits = self.known[place] == hashes
+        self.found[place[hits]] = True
+        return hits
+
+    def longer(self, tokens: np.ndarray, left: np.ndarray) -> "SpansOfOneLength":
+        """The spans of one token more; `left` says how many tokens a story has from a position on."""
+        inside = left[self.starts] > self.length
+        starts, hashes = self.starts[inside], self.hashes[inside]
+        return SpansOfOneLength(self.length + 1, starts, extend(hashes, tokens[starts + self.length]))
+
+
+def extend(hashes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Hashes of spans with one more token at their ends."""
+    return hashes * np.uint64(BASE) + tokens.astype(np.uint64)
+
+
+def span_hashes(tokens: np.ndarray) -> np.ndarray:
+    """The hash of the SPAN tokens from each position on: those of 2, 4 and 8 tokens in turn."""
+    hashes, width = tokens.astype(np.uint64), 1
+    while width < SPAN:
+        hashes = hashes[:-width] * np.uint64(pow(BASE, width, 2**64)) + hashes[width:]
+        width *= 2
+    return hashes
+
+
+def copied_spans(stories: list[np.ndarray], training: np.ndarray) -> list[Copies]:
+    """For each story (token ids), which of its spans stand somewhere in the training tokens.
+
+    There is no index of the training tokens: they pass by once, in pieces, and what is looked up are the
+    spans of the stories. Where 8 tokens agree, 9 are compared, then 10, and so on. Memory depends on the
+    stories and the size of a piece, not on the training tokens. Exact but for equal hashes of 64 bits.
+    """
+    tokens = np.concatenate([np.zeros(0, int), *stories])
+    lengths = np.array([len(story) for story in stories])
+    first = np.concatenate(([0], np.cumsum(lengths)))
+    left = np.concatenate([np.zeros(0, int), *(np.arange(length, 0, -1) for length in lengths)])
+    starts = np.flatnonzero(left >= SPAN)
+    levels = [SpansOfOneLength(SPAN, starts, span_hashes(tokens)[starts])]
+    shift = np.uint64(64 - FILTER_BITS)
+    filter_table = np.zeros(1 << FILTER_BITS, bool)
+    filter_table[levels[0].known >> shift] = True
+    last = len(training) - SPAN + 1
+    for begin in tqdm(range(0, max(0, last), CHUNK), desc="novelty", disable=None, delay=2, leave=False):
+        hashes = span_hashes(training[begin : min(last, begin + CHUNK) + SPAN - 1])
+        at = np.flatnonzero(filter_table[hashes >> shift])
+        hashes, at, level = hashes[at], at + begin, 0
+        while len(at):
+            if level == len(levels):
+                levels.append(levels[-1].longer(tokens, left))
+            hits = levels[level].look_up(hashes)
+            hits &= at + SPAN + level < len(training)
+            at, hashes = at[hits], hashes[hits]
+            hashes = extend(hashes, training[at + SPAN + level])
+            level += 1
+    longest, start = np.zeros(len(stories), int), np.zeros(len(stories), int)
+    found = np.zeros(len(tokens), bool)
+    for spans in levels:
+        copied = spans.starts[spans.found[spans.which]]
+        story = np.searchsorted(first, copied, side="right") - 1
+        longest[story], start[story] = spans.length, copied - first[story]
+        if spans.length == SPAN:
+            found[copied] = True
+    return [
+        Copies(max(0, int(n) - SPAN + 1), int(found[a : a + n].sum()), int(length), int(begin))
+        for a, n, length, begin in zip(first, lengths, longest, start, strict=False)
+    ]
+
+
+def unseen_words(words: set[str], data: Data, tokenizer: Tokenizer) -> set[str]:
+    """Those of the words that no training story has. Reads the packed stories in pieces of whole ones."""
+    unseen, training, begin = set(words), data.train.tokens, 0
+    with tqdm(total=len(training), desc="words", unit_scale=True, disable=None, delay=2, leave=False) as bar:
+        while unseen and begin < len(training):
+            piece = training[begin : begin + CHUNK]
+            ends = np.flatnonzero(piece == data.eot_id) + 1
+            if len(ends):
+                piece = piece[: ends[-1]]
+            texts = tokenizer.decode_batch(
+                [part.tolist() for part in np.split(piece, ends[99:-1:100])], skip_special_tokens=False
+            )
+            # pieces between blanks first: they repeat, and the pattern is slower than a split
+            unseen -= set(words_in(" ".join({piece for text in texts for piece in text.split()})))
+            begin += len(piece)
+            bar.update(len(piece))
+    return unseen
+
+
+def read_written(path: str) -> list[Story]:
+    """The stories in a .jsonl that generate.py wrote. Raises UserError naming the line that is not one."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    stories = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt, story = str(row["prompt"]), str(row["story"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} line {number} is no story as generate.py --output writes them") from None
+        stories.append(Story(prompt + story, prompt, row.get("finish_reason") != "length"))
+    require(bool(stories), f"{path} holds no stories")
+    return stories

@@ -1,0 +1,504 @@
+"""Exported models in transformers and in llama.cpp itself, and taken back by train.py."""
+
+import contextlib
+import errno
+import json
+import shutil
+import sys
+import urllib.request
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import REPO, TINY, assert_one_line_error
+from fake_hub import serve_hub
+from test_tokenizer import AWKWARD
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+import export
+from data import train_tokenizer
+from model.batches import load_data
+from model.checkpoint import load_checkpoint, load_model, save_checkpoint
+from model.config import GPTConfig
+from model.generation import Sampling, generate_all
+from model.gpt import GPT
+from model.huggingface import from_config_json, load_pretrained, to_config_json, token_table
+from model.resume import settle
+from model.settings import UserError, read_settings
+
+torch.set_num_threads(1)
+
+GREEDY = Sampling(temperature=0)
+STORIES = ["Once upon a time, there was a cat.", "The dog said, \u201cYes!\u201d\nÅke ran 12 miles."]
+PROMPTS = [
+    "",
+    "Once upon a time",
+    "A dog",
+    "the end. Then",
+    "She was",
+    "\u201cNo!\u201d he",
+    "3 big",
+    "Tim",
+    " a",
+    "x",
+]
+QWEN3_SIZES = {"n_kv_head": 2, "head_size": 32, "n_inner": 96, "rope_base": 1e6}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(packed, gpt2_files):
+    """kind -> tokenizer.json of that kind"""
+    settings = SimpleNamespace(gpt2_files=list(map(str, gpt2_files)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tokenizer, "raw_batches", lambda stories: iter([stories]))
+        char = train_tokenizer.collect_characters(STORIES, settings).to_str()
+    gpt2 = train_tokenizer.load_gpt2(STORIES, settings).to_str()
+    bpe = (packed / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
+    return {"bpe": bpe, "char": char, "gpt2": gpt2}
+
+
+@pytest.fixture
+def make(tokenizers, tmp_path):
+    """make(kind, **shape) writes a checkpoint whose every weight is far from its initial value."""
+
+    def make(kind="bpe", blocks="modern", name="model.pt", ends_after=None, **shape):
+        tokenizer = Tokenizer.from_str(tokenizers[kind])
+        eot_id = tokenizer.token_to_id("<|endoftext|>")
+        shape = {"block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 64, **shape}
+        torch.manual_seed(1)
+        model = GPT(GPTConfig(**{"vocab_size": tokenizer.get_vocab_size(), "blocks": blocks, **shape})).eval()
+        with torch.no_grad():
+            for weight, parameter in model.named_parameters():
+                parameter.normal_(1.0 if "norm" in weight and weight.endswith("weight") else 0.0, 0.2)
+            if ends_after:  # the head's row of the end is the state in which it shall come
+                ids = [eot_id, *generate_all(model, [[eot_id]], ends_after, eot_id, GREEDY, [0])[0]]
+                state = model.hidden(torch.tensor([ids]))[0, -1]
+                model.head.weight[eot_id] = (
+                    state * 1.1 * (model.head_weight @ state).max() / state.square().sum()
+                )
+        path = tmp_path / name
+        settings = {"preset": "stories-9m", "batch_tokens": 640}
+        entries = {
+            "config": vars(model.config),
+            "weights": model.state_dict(),
+            "settings": settings,
+            "step": 7,
+        }
+        entries |= {"tokenizer": tokenizers[kind], "eot_id": eot_id, "data": {"training stories": "0123abc"}}
+        save_checkpoint(path, entries)
+        return path
+
+    return make
+
+
+def run_export(*words):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["export.py", *map(str, words)])
+        export.main()
+    return words[words.index("--output") + 1]
+
+
+def continuations(path, length=40):
+    """(prompt's ids, greedy continuation) of each of PROMPTS, as generate.py --temperature 0 has them."""
+    model, tokenizer, checkpoint = load_model(path)
+    eot_id = checkpoint["eot_id"]
+    prompts = [[eot_id, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in PROMPTS]
+    written = generate_all(model, prompts, length, eot_id, GREEDY, [0] * len(prompts))
+    return list(zip(prompts, written, strict=True))
+
+
+# transformers
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "shape"),
+    [
+        ("bpe", "modern", {}),
+        ("char", "modern", {"tie_weights": False}),
+        ("bpe", "modern", QWEN3_SIZES),
+        ("gpt2", "gpt2", {}),
+        ("char", "gpt2", {"vocab_size": 400, "n_inner": 96}),
+        ("bpe", "gpt2", {"tie_weights": False}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_transformers_has_the_same_model(make, tmp_path, kind, blocks, shape):
+    path = make(kind, blocks, **shape)
+    folder = run_export("--checkpoint", path, "--output", tmp_path / "exported")
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(reference).__name__ == {"gpt2": "GPT2LMHeadModel", "modern": "Qwen3ForCausalLM"}[blocks]
+    model, tokenizer, checkpoint = load_model(path)
+    ids = torch.randint(model.config.vocab_size, (3, 64), generator=torch.Generator().manual_seed(2))
+    logits = model(ids)
+    assert logits.std() > 0.5
+    torch.testing.assert_close(reference(ids).logits, logits, atol=1e-4, rtol=0)
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text in (AWKWARD, *AWKWARD.split("\n"), ""):
+        expected = tokenizer.encode(text, add_special_tokens=False).ids
+        assert theirs(text, add_special_tokens=False).input_ids == expected
+        assert theirs(text).input_ids == [checkpoint["eot_id"], *expected]
+        assert theirs.decode(theirs(text).input_ids, skip_special_tokens=True) == text
+    for prompt, (prompt_ids, expected) in zip(PROMPTS, continuations(path), strict=True):
+        inputs = theirs(prompt, return_tensors="pt")
+        assert inputs.input_ids[0].tolist() == prompt_ids
+        output = reference.generate(**inputs, do_sample=False, max_new_tokens=40)[0].tolist()
+        assert output[len(prompt_ids) :] in (expected, [*expected, checkpoint["eot_id"]])
+
+
+def test_generate_stops_at_the_end_of_the_story_or_of_the_context(make, tmp_path):
+    path = make("bpe", tie_weights=False, ends_after=9)
+    assert continuations(path)[0][1] == continuations(path, 9)[0][1]  # as it should: nine tokens, no more
+    folder = run_export("--checkpoint", path, "--output", tmp_path / "ends")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    output = model.generate(**tokenizer("", return_tensors="pt"), do_sample=False)[0]
+    assert len(output) == 1 + 9 + 1 and output[-1] == tokenizer.eos_token_id == 0
+    folder = run_export("--checkpoint", make("bpe", "gpt2"), "--output", tmp_path / "goes on")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert len(model.generate(**tokenizer("", return_tensors="pt"), do_sample=False)[0]) == 64
+
+
+def test_the_model_card_says_what_it_is(trained, tmp_path):
+    folder = run_export("--checkpoint-dir", trained, "--output", tmp_path / "exported")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    row = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()][-1]
+    facts = ["quickstart", "128 tokens in 2 steps", f"| {row['bits_per_byte']:.4f} |"]
+    facts += load_checkpoint(trained / "best.pt")["data"].values()
+    for fact in facts:
+        assert fact in card
+    assert {file.name for file in folder.iterdir()} == set(export.FILES)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(make, tmp_path, dtype):
+    folder = run_export("--checkpoint", make(), "--output", tmp_path / "half", "--dtype", dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+
+
+# llama.cpp
+
+
+@contextlib.contextmanager
+def llama_cpp(path):
+    """Ask llama.cpp's own server for a model: ask("tokenize", content=...)."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.port = str(path), 64, 1, 0
+    params.cpuparams.n_threads, params.n_gpu_layers, params.warmup, params.verbosity = 1, 0, False, -1
+    # attention in half precision is its default, whatever the file holds
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(params)
+
+    def ask(what, **body):
+        request = urllib.request.Request(f"{server.listening_address}/{what}", json.dumps(body).encode())
+        return json.load(urllib.request.urlopen(request, timeout=60))
+
+    yield ask
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "shape"),
+    [
+        ("bpe", "modern", {}),
+        ("char", "modern", {"tie_weights": False, "vocab_size": 400}),
+        ("bpe", "modern", QWEN3_SIZES),
+        ("gpt2", "gpt2", {}),
+        ("bpe", "gpt2", {"tie_weights": False, "n_inner": 96}),
+    ],
+    ids=str,
+)
+def test_llama_cpp_has_the_same_model(make, tmp_path, kind, blocks, shape):
+    path = make(kind, blocks, **shape)
+    file = run_export("--checkpoint", path, "--output", tmp_path / "model.gguf", "--format", "gguf")
+    _, tokenizer, checkpoint = load_model(path)
+    with llama_cpp(file) as ask:
+        for text in (AWKWARD, *AWKWARD.split("\n"), "Once upon a time"):
+            if kind == "char":  # there llama.cpp reads its own mark of a space as one
+                text = text.replace("\u2581", "_")
+            tokens = ask("tokenize", content=text, add_special=True, parse_special=False)["tokens"]
+            assert tokens == [checkpoint["eot_id"], *tokenizer.encode(text, add_special_tokens=False).ids]
+        for prompt_ids, expected in continuations(path):
+            answer = ask("completion", prompt=prompt_ids, n_predict=40, temperature=0, return_tokens=True)
+            assert answer["tokens"] in (expected, [*expected, checkpoint["eot_id"]])
+
+
+def test_llama_cpp_stops_at_the_end_of_the_story(make, tmp_path):
+    path = make("bpe", tie_weights=False, ends_after=9)
+    file = run_export("--checkpoint", path, "--output", tmp_path / "model.gguf", "--format", "gguf")
+    with llama_cpp(file) as ask:
+        answer = ask("completion", prompt="", n_predict=40, temperature=0, return_tokens=True)
+    assert answer["stop_type"] == "eos" and answer["tokens"][:9] == continuations(path)[0][1]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "dtype", "tolerance"),
+    [
+        ("modern", "float32", 1e-4),
+        ("gpt2", "float32", 5e-3),  # llama.cpp looks GELU up in a table of half precision
+        *((blocks, "float16", 0.02) for blocks in ("modern", "gpt2")),
+        *((blocks, "bfloat16", 0.15) for blocks in ("modern", "gpt2")),
+        *((blocks, "q8_0", 0.3) for blocks in ("modern", "gpt2")),
+    ],
+)
+@torch.no_grad()
+def test_each_precision(make, tmp_path, blocks, dtype, tolerance):
+    path = make("bpe", blocks)
+    flags = ["--format", "gguf", "--dtype", dtype]
+    file = run_export("--checkpoint", path, "--output", tmp_path / "model.gguf", *flags)
+    model, _, _ = load_model(path)
+    ids = list(range(0, 200, 7))
+    expected = model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+    with llama_cpp(file) as ask:
+        answer = ask("completion", prompt=ids, n_predict=1, n_probs=5, temperature=0)
+    top = answer["completion_probabilities"][0]["top_logprobs"]
+    error = max(abs(entry["logprob"] - expected[entry["id"]].item()) for entry in top)
+    assert error < tolerance
+    sizes = {"float32": 4, "float16": 2, "bfloat16": 2, "q8_0": 1.0625}
+    assert file.stat().st_size > sizes[dtype] * model.count_parameters()
+    assert file.stat().st_size < (sizes[dtype] + 0.2) * model.count_parameters() + 20_000
+
+
+# The way back
+
+
+@pytest.mark.parametrize(
+    ("blocks", "shape"),
+    [
+        ("modern", {}),
+        ("modern", {**QWEN3_SIZES, "tie_weights": False}),
+        ("gpt2", {}),
+        ("gpt2", {"tie_weights": False}),
+    ],
+    ids=str,
+)
+def test_a_round_trip_changes_no_bit(make, tmp_path, blocks, shape):
+    path = make("bpe", blocks, **shape)
+    folder = run_export("--checkpoint", path, "--output", tmp_path / "exported")
+    checkpoint, pretrained = load_checkpoint(path), load_pretrained(str(folder))
+    assert pretrained.config.blocks == blocks
+    assert to_config_json(pretrained.config, 0) == to_config_json(GPTConfig(**checkpoint["config"]), 0)
+    assert pretrained.weights.keys() == checkpoint["weights"].keys()
+    for name, weight in checkpoint["weights"].items():
+        assert torch.equal(pretrained.weights[name], weight), name
+    assert token_table(pretrained.tokenizer_json) == token_table(checkpoint["tokenizer"])
+
+
+@pytest.mark.parametrize("blocks", ["modern", "gpt2"])
+@torch.no_grad()
+def test_what_transformers_saves_is_read(make, tmp_path, blocks):
+    """Several files, half precision, and for GPT-2 the hub's names, those of the model without its head."""
+    path = make("bpe", blocks, **(QWEN3_SIZES if blocks == "modern" else {}))
+    folder = run_export("--checkpoint", path, "--output", tmp_path / "exported")
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    saved = tmp_path / "saved"
+    (reference.base_model if blocks == "gpt2" else reference).save_pretrained(saved, max_shard_size="100KB")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(saved)
+    assert len(list(saved.glob("*.safetensors"))) > 1
+    pretrained = load_pretrained(str(saved))
+    model = GPT(pretrained.config).eval()
+    model.load_state_dict(pretrained.weights)
+    ids = torch.arange(64)[None]
+    torch.testing.assert_close(model(ids), reference.float()(ids).logits, atol=1e-4, rtol=0)
+
+
+def losses_in(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["validation_loss"] for row in rows if "validation_loss" in row]
+
+
+def test_training_begins_with_it_and_goes_on_without_it(run, packed, trained, tmp_path):
+    folder = run_export("--checkpoint-dir", trained, "--output", tmp_path / "exported")
+    places = ["--data-dir", packed, "--checkpoint-dir", tmp_path / "run", "--compile", "off"]
+    flags = ["--init-from", folder, "--batch-tokens", 64, "--sample-tokens", 4, "--eval-interval", 2]
+    run("train.py", *places, *flags, "--max-steps", 2, check=0)
+    before, after = losses_in(tmp_path / "run")
+    assert before == pytest.approx(losses_in(trained)[-1], rel=1e-3) and after != before
+    checkpoint = load_checkpoint(tmp_path / "run" / "best.pt")
+    assert checkpoint["config"]["n_embd"] == 16
+    assert checkpoint["settings"]["learning_rate"] == pytest.approx(6e-4)
+
+    shutil.rmtree(folder)
+    run("train.py", *places, "--max-steps", 3, check=0)
+    assert load_checkpoint(tmp_path / "run" / "ckpt_3.pt")["settings"]["init_from"] == str(folder)
+
+
+def test_its_tokenizer_comes_along_from_the_hub_too(run, packed, trained, tmp_path):
+    folder = run_export("--checkpoint-dir", trained, "--output", tmp_path / "exported")
+    shutil.copytree(packed / "raw", tmp_path / "data" / "raw")
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with serve_hub({"someone/tiny": files}, tmp_path / "cache") as (env, _):
+        flags = ["--kind", "someone/tiny", "--data-dir", tmp_path / "data"]
+        run("data/train_tokenizer.py", *flags, env=env, check=0)
+    name = "tokenizer/tokenizer.json"
+    assert (tmp_path / "data" / name).read_bytes() == (packed / name).read_bytes()
+
+
+def test_the_hubs_models_have_the_shape_that_they_are_known_for():
+    gpt2 = from_config_json(GPT2Config().to_dict())
+    assert gpt2 == GPTConfig(50_257, 1_024, 12, 12, 768, blocks="gpt2")
+    numbers = {"vocab_size": 151_936, "hidden_size": 1_024, "intermediate_size": 3_072, "head_dim": 128}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 28}
+    old = {"model_type": "qwen3", "rope_theta": 1_000_000, "rope_scaling": None, "tie_word_embeddings": True}
+    qwen3 = from_config_json({**numbers, **heads, **old, "max_position_embeddings": 40_960})
+    with torch.device("meta"):
+        assert GPT(qwen3).count_parameters() == 596_049_920 and qwen3.rope_base == 1e6
+
+
+def test_a_shorter_context_cuts_learned_positions(make):
+    pretrained = load_pretrained(str(make("bpe", "gpt2")))
+    shorter = pretrained.with_context(16)
+    model, cut = GPT(pretrained.config).eval(), GPT(shorter.config).eval()
+    model.load_state_dict(pretrained.weights)
+    cut.load_state_dict(shorter.weights)
+    ids = torch.arange(16)[None]
+    torch.testing.assert_close(cut(ids), model(ids))
+    with pytest.raises(UserError, match="64 positions"):
+        pretrained.with_context(65)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "message"),
+    [
+        ("bpe", ["--n-layer", "3"], "has n_layer 2, which --init-from cannot change to 3"),
+        ("bpe", ["--blocks", "gpt2"], "has blocks modern"),
+        ("char", [], "another tokenizer.*--kind"),
+    ],
+)
+def test_training_refuses_what_does_not_fit(make, packed, kind, flags, message):
+    path = make(kind)
+    settings = read_settings(REPO / "train.py", ["--init-from", str(path), *flags])
+    with pytest.raises(UserError, match=message):
+        settle(settings, None, load_data(packed), True, load_pretrained(str(path)))
+
+
+def test_a_run_that_began_otherwise_is_not_changed(make, packed, trained):
+    settings = read_settings(REPO / "train.py", ["--init-from", "model.pt"])
+    with pytest.raises(UserError, match="init_from None is now model.pt.*--fresh"):
+        settle(settings, load_checkpoint(trained / "best.pt"), load_data(packed), True)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: edit_config(folder, model_type="llama"), "a llama model"),
+        (lambda folder: edit_config(folder, hidden_act="gelu"), "hidden_act gelu"),
+        (lambda folder: edit_config(folder, rope_parameters={"rope_type": "yarn"}), "yarn"),
+        (lambda folder: edit_config(folder, num_hidden_layers=3), "lack model.layers.2"),
+        (lambda folder: edit_config(folder, num_hidden_layers=1), "hold model.layers.1"),
+        (lambda folder: edit_config(folder, intermediate_size=64), "gate_proj"),
+        (lambda folder: (folder / "config.json").write_text("{"), "does not load"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "is not a tokenizer"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"1234567890"), "does not load"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_a_user_error(make, tmp_path, damage, message):
+    folder = run_export("--checkpoint", make(), "--output", tmp_path / "exported")
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        load_pretrained(str(folder))
+
+
+# What is refused, and what a failure leaves
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["out", "out.gguf"])
+def test_only_an_earlier_export_is_replaced_and_only_on_request(make, tmp_path, name):
+    words = ["--output", tmp_path / name, "--format", "gguf" if name == "out.gguf" else "hf"]
+    run_export("--checkpoint", make(), *words)
+    other, before = make(name="other.pt", n_layer=1), contents(tmp_path)
+    with pytest.raises(UserError, match="--overwrite"):
+        run_export("--checkpoint", other, *words)
+    assert contents(tmp_path) == before
+    run_export("--checkpoint", other, *words, "--overwrite")
+    after = contents(tmp_path)
+    assert after.keys() == before.keys() and after != before
+
+
+def test_nothing_else_is_written_over(make, tmp_path):
+    path = make()
+    folder = run_export("--checkpoint", path, "--output", tmp_path / "out")
+    (folder / "diary.txt").write_text("precious")
+    before = contents(tmp_path)
+    for output, form, message in (
+        (folder, "hf", "holds diary.txt"),
+        (path, "hf", "is a file"),
+        (path, "gguf", "ends in .gguf"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_export("--checkpoint", path, "--output", output, "--format", form, "--overwrite")
+    assert contents(tmp_path) == before
+
+
+def full_disk(*_args, **_options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("words", [[], ["--format", "gguf"]], ids=str)
+def test_a_full_disk_leaves_the_earlier_export(make, tmp_path, monkeypatch, words):
+    output = tmp_path / ("model.gguf" if words else "model")
+    run_export("--checkpoint", make(), "--output", output, *words)
+    before = contents(tmp_path)
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensors_to_file", full_disk)
+    monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        run_export("--checkpoint", tmp_path / "model.pt", "--output", output, "--overwrite", *words)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(("package", "words"), [("safetensors", []), ("gguf", ["--format", "gguf"])])
+def test_a_missing_package_is_named_with_the_command(make, tmp_path, monkeypatch, package, words):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        run_export("--checkpoint", make(), "--output", tmp_path / ("m.gguf" if words else "m"), *words)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_what_llama_cpp_cannot_hold_is_one_line(run, make, tmp_path):
+    words = ["--output", tmp_path / "m.gguf", "--format", "gguf"]
+    result = run("export.py", "--checkpoint", make(n_embd=48), *words, "--dtype", "q8_0")
+    assert_one_line_error(result, "n_embd 48", "32", "--dtype float16")
+    with pytest.raises(UserError, match="n_inner 80"):
+        run_export("--checkpoint", make(n_inner=80), *words, "--dtype", "q8_0")
+    assert not (tmp_path / "m.gguf").exists()
+    with pytest.raises(UserError, match="q8_0 is for --format gguf"):
+        run_export("--checkpoint", make(), "--output", tmp_path / "m", "--dtype", "q8_0")
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(make, tokenizers, tmp_path):
+    words = Tokenizer(models.BPE({"<|endoftext|>": 0, "a": 1}, []))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    checkpoint = load_checkpoint(make("char"))
+    for text in (words.to_str(), tokenizers["char"].replace('"c":', '"\u2581":')):
+        save_checkpoint(tmp_path / "model.pt", {**checkpoint, "tokenizer": text})
+        with pytest.raises(UserError, match=r"llama\.cpp"):
+            run_export(
+                "--checkpoint", tmp_path / "model.pt", "--output", tmp_path / "m.gguf", "--format", "gguf"
+            )
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_the_hub_is_asked_and_its_silence_is_one_line(run, packed, tmp_path):
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    places = ["--data-dir", packed, "--checkpoint-dir", tmp_path / "run"]
+    result = run("train.py", *TINY, *places, "--init-from", "someone/model", env=env, timeout=60)
+    assert_one_line_error(result, "someone/model", "127.0.0.1:9")
+    assert not (tmp_path / "run").exists()
