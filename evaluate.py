@@ -27,7 +27,7 @@ import tokenizers
 import torch
 
 from data.hub import reach_hub
-from data.stories import find_files, read_file
+from data.story_files import find_files, read_file
 from model.batches import Data, Split, load_data
 from model.candidates import Candidate, find_candidate, load_candidate
 from model.files import atomic_write, shown, size_text, write_json

@@ -4,8 +4,11 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
-from data.stories import BATCH, first_line, progress, quiet_datasets, require_column
+from data.stories import BATCH, Progress, first_line, quiet_datasets, slices
+from data.story_files import require_column
+from model.files import require_space
 from model.settings import UserError, require
 
 
@@ -34,10 +37,11 @@ def reach_hub() -> str:
     return reason
 
 
-def open_hub(word: str, column: str, stream: bool) -> dict[str, Iterator[str]]:
+def open_hub(word: str, column: str, stream: bool, folder: Path) -> dict[str, Iterator[str]]:
     """The stories of a hub data set, `name` or `name:config`, as {"train": ..., "validation": ...}.
 
-    "validation" is absent where the data set has no such split. With `stream` only what is read is downloaded.
+    "validation" is absent where the data set has no such split. With `stream` only what is read is downloaded,
+    else everything, to the hub's cache; the stories are to be written into the folder.
     Raises UserError for whatever goes wrong.
     """
     import datasets
@@ -58,28 +62,31 @@ def open_hub(word: str, column: str, stream: bool) -> dict[str, Iterator[str]]:
     require("train" in splits, f"{word} on the hub has no train split: it has {', '.join(splits)}")
     validation = next((split for split in ("validation", "valid", "val", "dev") if split in splits), None)
     chosen = {"train": "train"} | ({"validation": validation} if validation else {})
-    stories = {}
+    stories, size = {}, 0
     for part, split in chosen.items():
         with hub_errors(word, offline):
             columns = splits[split].column_names or list(next(iter(splits[split]), {}))
         require_column(column, columns, f"{word} on the hub, split {split},")
-        stories[part] = hub_stories(splits[split].select_columns(column), word, offline)
+        texts = splits[split].select_columns(column)
+        size += 0 if stream else texts.data.nbytes
+        stories[part] = hub_stories(texts, word, offline)
+    require_space(folder, size)
     return stories
 
 
 def hub_stories(split: object, word: str, offline: str) -> Iterator[str]:
+    import datasets
     import pyarrow
 
-    with (
-        hub_errors(word, offline),
-        progress(total=getattr(split, "num_rows", None), desc=word, unit=" stories") as bar,
-    ):
+    total = split.data.nbytes if isinstance(split, datasets.Dataset) else None  # unknown of a stream
+    with hub_errors(word, offline), Progress(total=total, unit="B", desc=word) as bar:
         for table in split.with_format("arrow").iter(BATCH):
             kind = table.schema[0].type
             text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
             require(text, f"{word} on the hub: column {table.schema[0].name!r} is not text but {kind}")
-            bar.update(table.num_rows)
-            yield from (story or "" for story in table.column(0).to_pylist())
+            bar.add(table.num_rows, table.nbytes)
+            for stories in slices(table):
+                yield from (story or "" for story in stories)
 
 
 @contextlib.contextmanager

@@ -13,43 +13,44 @@ import hashlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from tokenizers import Tokenizer
 
+from data.encoder import Encoder, encode_all, load_tokenizer
 from data.stories import (
     END_OF_TEXT,
     SPLITS,
-    first_line,
+    Progress,
     next_step,
     open_raw,
-    progress,
     raw_batches,
     read_manifest,
 )
-from model.files import atomic_write, read_json, sha256_file, shown, size_text, write_json
-from model.settings import REPO, UserError, read_settings, require, run_script
+from model.config import GPTConfig
+from model.files import atomic_write, read_json, require_space, sha256_file, shown, size_text, write_json
+from model.settings import UserError, read_settings, require, run_script
 
-WORKERS = 0  # threads that encode; 0 takes all cores
+WORKERS = 0  # processes that encode; 0 takes one for each core
 DATA_DIR = "data"  # the folder of raw/, tokenizer/ and processed/
 
-FORMAT = 1
-# encoded at once: enough for every core, little enough for memory
-BATCH_STORIES = 1_000
+FORMAT = 2
+# bytes of text for each process: with less, starting it takes longer than its work
+WORKER_BYTES = 10_000_000
+# beyond it, training sees a story in two windows or more; of the default model
+CONTEXT = GPTConfig().block_size
 
 
 def main():
     settings = read_settings(__file__)
     require(settings.workers >= 0, "--workers is 0 (all cores) or more")
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    if settings.workers:
-        os.environ["RAYON_NUM_THREADS"] = str(settings.workers)  # read when the first batch is encoded
-
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process does its own work
     manifest = read_manifest(settings.data_dir)
-    tokenizer_file = settings.data_dir / "tokenizer" / "tokenizer.json"
+    tokenizer_file = tokenizer_path(settings)
     tokenizer = load_tokenizer(tokenizer_file)
     end = tokenizer.token_to_id(END_OF_TEXT)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
@@ -66,40 +67,19 @@ def main():
     if splits:
         print(f"{shown(folder)} is up to date (delete it to make it anew)")
     else:
-        splits = {}
-        with (
-            contextlib.ExitStack() as stack
-        ):  # both files take their names together, at the end of this block
-            for split in SPLITS:
-                path = stack.enter_context(atomic_write(folder / f"{split}.bin"))
-                splits[split] = pack(
-                    path, split, settings.data_dir, manifest, tokenizer, end, wanted["dtype"]
-                )
-            (folder / "meta.json").unlink(missing_ok=True)  # until it is there again, training has no data
+        splits = pack_all(folder, settings, manifest, Encoder(tokenizer, wanted["dtype"]), wanted)
         write_json(folder / "meta.json", {**wanted, "splits": splits})
     for split, counts in splits.items():
         print(
             f"{split:<10} {counts['stories']:>9,} stories  {counts['tokens']:>13,} tokens  "
-            f"{size_text(counts['bytes']):>9}  {counts['bytes'] / counts['tokens']:.2f} bytes per token"
+            f"{size_text(counts['bytes']):>9}  {counts['bytes'] / counts['tokens']:.2f} bytes per token  "
+            f"{counts['longer'] / counts['stories']:.1%} longer than {CONTEXT} tokens"
         )
     print(next_step("train.py", settings))
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    command = shown(REPO / "data" / "train_tokenizer.py")
-    require(path.is_file(), f"no tokenizer yet in {shown(path.parent)}: run: python {command}")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises the bare class
-        raise UserError(
-            f"{shown(path)} is not a tokenizer ({first_line(error)}): run: python {command}"
-        ) from None
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    require(end is not None, f"{shown(path)} has no token {END_OF_TEXT}, which stands between stories")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # a story that spells out <|endoftext|> stays text
-    return tokenizer
+def tokenizer_path(settings: SimpleNamespace) -> Path:
+    return settings.data_dir / "tokenizer" / "tokenizer.json"
 
 
 def up_to_date(folder: Path, wanted: dict, manifest: dict) -> dict:
@@ -117,36 +97,59 @@ def up_to_date(folder: Path, wanted: dict, manifest: dict) -> dict:
     return splits if whole else {}
 
 
-def pack(
-    path: Path, split: str, data_dir: Path, manifest: dict, tokenizer: Tokenizer, end: int, dtype: str
-) -> dict:
-    """Encode a split's stories into a file of token numbers; returns their counts and digests."""
-    stories = open_raw(data_dir, split, manifest)
-    raw = manifest["splits"][split]
-    counts = {"stories": 0, "tokens": 0, "bytes": 0}
-    digest, start = hashlib.sha256(), time.monotonic()
-    number = np.dtype(dtype).newbyteorder("<")
-    with path.open("wb") as file, progress(total=raw["bytes"], unit="B", desc=split) as bar:
-        for batch in raw_batches(stories, BATCH_STORIES):
-            tokens = []
-            for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-                tokens += encoding.ids
-                tokens.append(end)
-            packed = np.array(tokens, number).tobytes()
+def pack_all(folder: Path, settings: SimpleNamespace, manifest: dict, encoder: Encoder, wanted: dict) -> dict:
+    """Write a .bin for each split; returns their counts and digests."""
+    stories = {split: open_raw(settings.data_dir, split, manifest) for split in SPLITS}
+    require_space(folder, sum(packed_size(stories[s], manifest["splits"][s], encoder) for s in SPLITS))
+    splits = {}
+    with contextlib.ExitStack() as stack:  # both files take their names together, at the end of this block
+        for split in SPLITS:
+            path = stack.enter_context(atomic_write(folder / f"{split}.bin"))
+            raw, start = manifest["splits"][split], time.monotonic()
+            workers = min(settings.workers or os.cpu_count(), 1 + raw["bytes"] // WORKER_BYTES)
+            pairs = encode_all(
+                raw_batches(stories[split]), tokenizer_path(settings), wanted["dtype"], workers
+            )
+            with Progress(total=raw["bytes"], unit="B", desc=split) as bar, contextlib.closing(pairs):
+                splits[split] = pack(path, pairs, wanted, bar)
+            seconds, size = time.monotonic() - start, raw["bytes"]
+            print(f"{split}: {size_text(size)} in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s")
+            same = all(splits[split][count] == raw[count] for count in ("stories", "bytes"))
+            require(same, f"{shown(settings.data_dir / 'raw')} has changed while it was read: run this again")
+            splits[split]["raw_sha256"] = raw["sha256"]
+        (folder / "meta.json").unlink(missing_ok=True)  # until it is there again, training has no data
+    return splits
+
+
+def packed_size(stories: object, raw: dict, encoder: Encoder) -> float:
+    """The bytes that a split takes, judged by its first stories."""
+    sample = next(raw_batches(stories))
+    return raw["bytes"] * len(encoder(sample)) / sum(len(story.encode()) for story in sample)
+
+
+def pack(path: Path, pairs: Iterator[tuple[list[str], bytes]], wanted: dict, bar: Progress) -> dict:
+    """Write the tokens of (stories, tokens) pairs to a file; returns counts of what is in it, and its digest."""
+    counts = {"stories": 0, "tokens": 0, "bytes": 0, "longer": 0}
+    digest = hashlib.sha256()
+    number = np.dtype(wanted["dtype"]).newbyteorder("<")
+    with path.open("wb") as file:
+        for batch, packed in pairs:
             file.write(packed)
             digest.update(packed)
+            tokens = np.frombuffer(packed, number)
+            ends = np.flatnonzero(tokens == wanted["eot_id"])
             size = sum(len(story.encode()) for story in batch)
+            require(len(ends) >= len(batch), "stories were lost on the way to their tokens: run this again")
             counts["stories"] += len(batch)
             counts["tokens"] += len(tokens)
             counts["bytes"] += size
-            bar.update(size)
-    seconds = time.monotonic() - start
-    whole = counts["stories"] == raw["stories"] and counts["bytes"] == raw["bytes"]
-    require(whole, f"{shown(data_dir / 'raw')} has changed while it was read: run this again")
-    print(
-        f"{split}: {size_text(counts['bytes'])} in {seconds:.1f} s, {counts['bytes'] / 1e6 / seconds:.1f} MB/s"
+            counts["longer"] += int(np.sum(np.diff(ends, prepend=-1) - 1 > CONTEXT))
+            bar.add(len(batch), size)
+    require(
+        path.stat().st_size == counts["tokens"] * number.itemsize,
+        f"{shown(path)} is not whole: run this again",
     )
-    return {**counts, "sha256": digest.hexdigest(), "raw_sha256": raw["sha256"]}
+    return {**counts, "sha256": digest.hexdigest()}
 
 
 if __name__ == "__main__":

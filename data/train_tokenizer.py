@@ -27,7 +27,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # learn and encode on a
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data.hub import reach_hub
-from data.stories import END_OF_TEXT, first_line, next_step, open_raw, progress, raw_batches, read_manifest
+from data.stories import END_OF_TEXT, Progress, first_line, next_step, open_raw, raw_batches, read_manifest
 from model.files import atomic_write, read_json, sha256_file, shown, write_json
 from model.settings import UserError, read_settings, require, run_script
 
@@ -119,14 +119,13 @@ def learn_bpe(stories: object, settings: SimpleNamespace) -> Tokenizer:
         show_progress=False,
     )
     stop = threading.Event()
-    with progress(total=len(stories), desc="words", unit=" stories") as bar, ThreadPoolExecutor(1) as thread:
+    with Progress(total=stories.data.nbytes, unit="B", desc="words") as bar, ThreadPoolExecutor(1) as thread:
 
         def counted() -> Iterator[list[str]]:
-            for batch in raw_batches(stories):
+            for batch in raw_batches(stories, bar):
                 if stop.is_set():
                     raise RuntimeError("stopped")
                 yield batch
-                bar.update(len(batch))
 
         # In a thread, because Ctrl-C comes to the main one, which would be deaf inside the library.
         learning = thread.submit(tokenizer.train_from_iterator, counted(), trainer)
@@ -188,10 +187,9 @@ def gpt2_from_files(names: list[str]) -> models.BPE:
 def collect_characters(stories: object, settings: SimpleNamespace) -> Tokenizer:
     """A token for each character of the stories; any other character becomes its UTF-8 bytes."""
     characters = set()
-    with progress(total=len(stories), desc="characters", unit=" stories") as bar:
-        for batch in raw_batches(stories):
+    with Progress(total=stories.data.nbytes, unit="B", desc="characters") as bar:
+        for batch in raw_batches(stories, bar):
             characters.update(*batch)
-            bar.update(len(batch))
     tokens = [END_OF_TEXT, *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(characters)]
     vocab = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True))

@@ -1,6 +1,7 @@
 """Writing files whole or not at all, and telling whether one has changed."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from model.settings import UserError
+from model.settings import UserError, require
 
 
 @contextlib.contextmanager
@@ -18,6 +19,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     On any exception the temporary file is removed and `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -33,6 +35,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes the place of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -46,6 +49,38 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left half-written beside `path`; a living one's stays."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        process, suffix = leftover.name.split(".")[-2:]
+        if process.isdigit() and suffix in ("tmp", "old") and not lives(int(process)):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def lives(process: int) -> bool:
+    """Whether there is another process of that number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # someone else's
+        return True
+    return process != os.getpid()
+
+
+def require_space(folder: Path, needed: float) -> None:
+    """Raise UserError where the disk of `folder` has less than `needed` bytes free."""
+    folder = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    require(
+        needed <= free,
+        f"too little space in {shown(folder)}: about {size_text(needed)} needed, {size_text(free)} free",
+    )
 
 
 def sync_folder(folder: Path) -> None:

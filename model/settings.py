@@ -17,6 +17,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -180,9 +181,19 @@ def require_seed(seed: int) -> None:
     require(0 <= seed < 2**63, f"seed must be 0 or more and below 2**63, not {seed}")
 
 
+def stop_again(failure: object) -> None:
+    """Send a signal once more whose exception came up in the garbage collector, where Python drops it."""
+    again = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(failure.exc_type)
+    if again:
+        threading.Timer(0.01, signal.pthread_kill, [threading.main_thread().ident, again]).start()
+    else:
+        sys.__unraisablehook__(failure)
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main(): what the user can mend ends in one line and exit status 2."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that clean-up code runs
+    sys.unraisablehook = stop_again
     try:
         main()
         sys.stdout.flush()

@@ -11,8 +11,11 @@ COMMIT = "0" * 39 + "1"
 
 
 @contextlib.contextmanager
-def serve_hub(repositories, cache):
-    """Serve {"datasets/owner/name" or "model": {path: bytes}}; yields the environment that leads a script there."""
+def serve_hub(repositories, cache, cuts=None):
+    """Serve {"datasets/owner/name" or "model": {path: bytes}}; yields the environment that leads a script there.
+
+    `cuts` is {path: how many of its next downloads break off half-way}, counted down as they do.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -20,7 +23,7 @@ def serve_hub(repositories, cache):
         def log_message(self, *_):
             pass
 
-        def reply(self, body, status=200, **headers):
+        def reply(self, body, status=200, cut=False, **headers):
             body = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
             for name, value in headers.items():
@@ -28,7 +31,8 @@ def serve_hub(repositories, cache):
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(body)
+                self.wfile.write(body[: len(body) // 2] if cut else body)
+                self.close_connection = cut
 
         def do_GET(self):
             path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).strip("/")
@@ -53,13 +57,17 @@ def serve_hub(repositories, cache):
             if name not in files:
                 return self.reply(b"", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
             body = files[name]
+            cut = self.command == "GET" and cuts is not None and cuts.get(name, 0) > 0
+            if cut:
+                cuts[name] -= 1
+            requests.append(f"{self.command} {name} {self.headers.get('Range')}")
             headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X_Repo_Commit": COMMIT}
             if wanted := self.headers.get("Range"):
                 start, _, end = wanted.removeprefix("bytes=").partition("-")
                 first, last = int(start), min(int(end or len(body)), len(body) - 1)
                 headers["Content_Range"] = f"bytes {first}-{last}/{len(body)}"
-                return self.reply(body[first : last + 1], 206, **headers)
-            return self.reply(body, **headers)
+                return self.reply(body[first : last + 1], 206, cut, **headers)
+            return self.reply(body, 200, cut, **headers)
 
         def tree(self, files, folder):
             inside = [name for name in files if name.startswith(folder + "/" if folder else "")]

@@ -1,16 +1,26 @@
 import csv
+import gzip
 import io
 import json
+import os
+import random
+import shlex
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import assert_one_line_error
+from conftest import REPO, assert_one_line_error
 from fake_hub import serve_hub
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data import ingestion
-from data.stories import find_files, read_file
+from data.stories import BATCH_BYTES, raw_batches
+from data.story_files import find_files, read_file
 from model.settings import UserError
 
 STORIES = [
@@ -70,6 +80,52 @@ def test_every_file_type_gives_the_stories(tmp_path, suffix):
     assert [story.strip() for story in read_file(path, "text")] == STORIES
 
 
+PACKERS = {
+    ".gz": gzip.compress,
+    ".zst": lambda content: pyarrow.compress(content, "zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv"])
+def test_packed_files(tmp_path, suffix, packed):
+    content = write_stories(tmp_path / f"stories{suffix}").read_bytes()
+    path = tmp_path / f"packed{suffix}{packed}"
+    middle = len(content) // 2  # packed in two parts, one behind the other, as `cat a.gz b.gz` makes
+    path.write_bytes(PACKERS[packed](content[:middle]) + PACKERS[packed](content[middle:]))
+    assert [story.strip() for story in read_file(path, "text")] == STORIES
+    assert find_files(str(tmp_path / "*.??*"), tmp_path / "data") == [path, tmp_path / f"stories{suffix}"]
+
+
+def cut_short(content):
+    return content[:-9]
+
+
+def not_packed(content):
+    return b"x" * 99
+
+
+def bit_flipped(content):
+    return content[:30] + bytes([content[30] ^ 255]) + content[31:]
+
+
+@pytest.mark.parametrize(
+    ("packed", "harm"),  # a .zst may lack the checksum by which a flipped bit is found
+    [
+        (".gz", cut_short),
+        (".gz", not_packed),
+        (".gz", bit_flipped),
+        (".zst", cut_short),
+        (".zst", not_packed),
+    ],
+)
+def test_packed_files_that_are_damaged(tmp_path, packed, harm):
+    path = tmp_path / f"stories.txt{packed}"
+    path.write_bytes(harm(PACKERS[packed](" ".join(map(str, range(999))).encode())))
+    with pytest.raises(UserError, match=r"stories\.txt\.(gz|zst) is cut short or damaged"):
+        list(read_file(path, "text"))
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -89,7 +145,7 @@ def test_every_form_of_json(tmp_path, text):
 
 
 def test_json_elements_may_lie_across_the_blocks_it_is_read_in(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.stories.BLOCK", 7)
+    monkeypatch.setattr("data.story_files.BLOCK", 7)
     path = write_stories(tmp_path / "stories.json")
     assert list(read_file(path, "text")) == STORIES
 
@@ -253,8 +309,121 @@ def test_max_stories_counts_training_stories(tmp_path, limit, fraction, monkeypa
 def test_line_ends_are_the_same_everywhere():
     dropped = ingestion.Counter()
     stories = ["a\r\nb\rc\n", "\ufeff a\nb\nc", "\r\n", "d"]
-    assert list(ingestion.clean(stories, dropped, set())) == ["a\nb\nc", "d"]
+    assert list(ingestion.clean(stories, dropped, ingestion.NumberSet())) == ["a\nb\nc", "d"]
     assert dropped == {"duplicates": 1, "empty": 1}
+
+
+def test_near_duplicates_are_counted(run, tmp_path):
+    said = [
+        f"This is sentence number {chr(97 + n % 26) * 3}{chr(97 + n // 26) * 3} of them." for n in range(80)
+    ]
+    train = [" ".join(said[n : n + 8]) for n in range(0, 80, 8)]
+    valid = [
+        said[0].upper()
+        + "  "
+        + said[1].replace("This", "This,")
+        + " One more that is different. And yet another one.",
+        said[8] + " " + said[9] + " " + said[16] + " " + said[17] + " Not half of it comes from one story.",
+        "Nothing of this has been seen before.",
+        "Short. " + said[24],
+        "The end.",
+    ]
+    write_stories(tmp_path / "train.jsonl", [*train, "The end!"])
+    write_stories(tmp_path / "valid.jsonl", valid)
+    words = ("--source", tmp_path / "train.jsonl", "--validation-source", tmp_path / "valid.jsonl")
+    for _ in range(2):  # and said again where nothing is to be done
+        result = run("data/ingestion.py", *words, "--data-dir", tmp_path / "data", check=0)
+        assert "leak: 3 of 5 validation stories share half of their sentences or more" in result.stdout
+    assert manifest(tmp_path / "data")["splits"]["validation"]["near_duplicates"] == 3
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-5, 5)))
+def test_a_number_set_is_a_set(numbers):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingestion, "LATEST", 3)
+        ours, reference = ingestion.NumberSet(), set()
+        for number in numbers:
+            assert (number in ours) == (number in reference)
+            if number not in reference:
+                ours.add(number)
+                reference.add(number)
+
+
+def test_stories_of_every_length_in_batches_that_memory_holds(run, tmp_path, monkeypatch):
+    long = "long " * 2_000_000
+    stories = ["a", *(f"{n} {long}" for n in range(3)), *(f"short {n}" for n in range(30)), "z" * 10_000_000]
+    path = write_stories(tmp_path / "stories.jsonl", stories)
+    run(
+        "data/ingestion.py",
+        "--source",
+        path,
+        "--data-dir",
+        tmp_path,
+        "--validation-fraction",
+        "0.01",
+        check=0,
+    )
+    train, validation = read_all(tmp_path)
+    assert sorted(train + validation) == sorted(story.strip() for story in stories)
+    dataset = datasets.load_from_disk(str(tmp_path / "raw" / "train"))
+    for batches in (raw_batches(dataset), ingestion.batches(stories)):
+        sizes = [(len(batch), sum(map(len, batch))) for batch in batches]
+        assert all(count == 1 or size < BATCH_BYTES + 1e7 for count, size in sizes), sizes
+        assert max(count for count, _ in sizes) > 1
+
+
+def test_a_folder_of_many_files(run, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(2_000):
+        (folder / f"{number:04}.txt").write_text(f"story {number}", encoding="utf-8")
+    run("data/ingestion.py", "--source", folder, "--data-dir", tmp_path / "data", check=0)
+    train, validation = read_all(tmp_path / "data")
+    assert sorted(train + validation) == sorted(f"story {number}" for number in range(2_000))
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    path = write_stories(tmp_path / "a.txt", ["x" * 1_000, "y" * 1_000])
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1_500))
+    monkeypatch.setattr(
+        "sys.argv", ["ingestion.py", "--source", str(path), "--data-dir", str(tmp_path / "d")]
+    )
+    with pytest.raises(UserError, match=r"too little space .* 4\.0 kB needed, 1\.5 kB free"):
+        ingestion.main()
+    assert not list((tmp_path / "d").iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_the_old_stories(run, tmp_path):
+    run(
+        "data/ingestion.py",
+        "--source",
+        write_stories(tmp_path / "a.txt"),
+        "--data-dir",
+        tmp_path / "d",
+        check=0,
+    )
+    before = manifest(tmp_path / "d")
+    large = write_stories(tmp_path / "b.txt", ["x" * 500_000, "y" * 500_000, "z"])
+    words = [sys.executable, REPO / "data/ingestion.py", "--source", large, "--data-dir", tmp_path / "d"]
+    limited = f"ulimit -f 400; trap '' XFSZ; exec {shlex.join(map(str, words))}"
+    assert_one_line_error(
+        subprocess.run(["bash", "-c", limited], capture_output=True, text=True), "too large"
+    )
+    assert manifest(tmp_path / "d") == before and [path.name for path in (tmp_path / "d").iterdir()] == [
+        "raw"
+    ]
+
+
+def test_what_a_killed_run_left_is_removed(run, tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    path = write_stories(tmp_path / "a.txt")
+    mine = [f".raw.{os.getpid()}.tmp", ".raw.notes.tmp", ".rawhide.1.tmp"]
+    for name in (f".raw.{dead.pid}.tmp", f".raw.{dead.pid}.old", *mine):
+        (tmp_path / "d" / name / "train").mkdir(parents=True)
+    run("data/ingestion.py", "--source", path, "--data-dir", tmp_path / "d", check=0)
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == sorted([*mine, "raw"])
 
 
 def test_built_in_stories(run, tmp_path):
@@ -423,3 +592,40 @@ def test_no_network_is_one_line_that_offers_a_way_on(run, tmp_path, env):
     result = run("data/ingestion.py", "--data-dir", tmp_path / "data", env=env, timeout=20)
     assert_one_line_error(result, "roneneldan/TinyStories", "--source sample", "files")
     assert not (tmp_path / "data" / "raw").exists()
+
+
+def test_a_download_that_breaks_off_is_gone_on_with(run, tmp_path):
+    """Broken off twice, within a run; then until the client gives up, and on the next day with what was whole."""
+    stories = [random.Random(number).randbytes(1_500).hex() for number in range(8_000)]
+    whole, broken = "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"
+    files, cuts = {whole: parquet(["the first"]), broken: parquet(stories)}, {}
+    with serve_hub({"datasets/someone/large": files}, tmp_path / "hub", cuts) as (env, requests):
+
+        def ingest(cache, check, cut):
+            requests.clear()
+            cuts[broken] = cut
+            words = ("data/ingestion.py", "--source", "someone/large", "--data-dir", tmp_path / cache)
+            result = run(*words, env={**env, "HF_HOME": str(tmp_path / cache)}, check=check)
+            return result, [request for request in requests if request.startswith("GET data/")]
+
+        _, asked = ingest("a", 0, cut=2)
+        asked.remove(f"GET {whole} None")
+        assert len(asked) == 3 and asked[0] == f"GET {broken} None" and f"GET {broken} bytes=" in asked[-1]
+        train, validation = read_all(tmp_path / "a")
+        assert sorted(train + validation) == sorted(["the first", *stories])
+
+        result, asked = ingest("b", 2, cut=1_000)
+        assert_one_line_error(result, "someone/large", "--source sample")
+        assert not (tmp_path / "b" / "raw").exists()
+        _, asked = ingest("b", 0, cut=0)
+        assert asked == [f"GET {broken} None"]
+        assert read_all(tmp_path / "b") == (train, validation)
+
+
+def test_fewer_stories_than_the_data_set_says_it_has(run, tmp_path):
+    card = b"---\ndataset_info:\n  features:\n  - name: text\n    dtype: string\n  splits:\n  - name: train\n"
+    card += b"    num_bytes: 9\n    num_examples: 4\n---\n"
+    files = {"train.parquet": parquet(["a", "b", "c"]), "README.md": card}
+    with serve_hub({"datasets/someone/short": files}, tmp_path / "hub") as (env, _):
+        result = run("data/ingestion.py", "--source", "someone/short", "--data-dir", tmp_path, env=env)
+    assert_one_line_error(result, "someone/short")

@@ -1,10 +1,12 @@
 import hashlib
+import itertools
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -14,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data import prepare_data
 from data.stories import read_manifest
+from model.settings import UserError
 
 STORIES = [f"Story {number}: Tim saw {number % 7} big caf\u00e9s 🐉.\n\nThe end." for number in range(120)]
 STORIES += ["A story that spells <|endoftext|> out.", "<|endoftext|>", "日本語"]
@@ -77,7 +80,8 @@ def meta(data_dir):
 
 
 def test_the_files_hold_each_storys_tokens_and_an_end_of_text(run, data_dir, monkeypatch):
-    monkeypatch.setattr(prepare_data, "BATCH_STORIES", 7)  # several batches, the last one short
+    monkeypatch.setattr("data.stories.BATCH", 7)  # several batches, the last one short
+    monkeypatch.setattr(prepare_data, "CONTEXT", 42)  # between the lengths of these stories
     monkeypatch.setattr("sys.argv", ["prepare_data.py", "--data-dir", str(data_dir)])
     prepare_data.main()
     written = meta(data_dir)
@@ -91,6 +95,10 @@ def test_the_files_hold_each_storys_tokens_and_an_end_of_text(run, data_dir, mon
         stories = read_stories(data_dir, split)
         assert ids.count(end) == len(stories) == counts["stories"] and ids[-1] == end
         assert counts["tokens"] == len(ids)
+        ends = [-1, *(place for place, number in enumerate(ids) if number == end)]
+        lengths = [after - before - 1 for before, after in itertools.pairwise(ends)]
+        assert counts["longer"] == sum(length > 42 for length in lengths)
+        assert split == "validation" or 0 < counts["longer"] < counts["stories"]
         assert counts["bytes"] == sum(len(story.encode()) for story in stories)
         assert counts["sha256"] == hashlib.sha256(content).hexdigest()
         assert counts["raw_sha256"] == read_manifest(data_dir)["splits"][split]["sha256"]
@@ -127,18 +135,6 @@ def test_65536_tokens_still_fit_in_two_bytes(data_dir, run):
     run("data/prepare_data.py", "--data-dir", data_dir, check=0)
     assert meta(data_dir)["dtype"] == "uint16"
     assert np.fromfile(data_dir / "processed" / "train.bin", "<u2").max() == 65_535
-
-
-def test_workers_do_not_change_a_byte(run, data_dir):
-    contents = []
-    for workers in (1, 3):
-        result = run("data/prepare_data.py", "--workers", workers, "--data-dir", data_dir, check=0)
-        assert result.stderr == ""
-        contents.append(
-            [(data_dir / "processed" / name).read_bytes() for name in ("train.bin", "validation.bin")]
-        )
-        shutil.rmtree(data_dir / "processed")
-    assert contents[0] == contents[1]
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +226,14 @@ def test_what_does_not_belong_together_is_made_again(finished, tmp_path, harm, m
     assert {name: (data_dir / "processed" / name).read_bytes() for name in good} == good
     prepare_data.main()
     assert "up to date" in capsys.readouterr().out
+
+
+def test_too_little_space_is_said_before_anything_is_written(data_dir, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1_500))
+    monkeypatch.setattr("sys.argv", ["prepare_data.py", "--data-dir", str(data_dir)])
+    with pytest.raises(UserError, match=r"too little space .* kB needed, 1\.5 kB free"):
+        prepare_data.main()
+    assert not (data_dir / "processed").exists()
 
 
 def test_killed_between_the_renames(finished, tmp_path, monkeypatch):

@@ -282,3 +282,31 @@ def test_an_unknown_flag_is_one_line_from_any_folder(run, tmp_path, name):
     result = run(name, flag + "x", "1", cwd=tmp_path)
     assert_one_line_error(result, f"no flag {flag}x", f"did you mean {flag}?")
     assert os.listdir(tmp_path) == [] and Path(REPO / name).exists()
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_during_garbage_collection_still_stops(tmp_path, name, status):
+    """Python drops an exception that comes up in a finalizer, and with it the signal's."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(REPO)!r})
+from model.settings import run_script
+
+class Finalized:
+    def __del__(self):
+        signal.raise_signal(signal.{name})
+        time.sleep(0.01)
+
+def main():
+    Finalized()
+    time.sleep(30)
+    print("went on")
+
+run_script(main)
+""",
+        encoding="utf-8",
+    )
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=20)
+    assert result.returncode == status and result.stdout == "" and "Exception" not in result.stderr

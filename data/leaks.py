@@ -1,0 +1,48 @@
+"""Validation stories that training has all but seen: the same sentences in other clothes.
+
+A validation story is a near-duplicate where one training story has half of its sentences or more, whatever the
+case, spaces and punctuation. Exact duplicates are gone by then.
+"""
+
+import string
+from collections import Counter
+from itertools import chain
+
+from data.stories import Progress, raw_batches
+
+COMPARED = 25_000  # validation stories at most, evenly spaced, so that memory stays small
+TELLING = 20  # letters from which on a sentence is hardly chance
+COMMONPLACE = 5  # validation stories: a sentence that is in more of them tells nothing
+
+ENDS = b".!?\n"
+PLAIN = bytes.maketrans(string.ascii_uppercase.encode() + ENDS, string.ascii_lowercase.encode() + b"....")
+DROPPED = bytes(c for c in range(128) if chr(c) not in string.ascii_letters + string.digits + ENDS.decode())
+
+
+def sentences(story: str) -> set[bytes]:
+    """A story's longer sentences, as bare letters; of a story without any, all its letters."""
+    plain = story.encode().translate(PLAIN, DROPPED)
+    return {part for part in plain.split(b".") if len(part) >= TELLING} or {plain.replace(b".", b"")}
+
+
+def count_near_duplicates(train: object, validation: object) -> dict:
+    """{"compared": validation stories looked at, "near_duplicates": how many of them}, of two datasets."""
+    step = -(-len(validation) // COMPARED)
+    chosen = validation.select(range(0, len(validation), step))
+    found_in: dict[bytes, list[int]] = {}
+    sizes = []
+    for number, story in enumerate(chain.from_iterable(raw_batches(chosen))):
+        own = sentences(story)
+        sizes.append(len(own))
+        for sentence in own:
+            found_in.setdefault(sentence, []).append(number)
+    found_in = {sentence: numbers for sentence, numbers in found_in.items() if len(numbers) <= COMMONPLACE}
+
+    near = set()
+    with Progress(total=train.data.nbytes, unit="B", desc="near-duplicates") as bar:
+        for story in chain.from_iterable(raw_batches(train, bar)):
+            shared = Counter()
+            for sentence in sentences(story) & found_in.keys():
+                shared.update(found_in[sentence])
+            near.update(number for number, count in shared.items() if 2 * count >= sizes[number])
+    return {"compared": len(sizes), "near_duplicates": len(near)}

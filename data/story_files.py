@@ -1,0 +1,259 @@
+"""Reading stories from the files that people keep them in: text, JSON, CSV and parquet, packed or not."""
+
+import contextlib
+import csv
+import glob
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+from data.stories import BATCH, END_OF_TEXT, Progress, first_line, slices
+from model.files import shown
+from model.settings import UserError, require
+
+FILE_TYPES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # behind the first four
+BLOCK = 1 << 20  # bytes of a file read at once
+
+
+def find_files(word: str, generated: Path) -> list[Path] | None:
+    """The story files that a file, folder or glob stands for; None where the word is no path at all.
+
+    In a folder, hidden files, files of other types and what the scripts write below `generated` do
+    not count. Raises UserError where the word is a path but leads to no story file.
+    """
+    require(bool(word.strip()), "an empty name is no source of stories")
+    path = Path(word).expanduser()
+    ours = [generated / name for name in ("raw", "tokenizer", "processed")]
+    if path.is_dir():
+        files = [file for file in sorted(path.absolute().rglob("*")) if file_type(file) in FILE_TYPES]
+        files = [file for file in files if not any(file.is_relative_to(folder) for folder in ours)]
+        inner = len(path.absolute().parts)
+        files = [file for file in files if not any(part.startswith(".") for part in file.parts[inner:])]
+    elif path.exists():
+        files = [path.absolute()]
+    elif any(mark in word for mark in "*?["):
+        files = [Path(name).absolute() for name in sorted(glob.glob(str(path), recursive=True))]
+    elif looks_like_path(word):
+        raise UserError(f"there is no file or folder {word}")
+    else:
+        return None
+    files = [file for file in files if not file.is_dir()]
+    require(bool(files), f"{word} holds no story files ({', '.join(FILE_TYPES)})")
+    for file in files:
+        known = file_type(file) in FILE_TYPES
+        require(known, f"{shown(file)} is not a known type of story file: {', '.join(FILE_TYPES)} are")
+    return files
+
+
+def looks_like_path(word: str) -> bool:
+    """Whether a word is more likely a path with a slip in it than the name of a data set, `who/what`."""
+    slashes = word.count("/")
+    odd = "\\" in word or slashes > 1 or word.startswith((".", "~", "/")) or word.endswith("/")
+    return odd or file_type(Path(word)) in FILE_TYPES
+
+
+def file_type(path: Path) -> str:
+    """The suffix that says how to read a file: .jsonl for stories.JSONL and for stories.jsonl.gz."""
+    suffix = path.suffix.lower()
+    return path.with_suffix("").suffix.lower() if suffix in COMPRESSED else suffix
+
+
+def read_file(path: Path, column: str, bar: Progress | None = None) -> Iterator[str]:
+    """The stories in a file, one at a time. Raises UserError naming the file and the place in it."""
+    read = {
+        ".txt": text_rows,
+        ".jsonl": json_lines,
+        ".json": json_rows,
+        ".csv": csv_rows,
+        ".parquet": parquet_rows,
+    }
+    for place, row in read[file_type(path)](path, column, bar):
+        where = f"{shown(path)} {place}"
+        if isinstance(row, dict):
+            require_column(column, row, where)
+            row = row[column]
+        if row is None:
+            row = ""
+        require(isinstance(row, str), f"{where}: a story is text, not {type(row).__name__}")
+        try:
+            row.encode()
+        except UnicodeEncodeError:  # JSON can spell half a character, such as "\ud83d"
+            raise UserError(
+                f"{where}: the story holds half of a surrogate pair, which is no character"
+            ) from None
+        yield row
+
+
+def require_column(column: str, columns: object, where: str) -> None:
+    names = ", ".join(map(str, columns)) or "no columns"
+    require(
+        column in columns, f"{where} has no column {column!r}: it has {names} (--text-column chooses one)"
+    )
+
+
+class WatchedFile(io.FileIO):
+    """A file whose reading a progress bar shows."""
+
+    def __init__(self, path: Path, bar: Progress | None):
+        super().__init__(path)
+        self.bar = bar
+
+    def readinto(self, buffer: object) -> int:
+        count = super().readinto(buffer)
+        if self.bar is not None:
+            self.bar.update(count)
+        return count
+
+
+@contextlib.contextmanager
+def open_text(path: Path, bar: Progress | None = None, newline: str | None = None) -> Iterator[TextIO]:
+    """A UTF-8 file, unpacked, without its byte order mark. Raises UserError saying what is wrong with it."""
+    try:
+        with open_unpacked(path, bar) as file, io.TextIOWrapper(file, "utf-8-sig", newline=newline) as text:
+            yield text
+        return
+    except UnicodeDecodeError:
+        pass
+    except OSError as error:
+        if error.errno:
+            raise
+        raise UserError(f"{shown(path)} is cut short or damaged: {first_line(error)}") from None
+    with open_unpacked(path) as file, io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape") as text:
+        bad = next(number for number, line in enumerate(text, 1) if re.search("[\udc80-\udcff]", line))
+    raise UserError(f"{shown(path)} line {bad} is not UTF-8 text: save the file as UTF-8")
+
+
+def open_unpacked(path: Path, bar: Progress | None = None) -> BinaryIO:
+    file = io.BufferedReader(WatchedFile(path, bar), BLOCK)
+    if compression := COMPRESSED.get(path.suffix.lower()):
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(file, compression), BLOCK)
+    return file
+
+
+def text_rows(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[str, str]]:
+    """Stories between lines `<|endoftext|>`, or between blank lines in a file that has no such line."""
+    with open_text(path) as file:
+        separator = END_OF_TEXT if any(line.strip() == END_OF_TEXT for line in file) else ""
+    with open_text(path, bar) as file:
+        story = []
+        for line in file:
+            if line.strip() != separator:
+                story.append(line)
+            elif story or separator:  # several blank lines are one boundary, not an empty story
+                yield "", "".join(story)
+                story = []
+        if story:
+            yield "", "".join(story)
+
+
+def json_lines(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[str, object]]:
+    with open_text(path, bar) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    reason = getattr(error, "msg", error)
+                    raise UserError(f"{shown(path)} line {number} is not JSON: {reason}") from None
+                yield f"line {number}", row
+
+
+def json_rows(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[str, object]]:
+    """A list of objects or texts, {"data": [...]}, {column: [...]}, or JSON lines under the wrong name."""
+    with open_text(path, bar) as file:
+        line = 1
+        while (start := file.read(1)).isspace():
+            line += start == "\n"
+        if start == "[":
+            yield from json_array(path, file, line)
+            return
+    with open_text(path) as file:
+        filled = (line for line in file if line.strip())
+        first, second = next(filled, ""), next(filled, "")
+    if second and first.rstrip().endswith("}"):
+        yield from json_lines(path, column, bar)
+        return
+    with open_text(path, bar) as file:
+        try:
+            table = json.load(file)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{shown(path)} line {error.lineno} is not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{shown(path)} is not JSON: {error}") from None
+    rows = [table]
+    if isinstance(table, dict) and isinstance(table.get(column), dict):  # as pandas writes a column
+        rows = list(table[column].values())
+    elif isinstance(table, dict):
+        rows = next((table[name] for name in (column, "data") if isinstance(table.get(name), list)), rows)
+    for number, row in enumerate(rows, 1):
+        yield f"item {number}", row
+
+
+def json_array(path: Path, file: TextIO, line: int) -> Iterator[tuple[str, object]]:
+    """The elements of a JSON array, without reading all of it into memory; `file` is just past its "["."""
+    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
+    text, position, first = "", 0, True
+    while True:
+        start = blank.match(text, position).end()
+        try:
+            if text[start : start + 1] == "]":
+                break
+            if not first:
+                if text[start : start + 1] != ",":
+                    raise json.JSONDecodeError("Expecting ',' or ']'", text, start)
+                start = blank.match(text, start + 1).end()
+            row, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:  # the element may go on beyond what is read so far
+            if not (block := file.read(max(BLOCK, len(text)))):
+                line += text.count("\n", position, getattr(error, "pos", position))
+                reason = getattr(error, "msg", error)
+                raise UserError(f"{shown(path)} line {line} is not JSON: {reason}") from None
+            text, position = text[position:] + block, 0
+            continue
+        line += text.count("\n", position, start)
+        yield f"line {line}", row
+        line += text.count("\n", start, end)
+        position, first = end, False
+    rest = text[start + 1 :] + file.read(BLOCK)
+    line += text.count("\n", position, start)
+    require(not rest.strip(), f"{shown(path)} line {line} is not JSON: there is more after the list's end")
+
+
+def csv_rows(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[str, str]]:
+    csv.field_size_limit(2**31 - 1)  # a story may be longer than the 131,072 characters of the default
+    with open_text(path, bar, newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            names = next(reader, [column])
+            require_column(column, names, f"{shown(path)} line 1")
+            index = names.index(column)
+            for row in reader:
+                yield f"line {reader.line_num}", row[index] if index < len(row) else ""
+        except csv.Error as error:
+            raise UserError(f"{shown(path)} line {reader.line_num} is not CSV: {error}") from None
+
+
+def parquet_rows(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[str, object]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK) as file:
+            require_column(column, file.schema_arrow.names, shown(path))
+            share = path.stat().st_size / max(1, file.metadata.num_rows)
+            number = 0
+            for table in file.iter_batches(BATCH, columns=[column]):
+                for rows in slices(table):
+                    if bar is not None:
+                        bar.update(share * len(rows))
+                    for row in rows:
+                        number += 1
+                        yield f"row {number}", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{shown(path)} is not a readable parquet file: {first_line(error)}") from None
