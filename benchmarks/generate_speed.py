@@ -81,7 +81,7 @@ def list_contenders(
     torch.nn.init.constant_(model.norm.weight, FINAL_NORM)
     contenders: dict[str, Callable[[], float]] = {}
     for weights in ("float32", "float16", "int8") if device.type == "cpu" else ("float32", "float16"):
-        decoder = Decoder(model, weights)
+        decoder = Decoder(model, weights, graphs=True)
         for streams in (1, settings.streams):
             write = partial(
                 generate_all, decoder, [[0]] * streams, settings.tokens, -1, SAMPLING, list(range(streams))
