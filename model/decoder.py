@@ -110,7 +110,7 @@ class Decoder:
 
     @torch.inference_mode()
     def __init__(self, model: GPT, weights: str = "float32", graphs: bool = False):
-        """`graphs`: on a GPU, repeat each step as a CUDA graph. Not while anything else uses the GPU, as training does."""
+        """`graphs`: repeat each step as a CUDA graph, where nothing else (such as training) uses the GPU."""
         self.graphs = graphs and model.head_weight.is_cuda
         self.config, self.device, self.weights = model.config, model.head_weight.device, weights
         if weights == "float16" and self.device.type != "cpu":  # there the activations are float16 too
