@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from evaluate import read_stories
 from model.checkpoint import find_checkpoint, load_model
@@ -59,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         contenders = list_contenders(settings, config, device, Path(folder))
         speeds: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(settings.rounds):
+        for _ in tqdm(range(settings.rounds), unit="round", disable=None, leave=False):
             for name, contender in contenders.items():
                 speeds[name].append(contender())
     for name, values in speeds.items():
