@@ -64,7 +64,7 @@ def main() -> None:
     device = choose_device(settings.device)
     weights = choose_weights(device, settings.dtype)
     model, tokenizer, checkpoint = load_model(path, device)
-    decoder = Decoder(model, weights)
+    decoder = Decoder(model, weights, graphs=True)
     writer = Writer(decoder, tokenizer, checkpoint["eot_id"], sampling, settings.max_tokens)
     seed = secrets.randbelow(1_000_000) if settings.seed is None else settings.seed
     size = f"{model.count_parameters():,} parameters in {weights}"

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from evaluate import read_stories
 from model.checkpoint import find_checkpoint, load_model
@@ -59,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         contenders = list_contenders(settings, config, device, Path(folder))
         speeds: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(settings.rounds):
+        for _ in tqdm(range(settings.rounds), unit="round", disable=None, leave=False):
             for name, contender in contenders.items():
                 speeds[name].append(contender())
     for name, values in speeds.items():
@@ -81,7 +82,7 @@ def list_contenders(
     torch.nn.init.constant_(model.norm.weight, FINAL_NORM)
     contenders: dict[str, Callable[[], float]] = {}
     for weights in ("float32", "float16", "int8") if device.type == "cpu" else ("float32", "float16"):
-        decoder = Decoder(model, weights)
+        decoder = Decoder(model, weights, graphs=True)
         for streams in (1, settings.streams):
             write = partial(
                 generate_all, decoder, [[0]] * streams, settings.tokens, -1, SAMPLING, list(range(streams))

@@ -32,8 +32,8 @@ def choose_weights(device: torch.device, name: str) -> str:
         return "float16" if device.type == "cpu" and half_on_cpu() else "float32"
     if name == "int8" and device.type != "cpu":
         raise UserError("int8 weights are for CPUs: use --dtype float16 or float32 on a GPU")
-    if name == "float16" and device.type == "cpu" and not half_on_cpu():
-        raise UserError("float16 weights need an x86 CPU or a GPU: use --dtype float32")
+    if name != "float32" and device.type == "cpu" and not half_on_cpu():
+        raise UserError(f"{name} weights need an x86 CPU: use --dtype float32")
     return name
 
 
@@ -43,6 +43,8 @@ def matrix(weight: Tensor, bias: Tensor | None, kind: str) -> Function:
     On a CPU, float16 and int8 give each row of the result the same bits however many rows there are.
     """
     weight = weight.detach()
+    if kind == "int8" and weight.size(1) % 16:  # the kernel reads 16 numbers at a time, also beyond the end
+        kind = "float16"
     if kind == "int8":  # one scale for each row; the kernel takes and gives bfloat16
         scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
         rounded, scale = (weight / scale[:, None]).round().to(torch.int8), scale.bfloat16()
@@ -107,7 +109,9 @@ class Decoder:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: GPT, weights: str = "float32"):
+    def __init__(self, model: GPT, weights: str = "float32", graphs: bool = False):
+        """`graphs`: repeat each step as a CUDA graph, where nothing else (such as training) uses the GPU."""
+        self.graphs = graphs and model.head_weight.is_cuda
         self.config, self.device, self.weights = model.config, model.head_weight.device, weights
         if weights == "float16" and self.device.type != "cpu":  # there the activations are float16 too
             model = copy.deepcopy(model).half()

@@ -150,8 +150,8 @@ class Batch:
         self.write(self.decoder(latest, self.cache, graph))
 
     def advance(self) -> None:
-        """step(), on a GPU as one CUDA graph, so that nothing but the GPU itself takes time."""
-        if not self.tokens.is_cuda:
+        """step(), where the decoder allows it as one CUDA graph, so that only the GPU itself takes time."""
+        if not self.decoder.graphs:
             return self.step()
         if self.graph is None:
             self.capture()
@@ -212,7 +212,7 @@ def generate(
         require_seed(seed)
     block_size, lengths = decoder.config.block_size, [len(prompt) for prompt in prompts]
     batch = Batch(decoder, prompts, max_tokens, eot_id, sampling, seeds)
-    ahead = 16 if decoder.device.type == "cuda" else 1  # positions written before anyone looks at them
+    ahead = 16 if decoder.graphs else 1  # positions written before anyone looks at them
     rows = list(range(len(prompts)))  # the sequence that each row of the batch holds
     ended: set[int] = set()
     begin = 0  # of the window that the model reads

@@ -113,6 +113,19 @@ def test_a_row_has_the_same_bits_in_any_company(weights, bias):
         assert torch.equal(multiply(x[:count]), together[:count])
 
 
+@pytest.mark.parametrize("weights", ["float16", "int8"])
+@pytest.mark.parametrize("shape", [(29, 10), (33, 17), (7, 1), (32, 24), (29, 16), (1, 48)])
+@half_here
+@torch.no_grad()
+def test_matrices_of_odd_sizes(weights, shape):
+    layer = torch.nn.Linear(shape[1], shape[0])
+    multiply = matrix(layer.weight, layer.bias, weights)
+    for rows in (1, 9):
+        x = torch.randn(rows, shape[1])
+        torch.testing.assert_close(multiply(x), layer(x), atol=0.03, rtol=0.03)
+
+
+@half_here
 def test_a_matrix_with_a_row_of_zeros_can_be_rounded():
     weight = torch.randn(64, 64)
     weight[3] = 0
@@ -126,5 +139,6 @@ def test_a_device_has_the_weights_it_can_read(monkeypatch):
         choose_weights(torch.device("cuda"), "int8")
     monkeypatch.setattr("model.decoder.half_on_cpu", lambda: False)
     assert choose_weights(CPU, "auto") == "float32"
-    with pytest.raises(UserError, match="float16 weights need an x86 CPU or a GPU"):
-        choose_weights(CPU, "float16")
+    for weights in ("float16", "int8"):
+        with pytest.raises(UserError, match=f"{weights} weights need an x86 CPU"):
+            choose_weights(CPU, weights)

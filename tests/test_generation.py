@@ -17,7 +17,7 @@ from transformers import (
 import generate as script
 from model.config import GPTConfig
 from model.decoder import Decoder
-from model.generation import Sampling, draw, generate, generate_all, next_distribution, text_tokenizer
+from model.generation import Batch, Sampling, draw, generate, generate_all, next_distribution, text_tokenizer
 from model.gpt import GPT
 from model.settings import UserError
 
@@ -97,6 +97,16 @@ def test_a_sequence_is_the_same_in_any_company(blocks, sampling):
     assert turned == alone[::-1]
     if sampling == Sampling(temperature=1.0):  # where some end early, and the others go on
         assert len({len(written) for written in alone}) > 3
+
+
+@pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "penalised", "sampled", "filtered"])
+@pytest.mark.parametrize("blocks", FAMILIES)
+def test_the_step_that_a_cuda_graph_repeats_writes_the_same(blocks, sampling, monkeypatch):
+    decoder = Decoder(make_model(blocks).double())
+    arguments = (decoder, PROMPTS + LONG, 40, EOT, sampling, list(range(7)))
+    expected = generate_all(*arguments)
+    monkeypatch.setattr(Batch, "advance", lambda self: self.step(graph=True))
+    assert generate_all(*arguments) == expected
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 5])
