@@ -88,6 +88,33 @@ def load_data(data_dir: Path, verify: bool = False) -> Data:
     )
 
 
+def shuffled(positions: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
+    """Where each of these positions lies in a random order of `count` things, both int64: a permutation without a
+    table, however many they are.
+
+    A Feistel network, with a round for each of the keys (uint64), permutes the numbers below a power of 4; what
+    it puts beyond `count` goes through it again (cycle walking, Black and Rogaway 2002).
+    """
+    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    result = positions.astype(np.uint64)
+    beyond = np.arange(len(result))
+    while len(beyond):
+        left, right = result[beyond] >> half, result[beyond] & low
+        for key in keys:
+            left, right = right, left ^ (scrambled(right ^ key) & low)
+        result[beyond] = left << half | right
+        beyond = beyond[result[beyond] >= count]
+    return result.astype(np.int64)
+
+
+def scrambled(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's mixing function (Steele et al. 2014) of each number, modulo 2**64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
 class Batches:
     """The endless sequence of training windows of a split, cut into steps of equal size."""
 
@@ -101,7 +128,6 @@ class Batches:
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
         self.windows_per_step = windows_per_step
         self.windows_per_epoch = len(tokens) // block_size
-        self._epochs: dict[int, tuple[int, np.ndarray]] = {}
         self._resident: Tensor | None = None
 
     def move_to(self, device: torch.device, budget: float) -> None:
@@ -113,22 +139,17 @@ class Batches:
             pieces = np.array_split(self.tokens, -(-len(self.tokens) // 2**24))
             self._resident = torch.cat([torch.from_numpy(p.astype(np.int32)).to(device) for p in pieces])
 
-    def epoch_order(self, epoch: int) -> tuple[int, np.ndarray]:
-        """The epoch's offset into the ring, and its permutation of the windows."""
-        if epoch not in self._epochs:
-            rng = np.random.default_rng((self.seed, epoch))
-            self._epochs = {e: order for e, order in self._epochs.items() if e == epoch - 1}
-            self._epochs[epoch] = int(rng.integers(len(self.tokens))), rng.permutation(self.windows_per_epoch)
-        return self._epochs[epoch]
-
     def starts(self, step: int) -> np.ndarray:
         """Where each window of a step begins in the ring, (windows_per_step,) int64."""
         positions = np.arange(step * self.windows_per_step, (step + 1) * self.windows_per_step)
+        epochs, inside = np.divmod(positions, self.windows_per_epoch)
         starts = np.empty_like(positions)
-        for epoch in np.unique(positions // self.windows_per_epoch):
-            offset, order = self.epoch_order(int(epoch))
-            inside = positions // self.windows_per_epoch == epoch
-            starts[inside] = offset + order[positions[inside] % self.windows_per_epoch] * self.block_size
+        for epoch in np.unique(epochs):
+            rng = np.random.default_rng((self.seed, int(epoch)))
+            offset, keys = rng.integers(len(self.tokens)), rng.integers(2**64, size=8, dtype=np.uint64)
+            here = epochs == epoch
+            windows = shuffled(inside[here], self.windows_per_epoch, keys)
+            starts[here] = offset + windows * self.block_size
         return starts % len(self.tokens)
 
     def windows(self, starts: np.ndarray) -> np.ndarray:

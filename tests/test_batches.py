@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from model.batches import Batches, load_data, validation_windows
+from model.batches import Batches, load_data, shuffled, validation_windows
 from model.settings import UserError
 
 # (tokens, block_size, windows_per_step): the epochs are cut evenly, with a rest, within a step, to one window
 SHAPES = [(1_000, 10, 5), (1_003, 10, 7), (97, 8, 5), (50, 7, 40), (9, 8, 3), (200, 1, 9)]
 
 PINNED = [
-    [650, 260, 30, 823, 150, 40, 680],
-    [863, 0, 278, 48, 288, 728, 788],
-    [359, 439, 459, 629, 959, 669, 139],
+    [140, 450, 560, 200, 913, 813, 963],
+    [680, 570, 78, 588, 208, 278, 298],
+    [149, 989, 239, 399, 999, 249, 649],
 ]
 
 
@@ -104,6 +104,31 @@ def test_epochs_and_seeds_differ_in_order_and_in_cut():
     assert len(cuts) > 5
     for order in orders:
         assert list(order) != sorted(order)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 64, 65, 1_000, 4_097])
+def test_shuffled_numbers_are_each_there_once(count):
+    keys = np.random.default_rng(0).integers(2**64, size=8, dtype=np.uint64)
+    assert sorted(shuffled(np.arange(count), count, keys).tolist()) == list(range(count))
+
+
+def test_a_shuffled_order_looks_like_chance():
+    """Where the first things and neighbours come to lie, over many keys: chi-squared tests, and no correlation."""
+    count, trials = 10, 4_000
+    rng = np.random.default_rng(0)
+    orders = [
+        shuffled(np.arange(count), count, rng.integers(2**64, size=8, dtype=np.uint64)) for _ in range(trials)
+    ]
+    pairs = Counter((order[0] * count + order[1]).item() for order in orders)
+    expected = trials / (count * (count - 1))
+    assert sum(
+        (pairs[a * count + b] - expected) ** 2 for a in range(count) for b in range(count) if a != b
+    ) < (
+        expected * 155  # the 99.99th percentile of chi-squared with 89 degrees of freedom
+    )
+    order = shuffled(np.arange(20_000), 20_000, rng.integers(2**64, size=8, dtype=np.uint64))
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.03
+    assert abs(np.corrcoef(order, np.arange(20_000))[0, 1]) < 0.03
 
 
 def test_a_step_may_hold_several_epochs():
