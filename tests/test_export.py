@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPO, TINY, assert_one_line_error
+from datasets import Dataset
 from fake_hub import serve_hub
 from test_tokenizer import AWKWARD
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -51,9 +52,7 @@ QWEN3_SIZES = {"n_kv_head": 2, "head_size": 32, "n_inner": 96, "rope_base": 1e6}
 def tokenizers(packed, gpt2_files):
     """kind -> tokenizer.json of that kind"""
     settings = SimpleNamespace(gpt2_files=list(map(str, gpt2_files)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_tokenizer, "raw_batches", lambda stories: iter([stories]))
-        char = train_tokenizer.collect_characters(STORIES, settings).to_str()
+    char = train_tokenizer.collect_characters(Dataset.from_dict({"text": STORIES}), settings).to_str()
     gpt2 = train_tokenizer.load_gpt2(STORIES, settings).to_str()
     bpe = (packed / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
     return {"bpe": bpe, "char": char, "gpt2": gpt2}

@@ -1,8 +1,10 @@
 """generate.py as its users run it, with a model that has learnt next to nothing."""
 
+import contextlib
 import json
 import os
 import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -80,27 +82,37 @@ def test_a_beginning_beyond_the_context_is_noted_and_continued(generate):
 def test_interactive_in_a_terminal(trained):
     """A beginning, its story, the next prompt; then Ctrl-C leaves without an error."""
     command = [sys.executable, REPO / "generate.py", "--checkpoint-dir", trained, "--interactive"]
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execv(sys.executable, [*map(str, command), "--max-tokens", "5", "--seed", "1"])
-    signal.alarm(60)  # the test fails, rather than hangs, where a prompt does not come
-    shown = read_until(terminal, b"> ")
-    assert b"Ctrl-D or Ctrl-C leaves" in shown and b"Traceback" not in shown
-    os.write(terminal, b"A cat\n")
-    story = read_until(terminal, b"\n> ")
-    assert story.count(b"A cat") == 2  # as typed, and as the story's beginning
-    os.write(terminal, b"\x03")
-    rest = read_until(terminal, None)
-    _, status = os.waitpid(child, 0)
-    signal.alarm(0)
-    assert os.waitstatus_to_exitcode(status) == 0 and b"Traceback" not in rest
+    terminal, other_side = pty.openpty()
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), other_side)
+    process = subprocess.Popen([*map(str, command), "--max-tokens", "5", "--seed", "1"], **pipes)
+    os.close(other_side)
+    try:
+        shown = read_until(terminal, b"> ")
+        assert b"Ctrl-D or Ctrl-C leaves" in shown and b"Traceback" not in shown
+        os.write(terminal, b"A cat\n")
+        story = read_until(terminal, b"\n> ")
+        assert story.count(b"A cat") == 2  # as typed, and as the story's beginning
+        for _ in range(
+            20
+        ):  # one that comes just before it waits for a key waits with it, in Python's input()
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=1)
+                break
+        rest = read_until(terminal, None)
+    finally:
+        process.kill()
+        os.close(terminal)
+    assert process.returncode == 0 and b"Traceback" not in rest
     assert b"\x1b" not in shown + story + rest
 
 
 def read_until(terminal, end):
-    """What the terminal shows, up to `end`, or to the end of the program."""
+    """What the terminal shows, up to `end`, or to the end of the program; in a minute at most."""
     shown = b""
     while end is None or end not in shown:
+        ready, _, _ = select.select([terminal], [], [], 60)
+        assert ready, f"nothing more came after {shown!r}"
         try:
             more = os.read(terminal, 1_000)
         except OSError:  # how Linux says that the other side has closed
