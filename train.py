@@ -287,9 +287,8 @@ def evaluate(model: GPT, validation: np.ndarray, data: Data, runtime: Runtime) -
     """Mean loss over the validation windows, in nats per token and in bits per byte of text."""
     model.eval()
     total = 0.0
-    tokens = (
-        2_048 if runtime.device.type == "cpu" else 65_536
-    )  # on a CPU the logits should stay in its caches
+    # on a CPU the logits should stay in its caches
+    tokens = 2_048 if runtime.device.type == "cpu" else 65_536
     chunk = max(1, tokens // model.config.block_size)
     for first in range(0, len(validation), chunk):
         windows = to_device(validation[first : first + chunk], runtime.device)
