@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,9 @@ TINY = "--preset quickstart --n-layer 1 --n-head 1 --n-embd 16 --block-size 16 -
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub starts its own
+
+# Where the tests run in the background, Ctrl-C is ignored, and the scripts that they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
