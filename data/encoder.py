@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from data.stories import END_OF_TEXT, first_line
+from data.stories import END_OF_TEXT
 from model.files import shown
-from model.settings import REPO, UserError, require
+from model.settings import REPO, UserError, first_line, require
 
 # GPT-2's pattern, as pre_tokenizers.ByteLevel applies it, for the characters of which no version of Unicode
 # changes the class: Latin-1 and the punctuation of English texts. All else goes to the tokenizer.

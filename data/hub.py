@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.stories import BATCH, Progress, first_line, quiet_datasets, slices
+from data.stories import BATCH, Progress, quiet_datasets, slices
 from data.story_files import require_column
 from model.files import require_space
-from model.settings import UserError, require
+from model.settings import UserError, first_line, require
 
 
 def reach_hub() -> str:

@@ -3,7 +3,6 @@
 import os
 import shlex
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,11 +40,6 @@ def next_step(script: str, settings: SimpleNamespace) -> str:
     if "data_dir" in settings.given:
         command += f" --data-dir {shlex.quote(shown(settings.data_dir))}"
     return command
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return textwrap.shorten(lines[0], 300, placeholder="...").rstrip(".")
 
 
 def quiet_datasets(datasets: object) -> None:

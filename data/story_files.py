@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from data.stories import BATCH, END_OF_TEXT, Progress, first_line, slices
+from data.stories import BATCH, END_OF_TEXT, Progress, slices
 from model.files import shown
-from model.settings import UserError, require
+from model.settings import UserError, first_line, require
 
 FILE_TYPES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # behind the first four

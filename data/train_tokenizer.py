@@ -27,9 +27,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # learn and encode on a
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data.hub import reach_hub
-from data.stories import END_OF_TEXT, Progress, first_line, next_step, open_raw, raw_batches, read_manifest
+from data.stories import END_OF_TEXT, Progress, next_step, open_raw, raw_batches, read_manifest
 from model.files import atomic_write, read_json, sha256_file, shown, write_json
-from model.settings import UserError, read_settings, require, run_script
+from model.settings import UserError, first_line, read_settings, require, run_script
 
 KIND = "bpe"  # "bpe" (learned), "gpt2" (GPT-2's 50,257 tokens), "char", or a Hugging Face folder or name
 VOCAB_SIZE = 10_000  # of bpe: `<|endoftext|>`, the 256 bytes, and the most useful pieces of words

@@ -4,6 +4,7 @@ Both become a Candidate, so that one protocol scores them: the same stories, the
 """
 
 import contextlib
+import functools
 from pathlib import Path
 
 import torch
@@ -114,8 +115,12 @@ class OwnModel(Candidate):
     def head(self, states: Tensor) -> Tensor:
         return F.linear(states, self.network.head_weight)
 
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        return Decoder(self.network)
+
     def continue_ids(self, prompts: list[list[int]], seeds: list[int]) -> list[tuple[list[int], bool]]:
-        written = generate_all(Decoder(self.network), prompts, MAX_TOKENS, self.end_id, SAMPLING, seeds)
+        written = generate_all(self.decoder, prompts, MAX_TOKENS, self.end_id, SAMPLING, seeds)
         return [(ids, len(ids) < MAX_TOKENS) for ids in written]
 
 

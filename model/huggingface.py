@@ -19,7 +19,7 @@ from torch import Tensor
 from model.checkpoint import load_checkpoint
 from model.config import GPTConfig
 from model.gpt import GPT
-from model.settings import UserError, require
+from model.settings import UserError, first_line, require
 
 # Our modules -> theirs, {} being the layer. Where theirs are several, ours is one matrix of their rows.
 MODULES = {
@@ -285,10 +285,6 @@ def load_pretrained(name: str) -> Pretrained:
     except Exception as error:  # of json and of safetensors
         raise UserError(f"{name} does not load: {first_line(error)}") from None
     return Pretrained(config, weights, load_tokenizer_json(name))
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def plain_tokenizer(tokenizer_json: str) -> Tokenizer:

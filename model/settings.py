@@ -17,6 +17,7 @@ import io
 import os
 import signal
 import sys
+import textwrap
 import threading
 import tokenize
 from collections.abc import Callable
@@ -27,6 +28,12 @@ from types import SimpleNamespace
 REPO = Path(__file__).resolve().parent.parent
 
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, short enough for a line of ours."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return textwrap.shorten(lines[0], 300, placeholder="...").rstrip(".")
 
 
 class UserError(Exception):
