@@ -26,7 +26,7 @@ from model.generation import continue_text, text_tokenizer
 from model.gpt import GPT
 from model.huggingface import load_pretrained
 from model.metrics import Metrics
-from model.optimizer import learning_rate, make_optimizers
+from model.optimizer import learning_rate, make_optimizers, set_rates
 from model.resume import TrainingState, only_one, rewind, set_aside, settle
 from model.runtime import (
     Processes,
@@ -69,6 +69,7 @@ SCHEDULE: str | None = None  # how it falls: linear or cosine
 DECAY_FRACTION: float | None = None  # the last part of the run, over which it falls
 FINAL_LEARNING_RATE: float | None = None  # where it ends, as a fraction of the peak
 GRAD_CLIP: float | None = None  # longest gradient norm; 0 is off
+MASK_STORIES: bool | None = None  # a token sees its own story only, not the one before it in the window
 
 EVAL_INTERVAL: int | None = None  # steps between evaluations, each with a sample and a new loss curve
 EVAL_TOKENS = 65_536  # validation tokens in each, evenly spread
@@ -172,7 +173,9 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
 
     # How: compiled where that works, in micro-batches that fit into memory
     mine = np.array_split(np.arange(windows_per_step), processes.count)[processes.rank]
-    loss_of, micro_batch = prepare_forward(model, runtime, settings.micro_batch, len(mine))
+    loss_of, micro_batch = prepare_forward(
+        model, runtime, settings.micro_batch, len(mine), recipe.mask_stories
+    )
     settings.micro_batch = micro_batch
     if processes.first:
         print(f"micro-batch  {micro_batch} windows, {-(-len(mine) // micro_batch)} to a step", flush=True)
@@ -222,6 +225,9 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
         for first in range(0, len(mine), micro_batch):
             chosen = starts[first : first + micro_batch]
             windows = batches.tensor(chosen, runtime.device)
+            inputs, targets = windows[:, :-1], windows[:, 1:]
+            # the end of a story counts to the next one, which is generated after it
+            stories = (inputs == data.eot_id).cumsum(1) if recipe.mask_stories else None
             if config.dropout:  # which activations are dropped follows from the seed and the step alone
                 torch.manual_seed(dropout_seed(settings.seed, state.step, int(mine[first])))
             share = len(chosen) / windows_per_step
@@ -229,16 +235,15 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
             alone = processes.count > 1 and first + micro_batch < len(mine)
             with loss_of.no_sync() if alone else contextlib.nullcontext():
                 with runtime.autocast():
-                    mean = loss_of(windows[:, :-1], windows[:, 1:])
+                    mean = loss_of(inputs, targets, stories)
                 scaler.scale(mean * share * processes.count).backward()
             loss += mean.detach() * share
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip or math.inf)
         not_finite = (not_finite + 1) * ~norm.isfinite()
+        set_rates(optimizers, rate, state.step)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["share"]
             if not scaler.is_enabled():  # it does the same: a step that is not finite changes nothing
                 optimizer.found_inf = (not_finite > 0).float()
             scaler.step(optimizer)

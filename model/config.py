@@ -67,22 +67,29 @@ CONFIG_FIELDS = tuple(f.name for f in fields(GPTConfig))
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a preset is trained. Learning rates are peaks; tokens are per optimizer step, over all processes."""
+    """How a preset is trained. Learning rates are peaks; tokens are per optimizer step, over all processes.
+
+    The defaults are the one rule for all shapes and budgets: Muon's updates and AdamW's have the same size in
+    matrices of any shape (Liu et al. 2025), so that a learning rate carries over; batches are as small as the
+    hardware stays busy with; decay is a part of the run, and warm-up too short to matter to the shortest.
+    What else was tried is in benchmarks/RESULTS.md.
+    """
 
     batch_tokens: int = 65_536
-    cpu_batch_tokens: int | None = 4_096  # on a CPU, which takes a second for some thousand tokens
+    cpu_batch_tokens: int | None = 2_048  # on a CPU, which takes a second for some thousand tokens
     max_steps: int = 20_000
     max_minutes: float | None = None
     optimizer: str = "muon"
     learning_rate: float = 6e-3
     weight_decay: float = 0.1
-    warmup_steps: int = 100
+    warmup_steps: int = 10
     schedule: str = "linear"
     decay_fraction: float = 0.6  # the last part of the run, over which the learning rate falls
     final_learning_rate: float = 0.0  # as a fraction of the peak
     grad_clip: float = 1.0
+    mask_stories: bool = True  # attention stays within a story
     eval_interval: int = 250
-    cpu_eval_interval: int | None = 200
+    cpu_eval_interval: int | None = 400
 
     def __post_init__(self):
         for name in ("batch_tokens", "max_steps", "eval_interval"):
@@ -105,7 +112,13 @@ class Recipe:
 RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if not f.name.startswith("cpu_"))
 
 ADAMW = Recipe(
-    optimizer="adamw", learning_rate=1e-3, schedule="cosine", decay_fraction=1.0, final_learning_rate=0.1
+    optimizer="adamw",
+    learning_rate=1e-3,
+    warmup_steps=100,
+    schedule="cosine",
+    decay_fraction=1.0,
+    final_learning_rate=0.1,
+    mask_stories=False,
 )
 
 
@@ -117,7 +130,7 @@ class Preset:
 
 
 def _adamw(**changes: object) -> Recipe:
-    return replace(ADAMW, **{"cpu_batch_tokens": None, **changes})
+    return replace(ADAMW, **{"cpu_batch_tokens": None, "cpu_eval_interval": None, **changes})
 
 
 GPT2_SMALL = {
@@ -132,7 +145,9 @@ SLM = _adamw(batch_tokens=32 * 32 * 128, learning_rate=1e-4, warmup_steps=1_000)
 
 PRESETS = {
     "stories-9m": Preset(GPTConfig()),
-    "tinystories-gpt": Preset(GPTConfig(blocks="gpt2"), _adamw(cpu_batch_tokens=4_096)),
+    "tinystories-gpt": Preset(
+        GPTConfig(blocks="gpt2"), _adamw(cpu_batch_tokens=2_048, cpu_eval_interval=400)
+    ),
     "slm-30m": Preset(GPTConfig(block_size=128, **GPT2_SMALL), SLM, "gpt2"),
     "slm-50m": Preset(GPTConfig(block_size=128, tie_weights=False, **GPT2_SMALL), SLM, "gpt2"),
     "tinystories-33m": Preset(
@@ -154,7 +169,6 @@ PRESETS = {
             cpu_batch_tokens=None,
             max_steps=1_200,
             max_minutes=3.5,
-            warmup_steps=40,
             eval_interval=100,
             cpu_eval_interval=None,
         ),

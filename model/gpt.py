@@ -44,19 +44,29 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), eps=1e-6)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention over all (T, T) scores at once, with a softmax in float32, (B, H, T, D) -> (B, H, T, D).
+def visible(T: int, stories: Tensor | None, device: torch.device) -> Tensor:
+    """Whether the token at a position (row) sees another (column), (T, T) bool: itself and what stands before it.
+
+    With `stories` (B, T), the number of each token's story, only what its own story holds: (B, 1, T, T).
+    """
+    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    if stories is None:
+        return causal
+    return causal & (stories[:, None, :, None] == stories[:, None, None, :])
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Attention over all (T, T) scores at once, with a softmax in float32, (B, H, T, D) -> (B, H, T, D).
 
     On a CPU it trains twice as fast as the fused kernel, whose backward pass is slow there.
     """
-    T, D = q.shape[-2:]
-    future = torch.full((T, T), -math.inf, device=q.device).triu(1)
-    scores = (q * D**-0.5) @ k.mT + future  # adding float32 makes it float32
+    scores = (q * q.size(-1) ** -0.5) @ k.mT
+    scores = scores + torch.where(seen, 0.0, -math.inf)  # adding float32 makes it float32
     return scores.softmax(dim=-1).type_as(v) @ v
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention, (B, T, C) -> (B, T, C)."""
+    """Causal multi-head self-attention, within each story where `stories` are given, (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -69,7 +79,9 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim)
             self.k_norm = RMSNorm(config.head_dim)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, stories: Tensor | None = None
+    ) -> Tensor:
         B, T, _ = x.shape
         # q is (B, H, T, D); k and v have as many heads, or fewer
         q, k, v = self.qkv(x).view(B, T, -1, self.config.head_dim).transpose(1, 2).split(self.heads, dim=1)
@@ -79,10 +91,11 @@ class Attention(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         grouped = k.size(1) < q.size(1)
         if self.training and x.device.type == "cpu" and not (dropout or grouped) and T <= PLAIN_UP_TO:
-            y = plain_attention(q, k, v)
+            y = plain_attention(q, k, v, visible(T, stories, x.device))
         else:
-            how = {"dropout_p": dropout, "is_causal": True, "enable_gqa": grouped}
-            y = F.scaled_dot_product_attention(q, k, v, **how)
+            seen = None if stories is None else visible(T, stories, x.device)
+            how = {"dropout_p": dropout, "is_causal": stories is None, "enable_gqa": grouped}
+            y = F.scaled_dot_product_attention(q, k, v, seen, **how)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -124,8 +137,10 @@ class Block(nn.Module):
         self.mlp = GELUMLP(config) if config.blocks == "gpt2" else SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotary))
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, stories: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, stories))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -163,7 +178,7 @@ class GPT(nn.Module):
         """The output matrix, (V, C)."""
         return self.token_embedding.weight if self.config.tie_weights else self.head.weight
 
-    def hidden(self, idx: Tensor) -> Tensor:
+    def hidden(self, idx: Tensor, stories: Tensor | None = None) -> Tensor:
         """Token ids (B, T) -> final normalised states (B, T, C)."""
         T = idx.shape[1]
         if self.config.block_size < T:
@@ -176,12 +191,15 @@ class GPT(nn.Module):
             rotary = self.rotary_cos[:T], self.rotary_sin[:T]
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, rotary)
+            x = block(x, rotary, stories)
         return self.norm(x)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V), or with targets (B, T) the mean cross-entropy in nats per token (float32)."""
-        logits = F.linear(self.hidden(idx), self.head_weight)
+    def forward(self, idx: Tensor, targets: Tensor | None = None, stories: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V), or with targets (B, T) the mean cross-entropy in nats per token (float32).
+
+        With `stories` (B, T), the number of each token's story, a token sees nothing of other stories.
+        """
+        logits = F.linear(self.hidden(idx, stories), self.head_weight)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

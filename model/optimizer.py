@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from model.config import GPTConfig, Recipe
 
-ADAMW_SHARE = 0.5  # of the Muon learning rate, for what Muon does not train
-
 # Quintic Newton-Schulz iteration (Jordan et al. 2024), the coefficients that torch.optim.Muon uses too
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -94,8 +92,7 @@ def parts_of(name: str, config: GPTConfig) -> int:
 def make_optimizers(model: nn.Module, recipe: Recipe, low_precision: bool) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest.
 
-    Weight decay acts on matrices and embeddings only. Each group carries `share`, the factor between
-    the schedule's learning rate and its own.
+    Weight decay acts on matrices and embeddings only.
     """
     muon: dict[int, list] = defaultdict(list)
     decayed, undecayed = [], []
@@ -106,20 +103,36 @@ def make_optimizers(model: nn.Module, recipe: Recipe, low_precision: bool) -> li
             muon[parts_of(name, model.config)].append(parameter)
         else:
             decayed.append(parameter)
-    share = ADAMW_SHARE if muon else 1.0
     adamw = torch.optim.AdamW(
         [
-            {"params": decayed, "weight_decay": recipe.weight_decay, "share": share},
-            {"params": undecayed, "weight_decay": 0.0, "share": share},
+            {"params": decayed, "weight_decay": recipe.weight_decay},
+            {"params": undecayed, "weight_decay": 0.0},
         ],
-        lr=recipe.learning_rate * share,
+        lr=recipe.learning_rate,
         betas=(0.9, 0.95),
         fused=True,
     )
     if not muon:
         return [adamw]
-    groups = [{"params": parameters, "parts": parts, "share": 1.0} for parts, parameters in muon.items()]
+    groups = [{"params": parameters, "parts": parts} for parts, parameters in muon.items()]
     return [Muon(groups, recipe.learning_rate, recipe.weight_decay, low_precision=low_precision), adamw]
+
+
+def momentum(step: int) -> float:
+    """Muon's momentum at a step (counted from 0): it rises in a line from 0.85 to 0.95 over 300 steps.
+
+    What the first steps see, when every gradient is large, should soon be forgotten (Jordan et al. 2024).
+    """
+    return 0.85 + 0.1 * min(1.0, step / 300)
+
+
+def set_rates(optimizers: list[torch.optim.Optimizer], rate: float, step: int) -> None:
+    """Give all groups this learning rate, and Muon the momentum of this step."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+            if "momentum" in group:
+                group["momentum"] = momentum(step)
 
 
 def learning_rate(recipe: Recipe, step: int, progress: float) -> float:

@@ -162,7 +162,12 @@ def shape_of(pretrained: Pretrained, settings: SimpleNamespace, data: Data) -> d
 def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data) -> None:
     saved, then = checkpoint["settings"], checkpoint["defaults"]
     edited = {name for name, value in settings.defaults.items() if name in then and value != then[name]}
-    saved = {"init_from": None, **vars(GPTConfig()), **saved}  # as before there were these settings
+    saved = {
+        "init_from": None,
+        "mask_stories": False,
+        **vars(GPTConfig()),
+        **saved,
+    }  # as before there were these settings
     differences = []
     for name in KEPT:
         value = getattr(settings, name)

@@ -217,8 +217,10 @@ def guess_micro_batch(model: GPT, runtime: Runtime) -> int:
     return max(1, min(tokens, 131_072) // config.block_size)
 
 
-def prepare_forward(model: GPT, runtime: Runtime, wanted: int, windows: int) -> tuple[nn.Module, int]:
-    """The function (idx, targets) -> loss, compiled where that works, and the windows it takes at once.
+def prepare_forward(
+    model: GPT, runtime: Runtime, wanted: int, windows: int, with_stories: bool = False
+) -> tuple[nn.Module, int]:
+    """The function (idx, targets, stories) -> loss, compiled where that works, and the windows it takes at once.
 
     Tries it, so that what fails does so before the first step: where memory runs out it takes half as
     many windows, where compilation fails it goes on without.
@@ -232,7 +234,8 @@ def prepare_forward(model: GPT, runtime: Runtime, wanted: int, windows: int) -> 
         rows = torch.zeros(micro_batch, model.config.block_size + 1, dtype=torch.long, device=runtime.device)
         try:
             with runtime.autocast():
-                loss = forward(rows[:, :-1], rows[:, 1:])
+                inputs, targets = rows[:, :-1], rows[:, 1:]
+                loss = forward(inputs, targets, inputs.cumsum(1) if with_stories else None)
             loss.backward()
         except torch.OutOfMemoryError:
             if micro_batch == 1:

@@ -97,6 +97,31 @@ def test_training_attention_has_the_gradients_of_the_fused_kernel(blocks, dtype,
         assert (fast - exact).norm() <= tolerance * exact.norm()
 
 
+@pytest.mark.parametrize("sizes", [{}, QWEN3_SIZES, {"dropout": 1e-9}])  # each takes another kernel
+@pytest.mark.parametrize("training", [True, False])
+def test_stories_in_one_window_are_read_as_if_alone(training, sizes):
+    model = make_model(**sizes).double().train(training)
+    parts = [1, 2, 9, 20]
+    windows = [token_ids(seed=5, length=33), token_ids(seed=6, length=33)]
+    stories = torch.arange(4).repeat_interleave(torch.tensor(parts)).expand(3, 32)
+    stories = torch.cat([stories, stories.flip(1)])  # the second three rows hold them the other way round
+    ids = torch.cat(windows)
+    loss = model(ids[:, :-1], ids[:, 1:], stories)
+    whole = torch.autograd.grad(loss, list(model.parameters()))
+    expected = 0.0
+    for window, lengths in zip(windows, (parts, parts[::-1]), strict=True):
+        first = 0
+        for length in lengths:
+            inputs, targets = window[:, first : first + length], window[:, first + 1 : first + length + 1]
+            log_probabilities = model(inputs).log_softmax(-1)
+            expected = expected - log_probabilities.gather(-1, targets[:, :, None]).sum() / (6 * 32)
+            first += length
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    alone = torch.autograd.grad(expected, list(model.parameters()))
+    for together, apart in zip(whole, alone, strict=True):
+        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("blocks", FAMILIES)
 def test_the_loss_is_the_mean_cross_entropy(blocks):
     model, ids = make_model(blocks), token_ids()

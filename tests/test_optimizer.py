@@ -10,7 +10,14 @@ from torch import nn
 
 from model.config import PRESETS, GPTConfig, Recipe
 from model.gpt import GPT
-from model.optimizer import ADAMW_SHARE, NEWTON_SCHULZ, Muon, learning_rate, make_optimizers, orthogonalise
+from model.optimizer import (
+    NEWTON_SCHULZ,
+    Muon,
+    learning_rate,
+    make_optimizers,
+    orthogonalise,
+    set_rates,
+)
 
 torch.set_num_threads(1)
 
@@ -180,8 +187,7 @@ def test_weight_decay_shrinks_matrices_and_embeddings_only(blocks, optimizer):
     for each in optimizers:
         each.step()
     for name, parameter in model.named_parameters():
-        rate = 0.1 if optimizer == "adamw" or name.startswith("blocks.") else 0.1 * ADAMW_SHARE
-        factor = 1 - rate * 0.5 if parameter.dim() == 2 else 1.0
+        factor = 1 - 0.1 * 0.5 if parameter.dim() == 2 else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * factor)
 
 
@@ -207,21 +213,10 @@ def test_adamw_is_torchs(blocks):
         torch.testing.assert_close(one, another, atol=1e-6, rtol=1e-4)
 
 
-def set_rates(optimizers, rate):
-    """As the training loop does."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["share"]
-
-
-def test_shares_scale_the_rate_of_what_muon_does_not_train():
-    model = make_model("modern")
-    optimizers = make_optimizers(model, Recipe(learning_rate=0.3), low_precision=True)
-    initial = [[group["lr"] for group in o.param_groups] for o in optimizers]
-    set_rates(optimizers, 0.3)
-    assert initial == [[group["lr"] for group in o.param_groups] for o in optimizers]
-    assert {g["lr"] for g in optimizers[0].param_groups} == {0.3}
-    assert {g["lr"] for g in optimizers[1].param_groups} == {0.3 * ADAMW_SHARE}
+def test_all_parameters_follow_the_schedule():
+    optimizers = make_optimizers(make_model("modern"), Recipe(), low_precision=True)
+    set_rates(optimizers, 0.3, step=0)
+    assert {group["lr"] for optimizer in optimizers for group in optimizer.param_groups} == {0.3}
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -234,7 +229,7 @@ def test_a_restored_state_goes_on_bit_for_bit(blocks, optimizer, tmp_path):
     def train(model, optimizers, steps):
         for step in steps:
             give_gradients(list(model.parameters()), seed=step)
-            set_rates(optimizers, 0.01 / (1 + step))
+            set_rates(optimizers, 0.01 / (1 + step), step)
             for each in optimizers:
                 each.step()
 
@@ -264,6 +259,16 @@ def test_a_model_learns_a_sequence_by_heart(blocks, optimizer):
             each.step()
             each.zero_grad()
     assert loss.item() < 0.5  # of ln 53 = 3.97 at the start
+
+
+def test_momentum_rises_and_stays():
+    model = make_model("modern")
+    muon, adamw = make_optimizers(model, Recipe(), low_precision=True)
+    expected = {0: 0.85, 150: 0.90, 300: 0.95, 20_000: 0.95}
+    for step, momentum in expected.items():
+        set_rates([muon, adamw], 0.1, step)
+        assert all(group["momentum"] == pytest.approx(momentum) for group in muon.param_groups)
+        assert all(group["betas"] == (0.9, 0.95) for group in adamw.param_groups)
 
 
 # The learning rate
