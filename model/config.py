@@ -144,7 +144,7 @@ GPT2_SMALL = {
 SLM = _adamw(batch_tokens=32 * 32 * 128, learning_rate=1e-4, warmup_steps=1_000)
 
 PRESETS = {
-    "stories-9m": Preset(GPTConfig()),
+    "stories-9m": Preset(GPTConfig(n_head=4)),  # learns more from each token than with 8, and faster
     "tinystories-gpt": Preset(
         GPTConfig(blocks="gpt2"), _adamw(cpu_batch_tokens=2_048, cpu_eval_interval=400)
     ),

@@ -330,7 +330,7 @@ def test_odd_heads_do_for_gpt2():
 
 
 def test_the_defaults_are_the_default_preset():
-    assert PRESETS["stories-9m"].config == GPTConfig()
+    assert PRESETS["stories-9m"].config == GPTConfig(n_head=4)
     assert find_preset("stories-9m") is PRESETS["stories-9m"]
     with pytest.raises(UserError, match=r"'stories'.*stories-9m"):
         find_preset("stories")
