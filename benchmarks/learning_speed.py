@@ -4,11 +4,11 @@ python benchmarks/learning_speed.py                 8 minutes of training for ea
 python benchmarks/learning_speed.py --minutes 2
 
 Both are trained by train.py, so the reference gains from its speed, too. The reference is the recipe that nanoGPT
-ships, in the shape 8/8/256: GPT-2's blocks, AdamW (0.9, 0.95) with weight decay 0.1, a learning rate of 1e-3 after 5 % of
-warm-up, along a cosine to a tenth, gradients clipped at 1, 2,048 tokens a step, float32 on a CPU. Only training
-time counts; compiling, saving and evaluating do not, for either (what the user waits in all is printed too).
-Scores are evaluate.py's. The default recipe is trained once more with a small part of the time, because a run
-that is short from the start lowers its learning rate in time.
+ships, in the shape 8/8/256: GPT-2's blocks, AdamW (0.9, 0.95) with weight decay 0.1, a learning rate of 1e-3 after
+5 % of warm-up, along a cosine to a tenth, gradients clipped at 1, 2,048 tokens a step, float32 on a CPU. Only
+training time counts; compiling, saving and evaluating do not, for either (what the user waits in all is printed
+too). Scores are evaluate.py's. The default recipe is trained once more with a small part of the time, because a
+run that is short from the start lowers its learning rate in time.
 """
 
 import itertools
