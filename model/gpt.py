@@ -44,29 +44,25 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), eps=1e-6)
 
 
-def visible(T: int, stories: Tensor | None, device: torch.device) -> Tensor:
-    """Whether the token at a position (row) sees another (column), (T, T) bool: itself and what stands before it.
-
-    With `stories` (B, T), the number of each token's story, only what its own story holds: (B, 1, T, T).
-    """
-    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    if stories is None:
-        return causal
-    return causal & (stories[:, None, :, None] == stories[:, None, None, :])
+def causal(T: int, device: torch.device) -> Tensor:
+    """Whether the token at a position (row) sees another (column): itself and what stands before it, (T, T) bool."""
+    return torch.ones(T, T, dtype=torch.bool, device=device).tril()
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
     """Attention over all (T, T) scores at once, with a softmax in float32, (B, H, T, D) -> (B, H, T, D).
 
     On a CPU it trains twice as fast as the fused kernel, whose backward pass is slow there.
     """
+    if seen is None:
+        seen = causal(q.size(2), q.device)
     scores = (q * q.size(-1) ** -0.5) @ k.mT
     scores = scores + torch.where(seen, 0.0, -math.inf)  # adding float32 makes it float32
     return scores.softmax(dim=-1).type_as(v) @ v
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention, within each story where `stories` are given, (B, T, C) -> (B, T, C)."""
+    """Multi-head self-attention to what is `seen` (B, 1, T, T), or to all earlier tokens, (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -79,9 +75,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim)
             self.k_norm = RMSNorm(config.head_dim)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, stories: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, seen: Tensor | None = None) -> Tensor:
         B, T, _ = x.shape
         # q is (B, H, T, D); k and v have as many heads, or fewer
         q, k, v = self.qkv(x).view(B, T, -1, self.config.head_dim).transpose(1, 2).split(self.heads, dim=1)
@@ -91,10 +85,9 @@ class Attention(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         grouped = k.size(1) < q.size(1)
         if self.training and x.device.type == "cpu" and not (dropout or grouped) and T <= PLAIN_UP_TO:
-            y = plain_attention(q, k, v, visible(T, stories, x.device))
+            y = plain_attention(q, k, v, seen)
         else:
-            seen = None if stories is None else visible(T, stories, x.device)
-            how = {"dropout_p": dropout, "is_causal": stories is None, "enable_gqa": grouped}
+            how = {"dropout_p": dropout, "is_causal": seen is None, "enable_gqa": grouped}
             y = F.scaled_dot_product_attention(q, k, v, seen, **how)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -137,10 +130,8 @@ class Block(nn.Module):
         self.mlp = GELUMLP(config) if config.blocks == "gpt2" else SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, stories: Tensor | None = None
-    ) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, stories))
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, seen: Tensor | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, seen))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -189,9 +180,12 @@ class GPT(nn.Module):
             x = x + self.position_embedding.weight[:T]
         else:
             rotary = self.rotary_cos[:T], self.rotary_sin[:T]
+        seen = None
+        if stories is not None:
+            seen = causal(T, idx.device) & (stories[:, None, :, None] == stories[:, None, None, :])
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, rotary, stories)
+            x = block(x, rotary, seen)
         return self.norm(x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, stories: Tensor | None = None) -> Tensor:
