@@ -291,9 +291,9 @@ def poison(monkeypatch):
     def poison(steps):
         calls, forward = [], GPT.forward
 
-        def poisoned(self, idx, targets=None):
+        def poisoned(self, idx, targets=None, stories=None):
             calls.append(1)  # the first call tries the micro-batch
-            loss = forward(self, idx, targets)
+            loss = forward(self, idx, targets, stories)
             return loss * float("nan") if len(calls) - 1 in steps else loss
 
         monkeypatch.setattr(GPT, "forward", poisoned)
@@ -342,10 +342,10 @@ def test_a_run_that_stays_not_finite_stops_and_says_where(train, poison, tmp_pat
 def test_where_memory_runs_out_it_takes_half_or_says_what_to_take(train, monkeypatch):
     forward = GPT.forward
 
-    def too_large(self, idx, targets=None):
+    def too_large(self, idx, targets=None, stories=None):
         if len(idx) > 4 and targets is not None and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, idx, targets)
+        return forward(self, idx, targets, stories)
 
     monkeypatch.setattr(GPT, "forward", too_large)
     _, result = train("run", "--max-steps", 2)
@@ -353,11 +353,11 @@ def test_where_memory_runs_out_it_takes_half_or_says_what_to_take(train, monkeyp
 
     calls = []
 
-    def sudden(self, idx, targets=None):
+    def sudden(self, idx, targets=None, stories=None):
         calls.append(1)
         if len(calls) == 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, idx, targets)
+        return forward(self, idx, targets, stories)
 
     monkeypatch.setattr(GPT, "forward", sudden)
     with pytest.raises(UserError, match="--micro-batch 8"):
