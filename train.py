@@ -227,7 +227,8 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
             windows = batches.tensor(chosen, runtime.device)
             inputs, targets = windows[:, :-1], windows[:, 1:]
             # the end of a story counts to the next one, which is generated after it
-            stories = (inputs == data.eot_id).cumsum(1) if recipe.mask_stories else None
+            ends = inputs == data.eot_id
+            stories = ends.cumsum(1, dtype=torch.int32) if recipe.mask_stories else None
             if config.dropout:  # which activations are dropped follows from the seed and the step alone
                 torch.manual_seed(dropout_seed(settings.seed, state.step, int(mine[first])))
             share = len(chosen) / windows_per_step

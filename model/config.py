@@ -165,11 +165,11 @@ PRESETS = {
     "quickstart": Preset(
         GPTConfig(vocab_size=2_048, n_layer=4, n_head=4, n_embd=192),
         Recipe(
-            batch_tokens=4_096,
+            batch_tokens=2_048,
             cpu_batch_tokens=None,
-            max_steps=1_200,
+            max_steps=2_400,
             max_minutes=3.5,
-            eval_interval=100,
+            eval_interval=200,
             cpu_eval_interval=None,
         ),
     ),

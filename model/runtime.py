@@ -235,7 +235,7 @@ def prepare_forward(
         try:
             with runtime.autocast():
                 inputs, targets = rows[:, :-1], rows[:, 1:]
-                loss = forward(inputs, targets, inputs.cumsum(1) if with_stories else None)
+                loss = forward(inputs, targets, inputs.int() if with_stories else None)
             loss.backward()
         except torch.OutOfMemoryError:
             if micro_batch == 1:
