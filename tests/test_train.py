@@ -94,11 +94,11 @@ def test_keep_limits_the_checkpoints(train):
     assert [path.name for path in list_checkpoints(folder)] == ["ckpt_12.pt"]
 
 
-def test_losses_are_those_of_a_plain_loop(train, packed):
+@pytest.mark.parametrize("mask", ["--mask-stories", "--no-mask-stories"])
+def test_losses_are_those_of_a_plain_loop(train, packed, mask):
     """GPT-2's blocks under AdamW in float32, against the textbook loop: no micro-batches, nothing fused."""
     flags = "--blocks gpt2 --optimizer adamw --dtype float32 --micro-batch 3 --learning-rate 1e-3 --weight-decay 0.1"
-    flags += " --schedule cosine --decay-fraction 1 --no-mask-stories"
-    folder, _ = train("run", *flags.split())
+    folder, _ = train("run", *flags.split(), "--schedule", "cosine", "--decay-fraction", 1, mask)
     data = load_data(packed)
     torch.manual_seed(1337)
     model = GPT(GPTConfig(400, 32, 2, 2, 32, blocks="gpt2")).double()
@@ -107,10 +107,15 @@ def test_losses_are_those_of_a_plain_loop(train, packed):
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     batches = Batches(data.train.tokens, 32, 16, seed=1337)
-    expected = []
+    expected, ends = [], 0
     for step in range(12):
         windows = torch.from_numpy(batches.windows(batches.starts(step)))
-        logits = model(windows[:, :-1])
+        inputs, stories = windows[:, :-1], None
+        if mask == "--mask-stories":
+            stories = torch.tensor(
+                [[row[: k + 1].count(data.eot_id) for k in range(32)] for row in inputs.tolist()]
+            )
+        logits = model(inputs, stories=stories)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -120,6 +125,8 @@ def test_losses_are_those_of_a_plain_loop(train, packed):
         optimizer.step()
         optimizer.zero_grad()
         expected.append(loss.item())
+        ends += (inputs == data.eot_id).sum().item()
+    assert ends > 5
     np.testing.assert_allclose(losses(folder), expected, rtol=2e-6)
 
 
