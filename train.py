@@ -226,9 +226,9 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
             chosen = starts[first : first + micro_batch]
             windows = batches.tensor(chosen, runtime.device)
             inputs, targets = windows[:, :-1], windows[:, 1:]
-            # the end of a story counts to the next one, which is generated after it
-            ends = inputs == data.eot_id
-            stories = ends.cumsum(1, dtype=torch.int32) if recipe.mask_stories else None
+            stories = None
+            if recipe.mask_stories:  # the end of a story counts to the next one, which is generated after it
+                stories = (inputs == data.eot_id).cumsum(1, dtype=torch.int32)
             if config.dropout:  # which activations are dropped follows from the seed and the step alone
                 torch.manual_seed(dropout_seed(settings.seed, state.step, int(mine[first])))
             share = len(chosen) / windows_per_step

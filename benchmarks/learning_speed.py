@@ -49,9 +49,11 @@ def main() -> None:
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
         for arm in (REFERENCE, OURS):
-            curves[arm] = learn(arm, Path(folder) / arm.split()[0], settings, settings.minutes)
+            curves[arm] = learn(
+                arm, Path(folder) / arm.split()[0], settings, settings.minutes, settings.points
+            )
         if settings.short:
-            short = learn(OURS, Path(folder) / "short", settings, settings.short * settings.minutes, points=1)
+            short = learn(OURS, Path(folder) / "short", settings, settings.short * settings.minutes, 1)
     goal = curves[REFERENCE][-1]
     if settings.short:
         print(
@@ -70,11 +72,8 @@ def main() -> None:
     print(f"curves in {settings.plot}")
 
 
-def learn(
-    arm: str, folder: Path, settings: SimpleNamespace, minutes: float, points: int | None = None
-) -> list[dict]:
+def learn(arm: str, folder: Path, settings: SimpleNamespace, minutes: float, points: int) -> list[dict]:
     """Train one arm, score its checkpoints and print them; a few steps beforehand tell how long one takes."""
-    points = points or settings.points
     step_seconds = train(arm, folder, settings, "--max-steps", 12, "--warmup-steps", 1)
     shutil.rmtree(folder)
     steps = max(points, round(60 * minutes / step_seconds))
