@@ -8,9 +8,13 @@ torchrun --nproc_per_node=2 train.py         two GPUs, or two CPU processes
 
 import contextlib
 import math
+import os
 import sys
 import time
 from types import SimpleNamespace
+
+# OpenMP's threads, which wait for each other, shall soon let other programs compute; read when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch

@@ -58,8 +58,6 @@ def load_data(data_dir: Path, verify: bool = False) -> Data:
     tokenizer_path = data_dir / "tokenizer" / "tokenizer.json"
     if not tokenizer_path.exists():
         raise UserError(f"no tokenizer at {shown(tokenizer_path)} yet: run python data/train_tokenizer.py")
-    if not {"dtype", "vocab_size", "eot_id", "tokenizer_sha256", "splits"} <= meta.keys():
-        raise UserError(f"{shown(processed / 'meta.json')} is not of this version: run {PREPARE}")
     if sha256_file(tokenizer_path) != meta["tokenizer_sha256"]:
         raise UserError(
             f"{shown(processed)} was packed with another tokenizer than {shown(tokenizer_path)}: run {PREPARE}"

@@ -22,7 +22,7 @@ from model.config import GPTConfig
 from model.files import atomic_write, shown
 from model.generation import text_tokenizer
 from model.gpt import GPT
-from model.settings import UserError
+from model.settings import UserError, first_line
 
 FORMAT = 1
 BEFORE_DECAY = "before_decay.pt"
@@ -53,8 +53,7 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict:
     except FileNotFoundError:
         raise BadCheckpoint(f"there is no checkpoint {shown(path)}") from None
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise BadCheckpoint(f"{shown(path)} does not load as a checkpoint ({reason})") from error
+        raise BadCheckpoint(f"{shown(path)} does not load as a checkpoint ({first_line(error)})") from error
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise BadCheckpoint(f"{shown(path)} is not a checkpoint of this project")
     if checkpoint["format"] != FORMAT:
@@ -134,6 +133,7 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
     except UserError:
         raise
     except Exception as error:  # tokenizers raises nothing more special
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise BadCheckpoint(f"the parts of {shown(path)} do not fit together ({reason})") from error
+        raise BadCheckpoint(
+            f"the parts of {shown(path)} do not fit together ({first_line(error)})"
+        ) from error
     return model.to(device).eval(), tokenizer, checkpoint

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.gpt import GPT
-from model.settings import REPO, UserError
+from model.settings import REPO, UserError, first_line
 
 # Dense bfloat16 (float16 on the T4 and V100) peak in FLOP/s, from the makers' data sheets
 PEAK_FLOPS = {
@@ -246,9 +246,7 @@ def prepare_forward(
         except Exception as error:  # compilation has many ways to fail, and each leaves eager mode
             if forward is model:
                 raise
-            warn(
-                f"torch.compile does not work here, going on without: {str(error).strip().splitlines()[0][:120]}"
-            )
+            warn(f"torch.compile does not work here, going on without: {first_line(error)}")
             forward = model
         else:
             return forward, micro_batch
