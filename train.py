@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.batches import Batches, Data, load_data, to_device, validation_windows
+from model.bigrams import begin_as_bigrams
 from model.checkpoint import BEFORE_DECAY, load_latest, prune, save_checkpoint
 from model.config import BLOCK_FAMILIES, OPTIMIZERS, PRESETS, SCHEDULES
 from model.console import ProgressBar, StopRequest, agree, print_end, print_plan
@@ -74,6 +75,7 @@ DECAY_FRACTION: float | None = None  # the last part of the run, over which it f
 FINAL_LEARNING_RATE: float | None = None  # where it ends, as a fraction of the peak
 GRAD_CLIP: float | None = None  # longest gradient norm; 0 is off
 MASK_STORIES: bool | None = None  # a token sees its own story only, not the one before it in the window
+BIGRAM_START: bool | None = None  # begin as a bigram model of the stories, not with random weights
 
 EVAL_INTERVAL: int | None = None  # steps between evaluations, each with a sample and a new loss curve
 EVAL_TOKENS = 65_536  # validation tokens in each, evenly spread
@@ -163,10 +165,16 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
     state = TrainingState(model, optimizers, scaler)
     if checkpoint:
         state.restore(checkpoint)
+    elif recipe.bigram_start:
+        started = time.perf_counter()
+        begin_as_bigrams(model, data.train.tokens)
+        state.seconds = time.perf_counter() - started
     if processes.first:
         print_plan(settings, recipe, data, state, runtime, processes)
         if checkpoint:
             print(f"going on     from {shown(path)}, after step {state.step:,}")
+        elif recipe.bigram_start:
+            print(f"beginning    as a bigram model of the stories, counted in {state.seconds:.1f} s")
     time_limit = 60 * recipe.max_minutes if recipe.max_minutes else math.inf
     if max(state.step / recipe.max_steps, state.seconds / time_limit) >= 1:
         if processes.first:
@@ -190,6 +198,7 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
     stop = StopRequest(processes)
     saved_at, progress = (state.step, 1.0) if checkpoint else (0, 0.0)
     not_finite = torch.zeros((), dtype=torch.int, device=runtime.device)  # steps in a row
+    agree(state, stop, processes)  # counting bigrams took each of them another time
 
     while True:
         # The state is now that after state.step steps: evaluate, save, or be done.

@@ -132,7 +132,7 @@ def run_peer(name: str, settings: SimpleNamespace, config, device: torch.device,
     """The plain loop that most people would write, a JSON line for each step."""
     from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
-    shape = {"vocab_size": config.vocab_size, "use_cache": False}
+    shape = {"vocab_size": config.vocab_size, "use_cache": False, "tie_word_embeddings": config.tie_weights}
     if name.startswith("GPT2"):
         shape |= {"n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head}
         none = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -143,7 +143,6 @@ def run_peer(name: str, settings: SimpleNamespace, config, device: torch.device,
         shape |= {
             "head_dim": config.head_dim,
             "intermediate_size": config.n_hidden,
-            "tie_word_embeddings": True,
         }
         model = Qwen3ForCausalLM(Qwen3Config(max_position_embeddings=config.block_size, **shape))
     model.to(device).train()

@@ -103,6 +103,7 @@ def settle(
     A run that goes on keeps its own, but for what the user set by a flag, or edited in the script since it
     began. Raises UserError with the list of what may not differ.
     """
+    asked = settings.bigram_start
     if checkpoint is None:
         fill_from_preset(settings, data, on_cpu, pretrained)
     else:
@@ -110,6 +111,13 @@ def settle(
     if settings.vocab_size < data.vocab_size:
         raise UserError(f"vocab_size {settings.vocab_size} is below the tokenizer's {data.vocab_size}")
     config = GPTConfig(**{name: getattr(settings, name) for name in CONFIG_FIELDS})
+    if checkpoint is None and settings.bigram_start and (pretrained or not config.can_hold_bigrams):
+        require(
+            not asked,
+            "--bigram-start is for modern blocks, with an output head of their own (--no-tie-weights), "
+            "that do not begin with the weights of another model",
+        )
+        settings.bigram_start = False
     return config, Recipe(**{name: getattr(settings, name) for name in RECIPE_FIELDS})
 
 
@@ -165,6 +173,7 @@ def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data
     saved = {
         "init_from": None,
         "mask_stories": False,
+        "bigram_start": False,
         **vars(GPTConfig()),
         **saved,
     }  # as before there were these settings

@@ -13,6 +13,7 @@ import torch
 from conftest import REPO, assert_one_line_error
 
 from model.batches import Batches, load_data
+from model.bigrams import begin_as_bigrams
 from model.checkpoint import list_checkpoints, load_checkpoint
 from model.config import PRESETS, GPTConfig
 from model.console import StopRequest
@@ -101,7 +102,7 @@ def test_losses_are_those_of_a_plain_loop(train, packed, mask):
     folder, _ = train("run", *flags.split(), "--schedule", "cosine", "--decay-fraction", 1, mask)
     data = load_data(packed)
     torch.manual_seed(1337)
-    model = GPT(GPTConfig(400, 32, 2, 2, 32, blocks="gpt2")).double()
+    model = GPT(GPTConfig(400, 32, 2, 2, 32, blocks="gpt2", tie_weights=False)).double()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -128,6 +129,27 @@ def test_losses_are_those_of_a_plain_loop(train, packed, mask):
         ends += (inputs == data.eot_id).sum().item()
     assert ends > 5
     np.testing.assert_allclose(losses(folder), expected, rtol=2e-6)
+
+
+def test_a_run_begins_as_a_bigram_model(train, packed):
+    folder, result = train("run", "--max-steps", 1, "--dtype", "float32")
+    assert "beginning    as a bigram model of the stories, counted in" in result.out
+    data = load_data(packed)
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(400, 32, 2, 2, 32, tie_weights=False))
+    begin_as_bigrams(model, data.train.tokens)
+    batches = Batches(data.train.tokens, 32, 16, seed=1337)
+    windows = torch.from_numpy(batches.windows(batches.starts(0)))
+    np.testing.assert_allclose(losses(folder), model(windows[:, :-1], windows[:, 1:]).item(), rtol=1e-5)
+
+    for name, flag in (("random", "--no-bigram-start"), ("tied", "--tie-weights")):
+        folder, result = train(name, "--max-steps", 1, flag)
+        assert "as a bigram" not in result.out
+        assert losses(folder) == pytest.approx(np.log(400), rel=0.01)
+        assert load_checkpoint(folder / "ckpt_1.pt")["settings"]["bigram_start"] is False
+    for flags in (["--tie-weights"], ["--blocks", "gpt2"]):
+        with pytest.raises(UserError, match="--bigram-start is for modern blocks"):
+            train("never", "--bigram-start", *flags)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""A model that begins as a bigram model: which token follows which is counted, not learnt step by step.
+
+A few seconds of counting give the loss that training would take some hundred thousand tokens to reach.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.gpt import GPT
+
+COUNTED = 2**24  # tokens at most, in pieces from all over the stories
+PIECE = 2**16
+# How many tokens' worth of belief that the next one does not depend on this one; 30 and 300 were no better
+PRIOR = 100.0
+# Root mean square of an embedding's numbers: large beside the steps of training, small beside normalised states
+SCALE = 0.4
+# Part of each embedding's length that is the same for all, and is multiplied with how frequent a token is
+SHARED = 0.3
+
+
+def count_bigrams(
+    tokens: np.ndarray, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of neighbours: first token, second, how often (each (N,) int64); and each token's frequency (V,)."""
+    pieces = np.array_split(tokens, -(-len(tokens) // PIECE))
+    sample = np.concatenate(pieces[:: -(-len(tokens) // COUNTED)]).astype(np.int64)
+    pairs, counts = np.unique(sample[:-1] * vocab_size + sample[1:], return_counts=True)
+    frequency = np.bincount(sample, minlength=vocab_size) + 0.5  # a token that never occurs is not impossible
+    return pairs // vocab_size, pairs % vocab_size, counts, frequency / frequency.sum()
+
+
+def factors(tokens: np.ndarray, vocab_size: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the bigrams' log-probabilities: A (V, rank), B (V, rank) and the tokens' own log-probabilities (V,).
+
+    log p(b | a) = log p(b) + log(1 + n(a, b) / (PRIOR p(b))) + something that depends on a alone, where n counts.
+    The middle term is 0 for pairs that do not occur, and A @ B.T is its truncated singular value decomposition,
+    weighted by the root of p(a) p(b), as words are factorised by their neighbours (Levy and Goldberg 2014).
+    """
+    first, second, counts, frequency = count_bigrams(tokens, vocab_size)
+    weight = np.sqrt(frequency)
+    values = np.log1p(counts / (PRIOR * frequency[second])) * weight[first] * weight[second]
+    matrix = torch.sparse_coo_tensor(
+        np.stack((first, second)), torch.from_numpy(values), (vocab_size, vocab_size), check_invariants=False
+    )
+    U, S, V = torch.svd_lowrank(matrix, q=min(rank, vocab_size), niter=1)
+    A, B = (X * S.sqrt() / torch.from_numpy(weight)[:, None] for X in (U, V))
+    return A, B, torch.from_numpy(np.log(frequency))
+
+
+@torch.no_grad()
+def begin_as_bigrams(model: GPT, tokens: np.ndarray) -> None:
+    """Set a new model's weights so that its logits are the log-probabilities of the bigrams in `tokens`.
+
+    The blocks add nothing yet. The final norm divides by an embedding's length, so all get the same one: A's row, a
+    number that all share (the head has log p(b) there), and one that fills up what is missing. Needs modern
+    blocks and an untied head; what is random comes from torch's generator.
+    """
+    V, C = model.config.vocab_size, model.config.n_embd
+    A, B, log_p = factors(tokens, V, C - 2)
+    embedding, head = A.new_zeros(2, V, C)
+    rank = A.size(1)
+    longest = A.norm(dim=1).max() / math.sqrt(1 - SHARED**2)
+    embedding[:, :rank] = A / longest
+    embedding[:, -2] = SHARED
+    embedding[:, -1] = (1 - embedding.square().sum(1)).clamp(min=0).sqrt()
+    head[:, :rank] = B * longest
+    head[:, -2] = (log_p - log_p.mean()) / SHARED
+    turn = torch.linalg.qr(
+        torch.randn(C, C, dtype=A.dtype)
+    ).Q  # no coordinate is special, as AdamW and norms assume
+    model.token_embedding.weight.copy_(embedding @ turn * math.sqrt(C) * SCALE)
+    model.head.weight.copy_(head @ turn / math.sqrt(C))
+    for block in model.blocks:
+        block.attention.proj.weight.zero_()
+        block.mlp.down.weight.zero_()
