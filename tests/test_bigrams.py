@@ -1,5 +1,6 @@
 """The weights that a new model begins with, against bigrams counted in a loop."""
 
+import itertools
 import math
 from collections import Counter
 
@@ -33,7 +34,7 @@ def begun(tokens, vocab_size, n_embd=64, seed=0):
 def test_counts_are_those_of_a_loop():
     tokens = text(50).tolist()
     first, second, counts, frequency = count_bigrams(np.array(tokens, dtype=np.uint16), 50)
-    pairs = Counter(zip(tokens, tokens[1:], strict=False))
+    pairs = Counter(itertools.pairwise(tokens))
     assert dict(zip(zip(first.tolist(), second.tolist(), strict=True), counts.tolist(), strict=True)) == pairs
     expected = np.array([tokens.count(token) + 0.5 for token in range(50)])
     np.testing.assert_allclose(frequency, expected / expected.sum(), rtol=1e-12)
@@ -53,7 +54,7 @@ def test_logits_are_the_bigrams_log_probabilities():
     V = 40
     tokens = text(V)
     model = begun(tokens, V)
-    pairs, ones = Counter(zip(tokens.tolist(), tokens.tolist()[1:], strict=False)), Counter(tokens.tolist())
+    pairs, ones = Counter(itertools.pairwise(tokens.tolist())), Counter(tokens.tolist())
     frequency = [(ones[token] + 0.5) / (len(tokens) + V / 2) for token in range(V)]
     expected = torch.tensor(
         [
@@ -75,10 +76,10 @@ def test_factors_are_those_of_a_whole_decomposition(rank):
     A, B, log_p = factors(tokens, V, rank)
     frequency = np.exp(log_p.numpy())
     dense = np.zeros((V, V))
-    for (a, b), count in Counter(zip(tokens.tolist(), tokens.tolist()[1:], strict=False)).items():
+    for (a, b), count in Counter(itertools.pairwise(tokens.tolist())).items():
         dense[a, b] = math.log(1 + count / (PRIOR * frequency[b]))
     weight = np.sqrt(np.outer(frequency, frequency))
-    U, S, Vh = np.linalg.svd(dense * weight)
+    S = np.linalg.svd(dense * weight, compute_uv=False)
     best = np.linalg.norm(S[rank:])
     error = np.linalg.norm((dense - (A @ B.T).numpy()) * weight)
     assert best <= error < 1.1 * best
