@@ -10,6 +10,8 @@ from model.config import GPTConfig, Recipe
 
 # Quintic Newton-Schulz iteration (Jordan et al. 2024), the coefficients that torch.optim.Muon uses too
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# Steps over which AdamW's rate rises beside Muon where embedding and head already know bigrams, and the blocks nothing
+BIGRAM_WARMUP = 200
 
 
 @torch.no_grad()
@@ -103,10 +105,11 @@ def make_optimizers(model: nn.Module, recipe: Recipe, low_precision: bool) -> li
             muon[parts_of(name, model.config)].append(parameter)
         else:
             decayed.append(parameter)
+    warmup = BIGRAM_WARMUP if muon and recipe.bigram_start else 1
     adamw = torch.optim.AdamW(
         [
-            {"params": decayed, "weight_decay": recipe.weight_decay},
-            {"params": undecayed, "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": recipe.weight_decay, "warmup": warmup},
+            {"params": undecayed, "weight_decay": 0.0, "warmup": warmup},
         ],
         lr=recipe.learning_rate,
         betas=(0.9, 0.99 if muon else 0.95),  # beside Muon the longer memory is better, measured
@@ -127,10 +130,11 @@ def momentum(step: int) -> float:
 
 
 def set_rates(optimizers: list[torch.optim.Optimizer], rate: float, step: int) -> None:
-    """Give all groups this learning rate, and Muon the momentum of this step."""
+    """Give all groups this learning rate, in the first steps a part of it to those with a warm-up of their own,
+    and Muon the momentum of this step (counted from 0)."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * min(1.0, (step + 1) / group.get("warmup", 1))
             if "momentum" in group:
                 group["momentum"] = momentum(step)
 

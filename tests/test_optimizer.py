@@ -214,9 +214,21 @@ def test_adamw_is_torchs(blocks):
 
 
 def test_all_parameters_follow_the_schedule():
-    optimizers = make_optimizers(make_model("modern"), Recipe(), low_precision=True)
+    recipe = Recipe(bigram_start=False)
+    optimizers = make_optimizers(make_model("modern"), recipe, low_precision=True)
     set_rates(optimizers, 0.3, step=0)
     assert {group["lr"] for optimizer in optimizers for group in optimizer.param_groups} == {0.3}
+
+
+def test_where_embeddings_know_bigrams_their_rate_rises_slowly():
+    muon, adamw = make_optimizers(make_model("modern"), Recipe(), low_precision=True)
+    for step, part in {0: 0.005, 99: 0.5, 199: 1.0, 5_000: 1.0}.items():
+        set_rates([muon, adamw], 0.3, step)
+        assert {group["lr"] for group in muon.param_groups} == {0.3}
+        assert [group["lr"] for group in adamw.param_groups] == pytest.approx([0.3 * part] * 2)
+    (alone,) = make_optimizers(make_model("modern"), Recipe(optimizer="adamw"), low_precision=True)
+    set_rates([alone], 0.3, 0)
+    assert {group["lr"] for group in alone.param_groups} == {0.3}
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
