@@ -55,18 +55,18 @@ def main() -> None:
         if settings.short:
             short = learn(OURS, Path(folder) / "short", settings, settings.short * settings.minutes, 1)
     goal = curves[REFERENCE][-1]
-    if settings.short:
-        print(
-            f"given only {short[-1]['seconds']:.0f} s, the {OURS} reached {short[-1]['bits_per_byte']:.4f} "
-            f"bits per byte ({REFERENCE}: {goal['bits_per_byte']:.4f} after {goal['seconds']:.0f} s)"
-        )
+    print(f"{REFERENCE} reached {goal['bits_per_byte']:.4f} bits per byte after {goal['seconds']:.0f} s")
     passed = when(curves[OURS], goal["bits_per_byte"])
     if passed is None:
-        print(f"the {OURS} did not reach the {goal['bits_per_byte']:.4f} bits per byte of {REFERENCE}")
+        print(f"the {OURS} did not reach that")
     else:
+        print(f"the {OURS} passed that {soon(passed, goal)}")
+    if settings.short:
+        end = short[-1]
+        reached = end["bits_per_byte"] <= goal["bits_per_byte"]
         print(
-            f"{REFERENCE} reached {goal['bits_per_byte']:.4f} bits per byte after {goal['seconds']:.0f} s, the "
-            f"{OURS} after {passed:.0f} s: {goal['seconds'] / passed:.1f} times as soon"
+            f"given only {end['seconds']:.0f} s in all, it reached {end['bits_per_byte']:.4f}"
+            + (f": that {soon(end['seconds'], goal)}" if reached else "")
         )
     draw(curves, settings.plot)
     print(f"curves in {settings.plot}")
@@ -143,6 +143,10 @@ def when(curve: list[dict], goal: float) -> float | None:
             part = (before["bits_per_byte"] - goal) / (before["bits_per_byte"] - after["bits_per_byte"])
             return before["seconds"] + part * (after["seconds"] - before["seconds"])
     return None
+
+
+def soon(seconds: float, goal: dict) -> str:
+    return f"after at most {seconds:.0f} s, {goal['seconds'] / seconds:.1f} times as soon"
 
 
 def draw(curves: dict[str, list[dict]], path: str) -> None:

@@ -1,6 +1,6 @@
 """A model that begins as a bigram model: which token follows which is counted, not learnt step by step.
 
-A few seconds of counting give the loss that training would take some hundred thousand tokens to reach.
+A second or two of counting give the loss that training takes more than a hundred thousand tokens to reach.
 """
 
 import math
@@ -68,11 +68,12 @@ def begin_as_bigrams(model: GPT, tokens: np.ndarray) -> None:
     embedding[:, -1] = (1 - embedding.square().sum(1)).clamp(min=0).sqrt()
     head[:, :rank] = B * longest
     head[:, -2] = (log_p - log_p.mean()) / SHARED
-    turn = torch.linalg.qr(
-        torch.randn(C, C, dtype=A.dtype)
-    ).Q  # no coordinate is special, as AdamW and norms assume
-    model.token_embedding.weight.copy_(embedding @ turn * math.sqrt(C) * SCALE)
-    model.head.weight.copy_(head @ turn / math.sqrt(C))
+    # AdamW and the norms treat all coordinates alike, so none of them shall be special
+    turn = torch.linalg.qr(torch.randn(C, C, dtype=A.dtype)).Q
+    model.token_embedding.weight.copy_(
+        (embedding @ turn * math.sqrt(C) * SCALE).float()
+    )  # MPS has no float64
+    model.head.weight.copy_((head @ turn / math.sqrt(C)).float())
     for block in model.blocks:
         block.attention.proj.weight.zero_()
         block.mlp.down.weight.zero_()
