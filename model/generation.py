@@ -9,7 +9,8 @@ from torch import Tensor
 
 from model.decoder import Decoder, KVCache
 from model.gpt import GPT
-from model.settings import UserError, require_seed
+from model.runtime import warn
+from model.settings import UserError, first_line, require_seed
 
 
 def text_tokenizer(tokenizer_json: str) -> Tokenizer:
@@ -151,17 +152,22 @@ class Batch:
 
     def advance(self) -> None:
         """step(), where the decoder allows it as one CUDA graph, so that only the GPU itself takes time."""
-        if not self.decoder.graphs:
-            return self.step()
+        if self.decoder.graphs and self.graph is None:
+            state = [t for t in (self.position, self.cache.next, self.tokens, self.occurred) if t is not None]
+            before, length = [t.clone() for t in state], self.cache.length
+            try:
+                self.capture(state, before, length)
+            except RuntimeError as error:
+                warn(f"a step cannot be recorded as a CUDA graph, going on without: {first_line(error)}")
+                self.decoder.graphs, self.graph = False, None
+                self.restore(state, before, length)
         if self.graph is None:
-            self.capture()
+            return self.step()
         self.graph.replay()
         self.cache.length += 1
 
-    def capture(self) -> None:
+    def capture(self, state: list[Tensor], before: list[Tensor], length: int) -> None:
         """Record a step. Whatever its rehearsals wrote is written again by the first replay."""
-        state = [t for t in (self.position, self.cache.next, self.tokens, self.occurred) if t is not None]
-        before, length = [t.clone() for t in state], self.cache.length
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

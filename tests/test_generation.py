@@ -109,6 +109,24 @@ def test_the_step_that_a_cuda_graph_repeats_writes_the_same(blocks, sampling, mo
     assert generate_all(*arguments) == expected
 
 
+def test_where_no_cuda_graph_can_be_recorded_it_warns_once_and_goes_on(monkeypatch, capsys):
+    decoder = Decoder(make_model("modern").double())
+    arguments = (decoder, PROMPTS + LONG, 40, EOT, WAYS[1], list(range(7)))
+    expected = generate_all(*arguments)
+
+    def capture(self, *state):
+        self.step(graph=True)  # a rehearsal, after which the recording fails
+        raise RuntimeError("operation not permitted when stream is capturing\nsome more")
+
+    monkeypatch.setattr(Batch, "capture", capture)
+    decoder.graphs = True
+    assert generate_all(*arguments) == expected
+    assert capsys.readouterr().err == (
+        "warning: a step cannot be recorded as a CUDA graph, going on without: "
+        "operation not permitted when stream is capturing\n"
+    )
+
+
 @pytest.mark.parametrize("block_size", [1, 2, 3, 5])
 def test_small_and_odd_contexts_slide_too(block_size):
     model = make_model("modern", block_size=block_size)
