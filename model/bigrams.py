@@ -70,10 +70,9 @@ def begin_as_bigrams(model: GPT, tokens: np.ndarray) -> None:
     head[:, -2] = (log_p - log_p.mean()) / SHARED
     # AdamW and the norms treat all coordinates alike, so none of them shall be special
     turn = torch.linalg.qr(torch.randn(C, C, dtype=A.dtype)).Q
-    model.token_embedding.weight.copy_(
-        (embedding @ turn * math.sqrt(C) * SCALE).float()
-    )  # MPS has no float64
-    model.head.weight.copy_((head @ turn / math.sqrt(C)).float())
+    embedding, head = embedding @ turn * math.sqrt(C) * SCALE, head @ turn / math.sqrt(C)
+    model.token_embedding.weight.copy_(embedding.float())  # there is no float64 on MPS
+    model.head.weight.copy_(head.float())
     for block in model.blocks:
         block.attention.proj.weight.zero_()
         block.mlp.down.weight.zero_()
