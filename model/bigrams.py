@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.gpt import GPT
 
-COUNTED = 2**24  # tokens at most, in pieces from all over the stories
+COUNTED = 2**23  # tokens at most, in pieces from all over the stories
 PIECE = 2**16
 # How many tokens' worth of belief that the next one does not depend on this one; 30 and 300 were no better
 PRIOR = 100.0
