@@ -18,7 +18,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.batches import Batches, Data, load_data, to_device, validation_windows
@@ -207,7 +207,7 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
         if processes.first and state.step != state.last_evaluation:
             begun = state.step or pretrained  # there is something to evaluate
             if finished or (begun and state.step % settings.eval_interval == 0 and not stop):
-                row = evaluate(model, validation, data, runtime)
+                row = evaluate(model, validation, data, runtime, recipe.mask_stories)
                 row |= {"step": state.step, "tokens": state.step * tokens_per_step}
                 metrics.add({**row, "sample": write_sample(model, data, settings)})
                 metrics.draw()
@@ -239,9 +239,7 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
             chosen = starts[first : first + micro_batch]
             windows = batches.tensor(chosen, runtime.device)
             inputs, targets = windows[:, :-1], windows[:, 1:]
-            stories = None
-            if recipe.mask_stories:  # the end of a story counts to the next one, which is generated after it
-                stories = (inputs == data.eot_id).cumsum(1, dtype=torch.int32)
+            stories = number_stories(inputs, data.eot_id) if recipe.mask_stories else None
             if config.dropout:  # which activations are dropped follows from the seed and the step alone
                 torch.manual_seed(dropout_seed(settings.seed, state.step, int(mine[first])))
             share = len(chosen) / windows_per_step
@@ -301,8 +299,16 @@ def dropout_seed(seed: int, step: int, window: int) -> int:
     return int(np.random.SeedSequence((seed, step, window)).generate_state(1, np.uint64)[0] >> 1)
 
 
+def number_stories(idx: Tensor, eot_id: int) -> Tensor:
+    """Which story of its window each token (B, T) is in, (B, T) int32: an end counts to the story after it, which is
+    generated from there."""
+    return (idx == eot_id).cumsum(1, dtype=torch.int32)
+
+
 @torch.no_grad()
-def evaluate(model: GPT, validation: np.ndarray, data: Data, runtime: Runtime) -> dict[str, float]:
+def evaluate(
+    model: GPT, validation: np.ndarray, data: Data, runtime: Runtime, mask_stories: bool
+) -> dict[str, float]:
     """Mean loss over the validation windows, in nats per token and in bits per byte of text."""
     model.eval()
     total = 0.0
@@ -311,8 +317,10 @@ def evaluate(model: GPT, validation: np.ndarray, data: Data, runtime: Runtime) -
     chunk = max(1, tokens // model.config.block_size)
     for first in range(0, len(validation), chunk):
         windows = to_device(validation[first : first + chunk], runtime.device)
+        inputs, targets = windows[:, :-1], windows[:, 1:]
+        stories = number_stories(inputs, data.eot_id) if mask_stories else None
         with runtime.autocast():
-            total += model(windows[:, :-1], windows[:, 1:]).item() * len(windows)
+            total += model(inputs, targets, stories).item() * len(windows)
     model.train()
     loss = total / len(validation)
     return {

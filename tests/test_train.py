@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import REPO, assert_one_line_error
 
-from model.batches import Batches, load_data
+from model.batches import Batches, load_data, validation_windows
 from model.bigrams import begin_as_bigrams
 from model.checkpoint import list_checkpoints, load_checkpoint
 from model.config import PRESETS, GPTConfig
@@ -129,6 +129,26 @@ def test_losses_are_those_of_a_plain_loop(train, packed, mask):
         ends += (inputs == data.eot_id).sum().item()
     assert ends > 5
     np.testing.assert_allclose(losses(folder), expected, rtol=2e-6)
+
+
+def test_validation_keeps_to_the_story_too(train, packed):
+    """The last validation loss, against each story's part of each window read by itself."""
+    folder, _ = train("run", "--dtype", "float32", "--eval-tokens", 4096)
+    data = load_data(packed)
+    checkpoint = load_checkpoint(folder / "ckpt_12.pt")
+    model = GPT(GPTConfig(**checkpoint["config"])).eval()
+    model.load_state_dict(checkpoint["weights"])
+    total, parts = 0.0, 0
+    windows = validation_windows(data.validation.tokens, 32, 4096 // 32)
+    for window in windows.tolist():
+        begins = sorted({0, *(k for k in range(32) if window[k] == data.eot_id)})
+        parts += len(begins)
+        for begin, end in zip(begins, [*begins[1:], 32], strict=True):
+            ids = torch.tensor([window[begin : end + 1]])
+            total += model(ids[:, :-1], ids[:, 1:]).item() * (end - begin)
+    assert parts > len(windows) + 5
+    found = [row["validation_loss"] for row in metrics(folder) if "validation_loss" in row][-1]
+    assert found == pytest.approx(total / (32 * len(windows)), rel=1e-5)
 
 
 def test_a_run_begins_as_a_bigram_model(train, packed):
