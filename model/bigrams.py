@@ -3,7 +3,9 @@
 A second or two of counting give the loss that training takes more than a hundred thousand tokens to reach.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -42,14 +44,26 @@ def factors(tokens: np.ndarray, vocab_size: int, rank: int) -> tuple[Tensor, Ten
     first, second, counts, frequency = count_bigrams(tokens, vocab_size)
     weight = np.sqrt(frequency)
     values = np.log1p(counts / (PRIOR * frequency[second])) * weight[first] * weight[second]
-    matrix = torch.sparse_coo_tensor(
-        np.stack((first, second)), torch.from_numpy(values), (vocab_size, vocab_size), check_invariants=False
-    )
+    values, weight, log_p = (torch.from_numpy(x).float() for x in (values, weight, np.log(frequency)))
+    places, shape = np.stack((first, second)), (vocab_size, vocab_size)
+    matrix = torch.sparse_coo_tensor(places, values, shape, check_invariants=False)
     U, S, V = torch.svd_lowrank(matrix, q=min(rank, vocab_size), niter=1)
-    A, B = (X * S.sqrt() / torch.from_numpy(weight)[:, None] for X in (U, V))
-    return A, B, torch.from_numpy(np.log(frequency))
+    A, B = (X * S.sqrt() / weight[:, None] for X in (U, V))
+    return A, B, log_p
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute the same bits on any number of cores, among which sums would be split."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 @torch.no_grad()
 def begin_as_bigrams(model: GPT, tokens: np.ndarray) -> None:
     """Set a new model's weights so that its logits are the log-probabilities of the bigrams in `tokens`.
@@ -69,10 +83,9 @@ def begin_as_bigrams(model: GPT, tokens: np.ndarray) -> None:
     head[:, :rank] = B * longest
     head[:, -2] = (log_p - log_p.mean()) / SHARED
     # AdamW and the norms treat all coordinates alike, so none of them shall be special
-    turn = torch.linalg.qr(torch.randn(C, C, dtype=A.dtype)).Q
-    embedding, head = embedding @ turn * math.sqrt(C) * SCALE, head @ turn / math.sqrt(C)
-    model.token_embedding.weight.copy_(embedding.float())  # there is no float64 on MPS
-    model.head.weight.copy_(head.float())
+    turn = torch.linalg.qr(torch.randn(C, C)).Q
+    model.token_embedding.weight.copy_(embedding @ turn * math.sqrt(C) * SCALE)
+    model.head.weight.copy_(head @ turn / math.sqrt(C))
     for block in model.blocks:
         block.attention.proj.weight.zero_()
         block.mlp.down.weight.zero_()

@@ -105,3 +105,18 @@ def test_the_seed_turns_the_weights_and_nothing_else():
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), again.parameters(), strict=True))
     assert not torch.allclose(one.token_embedding.weight, other.token_embedding.weight, atol=0.1)
     torch.testing.assert_close(one(ids), other(ids), atol=2e-4, rtol=0)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    tokens = text(600)
+    before = torch.get_num_threads()
+    try:
+        models = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            models.append(begun(tokens, 600, n_embd=128))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    one, two = models
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
