@@ -176,7 +176,7 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
         elif recipe.bigram_start:
             print(f"beginning    as a bigram model of the stories, counted in {state.seconds:.1f} s")
     time_limit = 60 * recipe.max_minutes if recipe.max_minutes else math.inf
-    if max(state.step / recipe.max_steps, state.seconds / time_limit) >= 1:
+    if checkpoint and max(state.step / recipe.max_steps, state.seconds / time_limit) >= 1:
         if processes.first:
             print(
                 "finished already: a larger --max-steps or --max-minutes extends this run, --fresh begins anew"

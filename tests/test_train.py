@@ -280,10 +280,16 @@ def test_where_compilation_fails_it_warns_once_and_goes_on(train, monkeypatch):
 
 
 def test_max_minutes_ends_the_run_with_the_schedule(train):
-    folder, _ = train("run", "--max-steps", 1_000_000, "--max-minutes", 0.03)
+    folder, _ = train("run", "--max-steps", 1_000_000, "--max-minutes", 0.1)
     rows = [row for row in metrics(folder) if "train_loss" in row]
     assert rows[-1]["learning_rate"] < 0.3 * max(row["learning_rate"] for row in rows)
-    assert load_checkpoint(list_checkpoints(folder)[0])["seconds"] >= 1.8
+    assert load_checkpoint(list_checkpoints(folder)[0])["seconds"] >= 6
+
+
+def test_a_run_too_short_for_a_step_leaves_what_it_began_with(train):
+    folder, result = train("run", "--max-minutes", 1e-9)
+    assert "finished already" not in result.out and "steps: 0\n" in result.out
+    assert load_checkpoint(folder / "best.pt")["step"] == 0
 
 
 def test_a_finished_run_says_so(train):
