@@ -128,6 +128,9 @@ ADAMW = Recipe(
     bigram_start=False,
 )
 
+# Where another optimizer is asked for than the preset's, the learning rate is that optimizer's own.
+LEARNING_RATES = {recipe.optimizer: recipe.learning_rate for recipe in (Recipe(), ADAMW)}
+
 
 @dataclass(frozen=True)
 class Preset:

@@ -17,7 +17,7 @@ import torch
 
 from model.batches import Data
 from model.checkpoint import BEFORE_DECAY, list_checkpoints, load_checkpoint, step_of
-from model.config import CONFIG_FIELDS, RECIPE_FIELDS, GPTConfig, Recipe, find_preset
+from model.config import CONFIG_FIELDS, LEARNING_RATES, RECIPE_FIELDS, GPTConfig, Recipe, find_preset
 from model.files import shown
 from model.gpt import GPT
 from model.huggingface import Pretrained, token_table
@@ -138,9 +138,11 @@ def fill_from_preset(
             eval_interval=recipe.cpu_eval_interval or recipe.eval_interval,
         )
     values = {**vars(recipe), **vars(preset.config), "vocab_size": data.vocab_size}
+    if settings.optimizer not in (None, recipe.optimizer):
+        values["learning_rate"] = LEARNING_RATES[settings.optimizer]
     if pretrained:
         values |= shape_of(pretrained, settings, data)
-        values["learning_rate"] = PRETRAINED_SHARE * recipe.learning_rate
+        values["learning_rate"] *= PRETRAINED_SHARE
     for name in (*CONFIG_FIELDS, *RECIPE_FIELDS):
         if left_open(settings, name):
             setattr(settings, name, values[name])

@@ -18,8 +18,9 @@ from model.checkpoint import list_checkpoints, load_checkpoint
 from model.config import PRESETS, GPTConfig
 from model.console import StopRequest
 from model.gpt import GPT
+from model.resume import settle
 from model.runtime import Processes, choose_runtime
-from model.settings import UserError
+from model.settings import UserError, read_settings
 from train import evaluate, main
 
 TINY = (
@@ -318,6 +319,22 @@ def test_fresh_moves_the_old_run_aside(train, tmp_path):
     (moved,) = tmp_path.glob("run-*")
     assert moved.name in result.out and (moved / "ckpt_12.pt").exists()
     assert load_checkpoint(folder / "ckpt_12.pt")["settings"]["seed"] == 2
+
+
+@pytest.mark.parametrize(
+    "flags, rate",
+    [
+        ([], 6e-3),
+        (["--optimizer", "adamw"], 1e-3),
+        (["--optimizer", "adamw", "--learning-rate", "3e-4"], 3e-4),
+        (["--preset", "slm-30m"], 1e-4),
+        (["--preset", "slm-30m", "--optimizer", "adamw"], 1e-4),
+        (["--preset", "slm-30m", "--optimizer", "muon"], 6e-3),
+    ],
+)
+def test_the_learning_rate_suits_the_optimizer(packed, flags, rate):
+    settings = read_settings(REPO / "train.py", [*flags, "--vocab-size", "50257"])
+    assert settle(settings, None, load_data(packed), True)[1].learning_rate == rate
 
 
 @pytest.mark.parametrize(
