@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -61,10 +60,8 @@ def relative_error(ours, expected):
 
 @pytest.mark.parametrize("low_precision", [True, False])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_muon_follows_torchs(monkeypatch, weight_decay, low_precision):
-    """With torch's polynomial, within 2 %: torch computes directions in bfloat16, whose 8 bits round otherwise in
-    another order."""
-    monkeypatch.setattr("model.optimizer.NEWTON_SCHULZ", 5 * [(3.4445, -4.7750, 2.0315)])
+def test_muon_follows_torchs(weight_decay, low_precision):
+    """Within 2 %: torch computes directions in bfloat16, whose 8 bits round otherwise in another order."""
     parameters, others = make_parameters(), make_parameters()
     ours = Muon([{"params": parameters}], 0.02, weight_decay, low_precision=low_precision)
     theirs = torch.optim.Muon(
@@ -87,7 +84,8 @@ def test_muon_in_float32_is_its_formula():
             momenta[k] = 0.95 * momenta[k] + 0.05 * gradient
             x = 0.05 * gradient + 0.95 * momenta[k]
             x = x / x.norm()
-            for a, b, c in NEWTON_SCHULZ:
+            for _ in range(5):
+                a, b, c = NEWTON_SCHULZ
                 gram = x @ x.T
                 x = a * x + (b * gram + c * gram @ gram) @ x
             length = 0.2 * max(x.shape) ** 0.5
@@ -129,32 +127,9 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape, low_precis
     x = u * sizes @ v
     result = orthogonalise(x.bfloat16() if low_precision else x).float()
     values = torch.linalg.svdvals(result)
-    assert result.shape == shape and values.min() > 0.65 and values.max() < 1.35
+    assert result.shape == shape and values.min() > 0.6 and values.max() < 1.3
     cosine = (result * (u @ v)).sum((1, 2)) / result.norm(dim=(1, 2)) / (u @ v).norm(dim=(1, 2))
     assert (cosine > 0.97).all()  # and they point where the nearest orthogonal matrix points
-
-
-def test_each_polynomial_is_the_closest_to_one():
-    """By Chebyshev's theorem: where the singular values lie, it errs as much four times, on alternate sides."""
-    low, high = 0.003, 1.02
-    for a, b, c in NEWTON_SCHULZ:
-        x = np.geomspace(low, high, 100_000)
-        error = a * x + b * x**3 + c * x**5 - 1
-        worst = np.abs(error).max()
-        signs = np.sign(error[np.abs(error) > 0.9 * worst])  # four decimals give no more
-        assert 1 + (np.diff(signs) != 0).sum() >= 4
-        low, high = (1 - worst) / 1.05, (1 + worst) * 1.05
-    assert worst < 0.33
-
-
-def test_rounding_to_bfloat16_does_not_grow():
-    """Matrices with few large singular values reach the edge beyond which a polynomial would rise steeply."""
-    generator = torch.Generator().manual_seed(0)
-    for rank, noise, rows, columns in itertools.product([1, 2], [0.1, 0.01, 0.001], [16, 64, 192], [16, 96]):
-        left = torch.randn(8, rows, rank, generator=generator)
-        right = torch.randn(8, rank, columns, generator=generator)
-        matrices = left @ right + noise * torch.randn(8, rows, columns, generator=generator)
-        assert torch.linalg.svdvals(orthogonalise(matrices.bfloat16()).float()).max() < 1.35
 
 
 def test_no_direction_comes_from_no_gradient():
