@@ -94,12 +94,10 @@ def test_interactive_in_a_terminal(trained):
         os.write(terminal, b"A cat\n")
         story = read_until(terminal, b"\n> ")
         assert story.count(b"A cat") == 2  # as typed, and as the story's beginning
-        for _ in range(
-            20
-        ):  # one that comes just before it waits for a key waits with it, in Python's input()
+        for _ in range(5):  # one that comes just before it waits for a key waits with it, in Python's input()
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=1)
+                process.wait(timeout=10)
                 break
         rest = read_until(terminal, None)
     finally:
