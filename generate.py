@@ -148,7 +148,8 @@ class Writer:
         from tqdm import tqdm
 
         config = self.decoder.config
-        at_once = max(1, BATCH_BYTES // (8 * config.n_layer * config.n_embd * config.block_size))
+        cache_bytes = 8 * config.n_layer * config.n_head * config.head_dim * config.block_size  # of one story
+        at_once = max(1, BATCH_BYTES // cache_bytes)
         rows = []
         with tqdm(total=len(prompts), unit="story", disable=None, delay=2, leave=False) as bar:
             for first in range(0, len(prompts), at_once):

@@ -38,6 +38,7 @@ from model.runtime import (
     Runtime,
     choose_runtime,
     prepare_forward,
+    same_everywhere,
     start_processes,
     stop_processes,
     total_over,
@@ -96,8 +97,9 @@ DATA_DIR = "data"  # holds tokenizer/ and processed/
 CHECKPOINT_DIR = "checkpoints"  # where checkpoints, metrics.jsonl, loss_curve.png and samples.md go
 
 
-# Steps in a row that are not finite, after which the run stops
-GIVE_UP = 5
+# Steps in a row that are not finite, after which the run stops: more where the scale of float16's gradients, at first
+# 2**16, may have to be halved
+GIVE_UP, GIVE_UP_SCALED = 5, 20
 
 
 def main() -> None:
@@ -141,12 +143,17 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
     runtime = choose_runtime(settings.device, settings.dtype, settings.compile, settings.deterministic)
     folder = settings.checkpoint_dir
     path, checkpoint = load_latest(folder) or (None, None)
+    wait_for_all(processes)  # all have read before the first may move files
     pretrained = load_pretrained(settings.init_from) if settings.init_from and not checkpoint else None
     config, recipe = settle(settings, checkpoint, data, runtime.device.type == "cpu", pretrained)
     if checkpoint:
         path, checkpoint = rewind(folder, path, checkpoint, recipe, processes.first)
     windows_per_step = max(1, recipe.batch_tokens // config.block_size)
     tokens_per_step = windows_per_step * config.block_size
+    require(
+        windows_per_step >= processes.count,
+        f"a step has {windows_per_step} windows for {processes.count} processes: use fewer, or a larger --batch-tokens",
+    )
     batches = Batches(data.train.tokens, config.block_size, windows_per_step, settings.seed)
     validation = validation_windows(
         data.validation.tokens, config.block_size, max(1, settings.eval_tokens // config.block_size)
@@ -165,7 +172,11 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
     state = TrainingState(model, optimizers, scaler)
     if checkpoint:
         state.restore(checkpoint)
-    elif recipe.bigram_start:
+    require(
+        same_everywhere(state.step, processes),
+        "the processes found different checkpoints: all must see the same --checkpoint-dir",
+    )
+    if recipe.bigram_start and not checkpoint:
         started = time.perf_counter()
         begin_as_bigrams(model, data.train.tokens)
         state.seconds = time.perf_counter() - started
@@ -175,8 +186,7 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
             print(f"going on     from {shown(path)}, after step {state.step:,}")
         elif recipe.bigram_start:
             print(f"beginning    as a bigram model of the stories, counted in {state.seconds:.1f} s")
-    time_limit = 60 * recipe.max_minutes if recipe.max_minutes else math.inf
-    if checkpoint and max(state.step / recipe.max_steps, state.seconds / time_limit) >= 1:
+    if checkpoint and recipe.progress(state.step, state.seconds) >= 1:
         if processes.first:
             print(
                 "finished already: a larger --max-steps or --max-minutes extends this run, --fresh begins anew"
@@ -192,7 +202,7 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
     if processes.first:
         print(f"micro-batch  {micro_batch} windows, {-(-len(mine) // micro_batch)} to a step", flush=True)
     if processes.count > 1:
-        loss_of = DistributedDataParallel(loss_of)
+        loss_of = DistributedDataParallel(loss_of, broadcast_buffers=False, gradient_as_bucket_view=True)
     metrics = Metrics(folder, state.step, state.last_evaluation) if processes.first else None
     progress_bar = ProgressBar(state, recipe, tokens_per_step, runtime, shows=processes.first)
     stop = StopRequest(processes)
@@ -202,7 +212,7 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
 
     while True:
         # The state is now that after state.step steps: evaluate, save, or be done.
-        before, progress = progress, max(state.step / recipe.max_steps, state.seconds / time_limit)
+        before, progress = progress, recipe.progress(state.step, state.seconds)
         finished = progress >= 1
         if processes.first and state.step != state.last_evaluation:
             begun = state.step or pretrained  # there is something to evaluate
@@ -221,12 +231,12 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
                     f"{row['bits_per_byte']:.4f} bits per byte{mark}"
                 )
         if processes.first and state.step != saved_at:
-            if finished or stop or state.step % settings.save_interval == 0:
-                save_checkpoint(folder / f"ckpt_{state.step}.pt", state.snapshot(settings, data))
-                prune(folder, settings.keep)
-                saved_at = state.step
             if before < 1 - recipe.decay_fraction <= progress:  # from here a longer run would differ
                 save_checkpoint(folder / BEFORE_DECAY, state.snapshot(settings, data))
+            if finished or stop or state.step % settings.save_interval == 0:
+                save_checkpoint(folder / f"ckpt_{state.step}.pt", state.snapshot(settings, data))
+                prune(folder, settings.keep, state.step)
+                saved_at = state.step
         if finished or stop:
             break
 
@@ -256,9 +266,9 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
         not_finite = (not_finite + 1) * ~norm.isfinite()
         set_rates(optimizers, rate, state.step)
         for optimizer in optimizers:
-            if not scaler.is_enabled():  # it does the same: a step that is not finite changes nothing
-                optimizer.found_inf = (not_finite > 0).float()
-            scaler.step(optimizer)
+            # A step that is not finite changes nothing. (scaler.step would look at each optimizer's gradients alone.)
+            optimizer.found_inf = (not_finite > 0).float()
+            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
         state.step += 1
@@ -267,7 +277,7 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
         logging = state.step % settings.log_interval == 0 or state.step == recipe.max_steps
         if logging or runtime.device.type == "cpu":
             loss = total_over(loss, processes)
-            if not_finite >= GIVE_UP:
+            if not_finite >= (GIVE_UP_SCALED if scaler.is_enabled() else GIVE_UP):
                 raise UserError(
                     f"the loss or its gradient is not finite, {not_finite.item()} steps in a row up to step "
                     f"{state.step}; none of them was applied. Try a lower --learning-rate than "
@@ -292,7 +302,7 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
     if processes.first:
         print_end(state, settings, tokens_per_step, finished)
     if not finished:
-        sys.exit(128 + stop.signal)
+        sys.exit(128 + stop.agreed)
 
 
 def dropout_seed(seed: int, step: int, window: int) -> int:

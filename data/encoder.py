@@ -124,16 +124,17 @@ def encode_all(
     try:
         for batch in itertools.chain(batches, [None] * workers):
             earliest, pipe = at_work.popleft()
-            tokens = pipe.recv_bytes() if earliest else b""
-            if batch:
-                pipe.send(batch)
+            try:
+                tokens = pipe.recv_bytes() if earliest else b""
+                if batch:
+                    pipe.send(batch)
+            except (EOFError, OSError):
+                raise UserError(
+                    "a process that encodes has died, perhaps for want of memory: try --workers 1"
+                ) from None
             at_work.append((batch, pipe))
             if earliest:
                 yield earliest, tokens
-    except (EOFError, OSError):  # of the pipe
-        raise UserError(
-            "a process that encodes has died, perhaps for want of memory: try --workers 1"
-        ) from None
     finally:
         for process, _ in started:
             process.terminate()

@@ -117,9 +117,9 @@ def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
     raise UserError(f"there is no checkpoint {name!r} (looked for {shown(candidates[0])})")
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` latest ckpt_{step}.pt."""
-    for path in list_checkpoints(folder)[max(1, keep) :]:
+def prune(folder: Path, keep: int, step: int) -> None:
+    """Delete all but the `keep` latest ckpt_{step}.pt of this step and before. (A later one did not load.)"""
+    for path in [path for path in list_checkpoints(folder) if step_of(path) <= step][max(1, keep) :]:
         path.unlink(missing_ok=True)
 
 

@@ -114,6 +114,11 @@ class Recipe:
         require(self.optimizer in OPTIMIZERS, f"optimizer is muon or adamw, not {self.optimizer!r}")
         require(self.schedule in SCHEDULES, f"schedule is linear or cosine, not {self.schedule!r}")
 
+    def progress(self, step: int, seconds: float) -> float:
+        """How much of a run is done after so many steps and seconds in them; 1 and more is the end."""
+        by_time = seconds / (60 * self.max_minutes) if self.max_minutes else 0.0
+        return max(step / self.max_steps, by_time)
+
 
 RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if not f.name.startswith("cpu_"))
 

@@ -1,12 +1,14 @@
 """What train.py shows while it runs, and how it hears that it should stop."""
 
 import math
+import os
 import shlex
 import signal
 import sys
 import time
 from types import SimpleNamespace
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -98,17 +100,19 @@ class StopRequest:
     """True once Ctrl-C or SIGTERM came; the step is finished and saved. A second Ctrl-C stops at once."""
 
     def __init__(self, processes: Processes):
-        self.signal, self.processes = 0, processes
+        self.received, self.agreed, self.processes = 0, 0, processes
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
 
     def __bool__(self) -> bool:
-        return self.signal != 0
+        return self.agreed != 0
 
     def receive(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        self.received = number
+        if self.processes.count == 1:  # several stop together: see agree()
+            self.agreed = number
         if self.processes.first:
             print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
@@ -116,12 +120,10 @@ class StopRequest:
 def agree(state: TrainingState, stop: StopRequest, processes: Processes) -> None:
     """All processes take the same decisions: whether to stop, and how much time has passed."""
     if processes.count > 1:
-        import torch
-
-        device = next(state.model.parameters()).device
-        facts = torch.tensor([float(stop.signal), state.seconds], device=device, dtype=torch.float32)
+        # a tensor on the CPU, so that no GPU is waited for
+        facts = torch.tensor([stop.received, state.seconds], dtype=torch.float64)
         dist.all_reduce(facts, op=dist.ReduceOp.MAX)
-        stop.signal, state.seconds = int(facts[0]), float(facts[1])
+        stop.agreed, state.seconds = int(facts[0]), float(facts[1])
 
 
 def print_end(state: TrainingState, settings: SimpleNamespace, tokens_per_step: int, finished: bool) -> None:
@@ -129,7 +131,10 @@ def print_end(state: TrainingState, settings: SimpleNamespace, tokens_per_step: 
     folder = shown(settings.checkpoint_dir)
     if not finished:
         words = [word for word in sys.argv[1:] if word != "--fresh"]
-        command = shlex.join(["python", shown(sys.argv[0]), *words])
+        program = ["python"]
+        if "RANK" in os.environ:
+            program = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
+        command = shlex.join([*program, shown(sys.argv[0]), *words])
         print(f"saved step {state.step:,} in {folder}; go on with: {command}")
         return
     tokens = state.step * tokens_per_step

@@ -19,7 +19,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     On any exception the temporary file is removed and `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
+    remove_leftovers(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -34,8 +34,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes the place of `path`."""
+    path = path.resolve()  # where it is a link, what it points to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
+    remove_leftovers(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -47,16 +48,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+        remove_leftovers(path.parent, path.name)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left half-written beside `path`; a living one's stays."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        process, suffix = leftover.name.split(".")[-2:]
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that were killed left half-written in a folder, of all names or of one; what a living
+    one writes stays. A folder that was on its way to be replaced, and was not, comes back."""
+    for leftover in folder.glob(f".{'*' if name is None else glob.escape(name)}.*"):
+        *words, process, suffix = leftover.name[1:].split(".")
         if process.isdigit() and suffix in ("tmp", "old") and not lives(int(process)):
-            if leftover.is_dir():
+            if suffix == "old" and not (whole := folder / ".".join(words)).exists():
+                os.replace(leftover, whole)
+            elif leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
                 leftover.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ import torch
 from model.batches import Data
 from model.checkpoint import BEFORE_DECAY, list_checkpoints, load_checkpoint, step_of
 from model.config import CONFIG_FIELDS, LEARNING_RATES, RECIPE_FIELDS, GPTConfig, Recipe, find_preset
-from model.files import shown
+from model.files import remove_leftovers, shown
 from model.gpt import GPT
 from model.huggingface import Pretrained, token_table
 from model.settings import UserError, require
@@ -28,6 +28,7 @@ FIXED = ("preset", "init_from", *CONFIG_FIELDS, "seed", "batch_tokens", "optimiz
 KEPT = (
     *FIXED,
     *RECIPE_FIELDS,
+    "micro_batch",
     "save_interval",
     "eval_tokens",
     "log_interval",
@@ -74,7 +75,8 @@ class TrainingState:
     def restore(self, checkpoint: dict) -> None:
         self.model.load_state_dict(checkpoint["weights"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+            # the groups' options, such as weight decay, follow from the settings, which may have changed
+            optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
         if checkpoint["scaler"]:
             self.scaler.load_state_dict(checkpoint["scaler"])
         for name in self.COUNTERS:
@@ -176,6 +178,7 @@ def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data
         "init_from": None,
         "mask_stories": False,
         "bigram_start": False,
+        "micro_batch": 0,
         **vars(GPTConfig()),
         **saved,
     }  # as before there were these settings
@@ -206,7 +209,9 @@ def rewind(folder: Path, path: Path, checkpoint: dict, recipe: Recipe, first: bo
     longer = recipe.max_steps > saved["max_steps"] or (recipe.max_minutes or math.inf) > (
         saved["max_minutes"] or math.inf
     )
-    if not longer or not earlier.exists():
+    shorter = Recipe(**{name: saved[name] for name in RECIPE_FIELDS if name in saved})
+    decaying = shorter.progress(checkpoint["step"], checkpoint["seconds"]) > 1 - shorter.decay_fraction
+    if not longer or not decaying or not earlier.exists():
         return path, checkpoint
     rewound = load_checkpoint(earlier)
     if rewound["step"] >= checkpoint["step"]:
@@ -235,14 +240,14 @@ def only_one(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink()
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another train.py is at work in {shown(folder)}: wait for it, stop it, or use another --checkpoint-dir"
+            ) from None
+        remove_leftovers(folder)
         yield
-    except BlockingIOError:
-        raise UserError(
-            f"another train.py is at work in {shown(folder)}: wait for it, stop it, or use another --checkpoint-dir"
-        ) from None
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()

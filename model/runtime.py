@@ -65,7 +65,8 @@ def start_processes(device: str) -> Processes:
     # torchrun keeps one store over its restarts, in which a new worker must not find a dead one's address.
     store, rank, count = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=count)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     return processes
 
 
@@ -77,6 +78,15 @@ def stop_processes() -> None:
 def wait_for_all(processes: Processes) -> None:
     if processes.count > 1:
         dist.barrier()
+
+
+def same_everywhere(number: int, processes: Processes) -> bool:
+    """Whether all processes have the same number."""
+    if processes.count == 1:
+        return True
+    extremes = torch.tensor([number, -number])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    return extremes.sum().item() == 0
 
 
 def total_over(value: Tensor, processes: Processes) -> float:
@@ -105,6 +115,7 @@ def choose_device(name: str) -> torch.device:
                 f"there is no {name}: {torch.cuda.device_count()} GPUs are here, counted from cuda:0"
             )
         device = torch.device("cuda", device.index or torch.cuda.current_device())
+        torch.cuda.set_device(device)  # streams and graphs are made on the current one
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("this PyTorch finds no MPS device: use --device cpu")
     if device.type not in ("cpu", "cuda", "mps"):
@@ -243,6 +254,7 @@ def prepare_forward(
                     "not even one window fits into the GPU's memory: use a smaller model"
                 ) from None
             micro_batch //= 2
+            loss = None  # lets go of what the attempt that failed holds
         except Exception as error:  # compilation has many ways to fail, and each leaves eager mode
             if forward is model:
                 raise

@@ -384,9 +384,18 @@ def test_what_is_not_there_is_a_user_error(tmp_path, name, message):
         find_checkpoint(tmp_path, name, "best")
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, [100]), (3, [100, 20, 9]), (9, [100, 20, 9, 4]), (0, [100])])
-def test_prune_keeps_the_latest_and_touches_nothing_else(tmp_path, keep, left):
+@pytest.mark.parametrize(
+    ("keep", "step", "left"),
+    [
+        (1, 100, [100]),
+        (3, 100, [100, 20, 9]),
+        (9, 100, [100, 20, 9, 4]),
+        (0, 100, [100]),
+        (1, 20, [100, 20]),  # one that did not load, and the one just written
+    ],
+)
+def test_prune_keeps_the_latest_and_touches_nothing_else(tmp_path, keep, step, left):
     others = {"best.pt", "metrics.jsonl", "ckpt_x.pt", "ckpt_3.pt.bak"}
     touch(tmp_path, *others, *(f"ckpt_{step}.pt" for step in (4, 9, 20, 100)))
-    prune(tmp_path, keep)
+    prune(tmp_path, keep, step)
     assert set(os.listdir(tmp_path)) == others | {f"ckpt_{step}.pt" for step in left}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from data import encoder, prepare_data
-from data.encoder import WORD, Encoder, encodes_word_by_word, load_tokenizer
+from data.encoder import WORD, Encoder, encode_all, encodes_word_by_word, load_tokenizer
 
 USUAL = [chr(code) for code in (*range(256), *range(0x2010, 0x2028))]
 
@@ -140,6 +140,15 @@ def commandline(process):
         return Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def test_a_fault_in_reading_is_not_taken_for_a_dead_process(packed):
+    def stories():
+        yield ["Once upon a time"]
+        raise OSError("the disk")
+
+    with pytest.raises(OSError, match="the disk"):
+        list(encode_all(stories(), packed / "tokenizer" / "tokenizer.json", "uint16", workers=2))
 
 
 def test_a_killed_process_ends_the_step_with_one_line(much):

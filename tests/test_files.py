@@ -1,0 +1,79 @@
+"""Files and folders are written whole or not at all, and nothing is lost where that fails."""
+
+import os
+
+import pytest
+
+from model import files
+from model.files import atomic_folder, remove_leftovers
+from model.resume import only_one
+from model.settings import UserError
+
+DEAD = 2**22 + 1  # beyond the numbers that Linux gives to processes
+
+
+def content(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder that holds one file."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    (folder / "old").write_text("1")
+    return folder
+
+
+def test_a_folder_is_replaced_where_its_link_points(folder, tmp_path):
+    link = tmp_path / "elsewhere" / "link"
+    link.parent.mkdir()
+    link.symlink_to(folder)
+    with atomic_folder(link) as temporary:
+        (temporary / "new").write_text("2")
+    assert link.is_symlink() and content(folder) == {"new": "2"}
+    assert [path.name for path in (*tmp_path.iterdir(), *link.parent.iterdir())].count("link") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "raw"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_folder_that_cannot_be_replaced_stays(folder, tmp_path, monkeypatch, failing):
+    replace, calls = os.replace, []
+
+    def fail_once(*names):
+        calls.append(names)
+        if len(calls) == failing:
+            raise OSError("no")
+        replace(*names)
+
+    monkeypatch.setattr(files.os, "replace", fail_once)
+    with pytest.raises(OSError, match="no"):
+        with atomic_folder(folder) as temporary:
+            (temporary / "new").write_text("2")
+    assert content(folder) == {"old": "1"} and list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_was_killed_between_two_renames_comes_back(folder, tmp_path):
+    folder.rename(tmp_path / f".raw.{DEAD}.old")
+    (tmp_path / f".raw.{DEAD}.tmp").mkdir()
+    remove_leftovers(tmp_path, "raw")
+    assert content(folder) == {"old": "1"} and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_run_tidies_up_what_is_dead_and_nothing_else(tmp_path):
+    (tmp_path / f".best.pt.{DEAD}.tmp").write_text("half")
+    (tmp_path / f".export.{DEAD}.tmp").mkdir()
+    alive = {f".report.html.{os.getppid()}.tmp", "best.pt", ".hidden", ".notes.old"}
+    for name in alive:
+        (tmp_path / name).write_text("whole")
+    with only_one(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == alive
+
+
+def test_only_the_lock_is_taken_for_another_run(tmp_path):
+    with pytest.raises(BlockingIOError):
+        with only_one(tmp_path):
+            raise BlockingIOError("something else")
+    with only_one(tmp_path), pytest.raises(UserError, match="another train.py"):
+        with only_one(tmp_path):
+            pass
