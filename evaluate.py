@@ -27,10 +27,10 @@ import tokenizers
 import torch
 
 from data.hub import reach_hub
-from data.story_files import find_files, read_file
+from data.story_files import find_files, read_file, tidy
 from model.batches import Data, Split, load_data
 from model.candidates import Candidate, find_candidate, load_candidate
-from model.files import atomic_write, shown, size_text, write_json
+from model.files import atomic_write, require_file, shown, size_text, write_json
 from model.generation import text_tokenizer
 from model.report import QUALITY_COLUMNS, SCORE_COLUMNS, cells, on_its_side, render
 from model.resume import fingerprints
@@ -44,6 +44,7 @@ CHECKPOINT_DIR = "checkpoints"  # where best, latest and steps are looked for
 DATA_DIR = "data"  # holds tokenizer/ and processed/
 SPLIT = "validation"  # train, validation or all
 TEXT: list[str] = []  # score these files' stories instead: what step 1 reads (.txt, .jsonl, ...)
+TEXT_COLUMN = "text"  # the column or key that holds a story in .csv, .json, .jsonl and .parquet
 MAX_SAMPLES = 0  # stories to score, evenly spread; 0 is all
 BATCH_SIZE = 0  # windows in one forward pass; 0 packs as many tokens as suit the device
 NUM_STORIES: int | None = None  # stories each checkpoint writes, to be judged; none: 100 for a report, else 0
@@ -83,8 +84,9 @@ def main() -> None:
     )
     check(settings)
     files = {name: read_written(name) for name in settings.stories}
-    # stories in files are judged without a model, unless one is named
-    names = settings.checkpoint or ([] if files else [None])
+    # stories in files are judged without a model, unless one is named or needed
+    needed = not files or settings.given & {"text", "split", "max_samples", "num_stories", "prompt"}
+    names = settings.checkpoint or ([None] if needed else [])
     found = [find_candidate(settings.checkpoint_dir, name) for name in names]
     if any(isinstance(name, str) and not Path(name).exists() for name in found):
         reach_hub()
@@ -127,8 +129,7 @@ def check(settings: SimpleNamespace) -> None:
     require(settings.num_stories >= 0, f"--num-stories must be 0 or more, not {settings.num_stories}")
     require(not (settings.text and "split" in settings.given), "--text and --split: give one of the two")
     for name in ("output", "report"):
-        path = getattr(settings, name)
-        require(path is None or not Path(path).is_dir(), f"--{name} {path} is a folder: name a file in it")
+        require_file(getattr(settings, name), f"--{name}")
 
 
 def read_data(settings: SimpleNamespace) -> Data | None:
@@ -162,7 +163,7 @@ def read_text(settings: SimpleNamespace) -> list[str]:
     for word in settings.text:
         files = find_files(word, settings.data_dir)
         require(files is not None, f"there is no file or folder {word}")
-        stories += [story.strip() for file in files for story in read_file(file, "text")]
+        stories += [tidy(story) for file in files for story in read_file(file, settings.text_column)]
     stories = [story for story in stories if story]
     require(bool(stories), f"{', '.join(settings.text)} holds no stories")
     return sorted(spread(stories, settings.max_samples))

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from model.checkpoint import find_checkpoint, load_model
 from model.decoder import Decoder, choose_weights
-from model.files import atomic_write, shown
+from model.files import atomic_write, require_file, shown
 from model.generation import Sampling, generate
 from model.runtime import choose_device
 from model.settings import UserError, read_settings, require, run_script
@@ -28,11 +28,11 @@ PROMPT: list[str] = []  # beginnings, one story (or NUM_SAMPLES) for each; an em
 PROMPTS_FILE: str | None = None  # a text file with one beginning a line
 NUM_SAMPLES = 1  # stories for each beginning
 MAX_TOKENS = 400  # longest continuation; most stories end by themselves before
-TEMPERATURE = 0.8  # 0 always takes the likeliest token; higher is more surprising
+TEMPERATURE: float = 0.8  # 0 always takes the likeliest token; higher is more surprising
 TOP_K = 0  # draw from the k likeliest tokens only; 0 is off
-TOP_P = 0.95  # draw from the likeliest tokens that together hold this probability; 1 is off
-MIN_P = 0.0  # drop tokens below this share of the likeliest one's probability; 0 is off
-REPETITION_PENALTY = 1.0  # above 1 makes tokens that occurred before less likely
+TOP_P: float = 0.95  # draw from the likeliest tokens that together hold this probability; 1 is off
+MIN_P: float = 0.0  # drop tokens below this share of the likeliest one's probability; 0 is off
+REPETITION_PENALTY: float = 1.0  # above 1 makes tokens that occurred before less likely
 SEED: int | None = None  # of the first story, the next has SEED + 1; none: a new one, which is printed
 INTERACTIVE = False  # read a beginning, continue it, again and again
 OUTPUT: str | None = None  # write the stories to this .jsonl file instead of printing them
@@ -58,6 +58,12 @@ def main() -> None:
     require(settings.max_tokens >= 1, f"--max-tokens must be at least 1, not {settings.max_tokens}")
     sampling = Sampling(
         settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.repetition_penalty
+    )
+    require_file(settings.output, "--output")
+    ignored = settings.given & {"prompt", "prompts_file", "num_samples", "output"}
+    flags = " and ".join("--" + name.replace("_", "-") for name in sorted(ignored))
+    require(
+        not (settings.interactive and ignored), f"--interactive reads from the keyboard: leave out {flags}"
     )
     prompts = read_prompts(settings)
     path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="best")
@@ -101,7 +107,9 @@ def read_prompts(settings: SimpleNamespace) -> list[str]:
     prompts = list(settings.prompt)
     if settings.prompts_file is not None:
         try:
-            prompts += Path(settings.prompts_file).read_text(encoding="utf-8").splitlines()
+            prompts += (
+                Path(settings.prompts_file).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+            )
         except FileNotFoundError:
             raise UserError(f"there is no file {settings.prompts_file}") from None
         except UnicodeDecodeError:

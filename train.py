@@ -7,6 +7,7 @@ torchrun --nproc_per_node=2 train.py         two GPUs, or two CPU processes
 """
 
 import contextlib
+import copy
 import math
 import os
 import sys
@@ -36,6 +37,7 @@ from model.resume import TrainingState, only_one, rewind, set_aside, settle
 from model.runtime import (
     Processes,
     Runtime,
+    choose_device,
     choose_runtime,
     prepare_forward,
     same_everywhere,
@@ -125,6 +127,9 @@ def main() -> None:
     processes = start_processes(settings.device)
     folder = settings.checkpoint_dir
     try:
+        if settings.fresh:  # what cannot begin is refused before anything is moved
+            pretrained = load_pretrained(settings.init_from) if settings.init_from else None
+            settle(copy.copy(settings), None, load_data(settings.data_dir), True, pretrained)
         if settings.fresh and processes.first and (moved := set_aside(folder)):
             print(f"the earlier run is now in {shown(moved)}")
         with only_one(folder) if processes.first else contextlib.nullcontext():
@@ -140,12 +145,11 @@ def main() -> None:
 def train(settings: SimpleNamespace, processes: Processes) -> None:
     # What: the stories, and the run to begin or to go on with
     data = load_data(settings.data_dir, settings.verify)
-    runtime = choose_runtime(settings.device, settings.dtype, settings.compile, settings.deterministic)
-    folder = settings.checkpoint_dir
+    device, folder = choose_device(settings.device), settings.checkpoint_dir
     path, checkpoint = load_latest(folder) or (None, None)
     wait_for_all(processes)  # all have read before the first may move files
     pretrained = load_pretrained(settings.init_from) if settings.init_from and not checkpoint else None
-    config, recipe = settle(settings, checkpoint, data, runtime.device.type == "cpu", pretrained)
+    config, recipe = settle(settings, checkpoint, data, device.type == "cpu", pretrained)
     if checkpoint:
         path, checkpoint = rewind(folder, path, checkpoint, recipe, processes.first)
     windows_per_step = max(1, recipe.batch_tokens // config.block_size)
@@ -159,10 +163,10 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
         data.validation.tokens, config.block_size, max(1, settings.eval_tokens // config.block_size)
     )
 
+    # With what: the model and its optimizers, on which device
+    runtime = choose_runtime(settings.device, settings.dtype, settings.compile, settings.deterministic)
     if runtime.device.type == "cuda":
         batches.move_to(runtime.device, budget=0.25 * torch.cuda.mem_get_info(runtime.device)[0])
-
-    # With what: the model and its optimizers
     torch.manual_seed(settings.seed)
     model = GPT(config).to(runtime.device)
     if pretrained:
@@ -188,9 +192,8 @@ def train(settings: SimpleNamespace, processes: Processes) -> None:
             print(f"beginning    as a bigram model of the stories, counted in {state.seconds:.1f} s")
     if checkpoint and recipe.progress(state.step, state.seconds) >= 1:
         if processes.first:
-            print(
-                "finished already: a larger --max-steps or --max-minutes extends this run, --fresh begins anew"
-            )
+            limit = "--max-steps" if state.step >= recipe.max_steps else "--max-minutes"
+            print(f"finished already: a larger {limit} extends this run, --fresh begins anew")
         return
 
     # How: compiled where that works, in micro-batches that fit into memory

@@ -41,7 +41,7 @@ from data.stories import (
     raw_batches,
     read_manifest,
 )
-from data.story_files import find_files, read_file
+from data.story_files import find_files, read_file, tidy
 from model.files import atomic_folder, require_space, sha256_file, shown, size_text, write_json
 from model.settings import REPO, UserError, read_settings, require, run_script
 
@@ -49,7 +49,7 @@ SOURCE: list[str] = ["hub"]  # hub (TinyStories), sample (built in), a hub data 
 VALIDATION_SOURCE: list[str] = []  # the same kinds; none takes the hub's validation split, else a part of all
 TEXT_COLUMN = "text"  # the column, or JSON key, that holds the story
 MAX_STORIES = 0  # training stories to keep; 0 keeps all (of the built-in ones 20,000)
-VALIDATION_FRACTION = 0.05  # of all stories, drawn at random, where the source has no validation split
+VALIDATION_FRACTION: float = 0.05  # of all stories, drawn at random, where the source has no validation split
 SEED = 1  # of the built-in stories and of that draw
 DATA_DIR = "data"  # the folder of raw/, tokenizer/ and processed/
 
@@ -209,7 +209,7 @@ class NumberSet:
 def clean(stories: Iterable[str], dropped: Counter, seen: NumberSet, taken: Container = ()) -> Iterator[str]:
     """Stories with \n line ends and no space around, without empty, repeated and `taken` ones (counted)."""
     for story in stories:
-        story = story.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff").strip()
+        story = tidy(story)
         # 64 bits: among 20 million stories, two get the same number once in 90,000 corpora
         key = int.from_bytes(story_digest(story)[:8], "little", signed=True)
         if not story:

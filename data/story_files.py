@@ -136,17 +136,25 @@ def open_unpacked(path: Path, bar: Progress | None = None) -> BinaryIO:
     return file
 
 
+def tidy(story: str) -> str:
+    """A story with \n line ends, and without a byte order mark and space around."""
+    return story.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff").strip()
+
+
 def text_rows(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[str, str]]:
-    """Stories between lines `<|endoftext|>`, or between blank lines in a file that has no such line."""
+    """Stories between lines `<|endoftext|>`; in a file that has no such line, between lines that end so, or else
+    between blank lines."""
     with open_text(path) as file:
-        separator = END_OF_TEXT if any(line.strip() == END_OF_TEXT for line in file) else ""
+        ending = {line.strip() == END_OF_TEXT for line in file if line.rstrip().endswith(END_OF_TEXT)}
+    separator = END_OF_TEXT if ending else ""
     with open_text(path, bar) as file:
         story = []
         for line in file:
-            if line.strip() != separator:
+            last = line.rstrip().endswith(separator) if ending == {False} else line.strip() == separator
+            if not last:
                 story.append(line)
             elif story or separator:  # several blank lines are one boundary, not an empty story
-                yield "", "".join(story)
+                yield "", "".join(story) + line.rstrip().removesuffix(END_OF_TEXT)
                 story = []
         if story:
             yield "", "".join(story)

@@ -219,9 +219,11 @@ def describe(tokenizer: Tokenizer, stories: object, asked: int) -> None:
     sample = next(raw_batches(stories))
     tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(sample))
     ratio = sum(len(story.encode()) for story in sample) / tokens
-    print(
-        f"vocabulary: {tokenizer.get_vocab_size():,} tokens; a token holds {ratio:.2f} bytes of these stories"
+    size = tokenizer.get_vocab_size()
+    fewer = f", not the {asked:,} asked for: these stories have no more pairs that occur twice" * (
+        size < asked
     )
+    print(f"vocabulary: {size:,} tokens{fewer}; a token holds {ratio:.2f} bytes of these stories")
     pieces = [tokenizer.decode([number]) for number in tokenizer.encode(EXAMPLE).ids]
     print(f"example:    {'|'.join(pieces)}")
 

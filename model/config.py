@@ -44,6 +44,8 @@ class GPTConfig:
             self.blocks == "gpt2" or self.head_dim % 2 == 0,
             f"modern blocks need an even head size; n_embd {self.n_embd} / n_head {self.n_head} is {self.head_dim}",
         )
+        require(self.head_dim >= 1, f"head_size must be at least 1, not {self.head_size}")
+        require(self.rope_base > 0, f"rope_base must be above 0, not {self.rope_base:g}")
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
 
     @property
@@ -53,7 +55,7 @@ class GPTConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.head_size or self.n_embd // self.n_head
+        return self.n_embd // self.n_head if self.head_size is None else self.head_size
 
     @property
     def kv_heads(self) -> int:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -17,6 +18,7 @@ from model.config import Recipe
 from model.files import shown
 from model.resume import TrainingState
 from model.runtime import Processes, Runtime, peak_flops
+from model.settings import REPO
 
 QUIET_SECONDS = 20  # between progress lines where there is no terminal
 
@@ -130,11 +132,11 @@ def print_end(state: TrainingState, settings: SimpleNamespace, tokens_per_step: 
     """The result in lines of `key: value`, or the command to go on."""
     folder = shown(settings.checkpoint_dir)
     if not finished:
-        words = [word for word in sys.argv[1:] if word != "--fresh"]
+        words = re.sub(r"--fresh(=\S+| (?!-)\S+)?( |$)", "", " ".join(map(shlex.quote, sys.argv[1:]))).strip()
         program = ["python"]
         if "RANK" in os.environ:
             program = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
-        command = shlex.join([*program, shown(sys.argv[0]), *words])
+        command = f"{shlex.join([*program, shown(sys.argv[0])])} {words}".strip()
         print(f"saved step {state.step:,} in {folder}; go on with: {command}")
         return
     tokens = state.step * tokens_per_step
@@ -145,5 +147,5 @@ def print_end(state: TrainingState, settings: SimpleNamespace, tokens_per_step: 
         f"best_validation_loss: {state.best_loss:.4f}\n"
         f"best_checkpoint: {folder}/best.pt\nloss_curve: {folder}/loss_curve.png\n"
         f"stories_on_the_way: {folder}/samples.md\n"
-        f"next: python generate.py{places}"
+        f"next: python {shlex.quote(shown(REPO / 'generate.py'))}{places}"
     )

@@ -18,6 +18,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     On any exception the temporary file is removed and `path` stays as it was.
     """
+    path = path.resolve()  # where it is a link, what it points to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -34,7 +35,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes the place of `path`."""
-    path = path.resolve()  # where it is a link, what it points to is replaced
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -74,6 +75,13 @@ def lives(process: int) -> bool:
     except OSError:  # someone else's
         return True
     return process != os.getpid()
+
+
+def require_file(path: str | None, flag: str) -> None:
+    """Raise UserError where no file can be written under the name that a flag gives (None: it gives none)."""
+    if path is not None:
+        require(not Path(path).is_dir(), f"{flag} {path or repr(path)} is a folder: name a file in it")
+        require(not Path(path).exists() or Path(path).is_file(), f"{flag} {path} is not a regular file")
 
 
 def require_space(folder: Path, needed: float) -> None:

@@ -26,8 +26,10 @@ from model.settings import UserError, require
 # What makes a run this run and not another; the rest may change when it goes on.
 FIXED = ("preset", "init_from", *CONFIG_FIELDS, "seed", "batch_tokens", "optimizer")
 KEPT = (
-    *FIXED,
-    *RECIPE_FIELDS,
+    *dict.fromkeys((*FIXED, *RECIPE_FIELDS)),
+    "dtype",
+    "compile",
+    "deterministic",
     "micro_batch",
     "save_interval",
     "eval_tokens",
@@ -178,6 +180,9 @@ def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data
         "init_from": None,
         "mask_stories": False,
         "bigram_start": False,
+        "dtype": "auto",
+        "compile": "auto",
+        "deterministic": False,
         "micro_batch": 0,
         **vars(GPTConfig()),
         **saved,
@@ -209,6 +214,7 @@ def rewind(folder: Path, path: Path, checkpoint: dict, recipe: Recipe, first: bo
     longer = recipe.max_steps > saved["max_steps"] or (recipe.max_minutes or math.inf) > (
         saved["max_minutes"] or math.inf
     )
+    longer = longer and recipe.progress(checkpoint["step"], checkpoint["seconds"]) < 1
     shorter = Recipe(**{name: saved[name] for name in RECIPE_FIELDS if name in saved})
     decaying = shorter.progress(checkpoint["step"], checkpoint["seconds"]) > 1 - shorter.decay_fraction
     if not longer or not decaying or not earlier.exists():

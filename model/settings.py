@@ -40,6 +40,19 @@ class UserError(Exception):
     """Something the user can mend. Its text is one line: what is wrong, and what to do."""
 
 
+class NoSuchSetting(UserError, AttributeError):
+    """A setting whose line was deleted from the script, or has lost its comment."""
+
+
+class Settings(SimpleNamespace):
+    """What read_settings returns."""
+
+    def __getattr__(self, name: str) -> object:  # called for what is not there
+        raise NoSuchSetting(
+            f"the script has no setting {name.upper()}: that is a line of its own with a value and a comment behind it"
+        )
+
+
 @dataclass(frozen=True)
 class Constant:
     name: str  # lower case, as in the namespace that read_settings returns
@@ -65,15 +78,36 @@ def read_constants(script: str | Path) -> list[Constant]:
             continue
         if not (isinstance(target, ast.Name) and target.id.isupper() and node.end_lineno in comments):
             continue
-        value = ast.literal_eval(node.value)
+        value = literal(node.value)
         many = isinstance(value, list)
         words = annotation.replace("[", " ").replace("]", " ").split()
         kind = next((k for k in (int, float, bool, str) if k.__name__ in words), None)
         kind = kind or (str if many else type(value))
-        constants.append(
-            Constant(target.id.lower(), value, kind, "None" in words, many, comments[node.end_lineno])
+        optional = "None" in words
+        fits = value is not ... and many == ("list" in words)
+        fits = fits and all(
+            type(one) in ((int, float) if kind is float else (kind,)) for one in (value if many else [value])
         )
+        wanted = TYPE_NAMES.get(kind, "a plain value")
+        wanted = f"a list of {wanted.removeprefix('a ')}s" if "list" in words else wanted
+        require(
+            fits or (optional and value is None),
+            f"{Path(script).name} line {node.lineno}: {target.id} takes {wanted}{' or None' * optional}, "
+            f"not {ast.unparse(node.value)}",
+        )
+        constants.append(Constant(target.id.lower(), value, kind, optional, many, comments[node.end_lineno]))
     return constants
+
+
+def literal(node: ast.expr) -> object:
+    """The value of a literal, or of arithmetic with numbers (64 * 1024); Ellipsis where it is neither."""
+    parts = (ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop)
+    try:
+        if isinstance(node, ast.BinOp) and all(isinstance(part, parts) for part in ast.walk(node)):
+            return eval(compile(ast.Expression(node), "setting", "eval"))
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, ArithmeticError):
+        return ...
 
 
 def parse_value(text: str, constant: Constant) -> object:
@@ -160,7 +194,7 @@ def read_settings(
         hint = f"; did you mean --{nearest[0]}?" if nearest and word.startswith("-") else ""
         raise UserError(f"{prog} has no flag {word}{hint} (--help lists all)")
 
-    settings = SimpleNamespace(given=set(), defaults={c.name: c.value for c in constants})
+    settings = Settings(given=set(), defaults={c.name: c.value for c in constants})
     seen = {word.partition("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
     for constant in constants:
         given = constant.name in seen
@@ -214,6 +248,7 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(141)
     except OSError as error:
         if error.errno not in (
+            errno.ENOENT,
             errno.ENOSPC,
             errno.ENOTDIR,
             errno.EISDIR,

@@ -217,7 +217,7 @@ def unseen_words(words: set[str], data: Data, tokenizer: Tokenizer) -> set[str]:
 def read_written(path: str) -> list[Story]:
     """The stories in a .jsonl that generate.py wrote. Raises UserError naming the line that is not one."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except UnicodeDecodeError:

@@ -48,6 +48,8 @@ def test_steps_out_of_order_name_the_command_to_run(run, packed, tmp_path):
         (["--vocab-size", "100"], ["vocab_size 100", "400"]),
         (["--micro-batch", "-1"], ["--micro-batch"]),
         (["--dropout", "1"], ["dropout"]),
+        (["--head-size", "-2"], ["head_size must be at least 1"]),
+        (["--rope-base", "0"], ["rope_base must be above 0"]),
     ],
 )
 def test_train_refuses(run, packed, tmp_path, flags, needles):

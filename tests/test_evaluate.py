@@ -162,6 +162,18 @@ def test_stories_of_ones_own_need_no_packed_data(evaluate, tmp_path, tokenizer):
     assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-5)
 
 
+def test_line_ends_of_ones_own_stories_cost_nothing(evaluate, tmp_path):
+    """They are read as step 1 reads them, from whichever column."""
+    scores = set()
+    for name, end in (("unix", "\n"), ("windows", "\r\n")):
+        text = f'story{end}"The cat sat.{end}{end}A dog sat."{end}"A dog saw."{end}'
+        (tmp_path / f"{name}.csv").write_bytes(text.encode())
+        (row,) = evaluate("--text", f"{name}.csv", "--text-column", "story")["results"]
+        assert row["stories"] == 2
+        scores.add(row["bits_per_byte"])
+    assert len(scores) == 1
+
+
 def test_a_model_trained_on_other_stories_is_remarked_on(evaluate, checkpoint, data_dir, tmp_path, capsys):
     content = torch.load(checkpoint / "best.pt", weights_only=True)
     here = script.fingerprints(script.load_data(data_dir))
@@ -178,7 +190,8 @@ def test_written_stories_are_judged_beside_real_ones(evaluate, tmp_path, capsys)
     ]
     (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, rows * 2)))
     written = evaluate("--stories", "s.jsonl")
-    assert written["results"] == []  # without a model
+    assert written["results"] == []  # without a model, unless what is asked for needs one
+    assert len(evaluate("--stories", "s.jsonl", "--num-stories", 1)["results"]) == 1
     real, judged = written["quality"]["real stories"], written["quality"]["s.jsonl"]
     assert judged["stories"] == real["stories"] == 2 and judged["ended"] == 1
     assert judged["unseen_examples"] == ["dragon"]

@@ -12,7 +12,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from conftest import REPO, assert_one_line_error
+
+from model.story_quality import read_written
 
 
 @pytest.fixture
@@ -48,6 +50,27 @@ def test_stories_go_to_a_file_one_json_object_a_line(generate, tmp_path):
     for row in rows:
         assert row["finish_reason"] == ("length" if row["tokens"] == 9 else "end_of_story")
         assert row["tokens"] <= 9 and isinstance(row["story"], str)
+
+
+def test_a_line_is_a_story_whatever_it_holds(generate, run, tmp_path):
+    """Also characters at which Python's splitlines() would part it."""
+    path = tmp_path / "stories.jsonl"
+    generate("--prompt", "One\u2028day\x85", "--max-tokens", 5, "--output", path, check=0)
+    text = path.read_text(encoding="utf-8")
+    assert "\u2028" in text and read_written(str(path))[0].text.startswith("One\u2028day\x85")
+
+
+@pytest.mark.parametrize(
+    ("flags", "needles"),
+    [
+        (["--output", "."], ["--output . is a folder: name a file in it"]),
+        (["--output", ""], ["--output '' is a folder"]),
+        (["--output", "/dev/null"], ["/dev/null is not a regular file"]),
+        (["--interactive", "--output", "x.jsonl", "--prompt", "A"], ["leave out --output and --prompt"]),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_written(generate, flags, needles):
+    assert_one_line_error(generate(*flags), *needles)
 
 
 def test_a_sample_is_the_story_that_its_seed_gives_alone(generate, tmp_path):

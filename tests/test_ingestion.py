@@ -160,6 +160,8 @@ def test_blank_lines_part_stories_only_where_no_separator_line_is(tmp_path):
 
 def test_a_separator_within_a_line_is_text(tmp_path):
     path = tmp_path / "stories.txt"
+    path.write_text("one\n\nstill one <|endoftext|>\ntwo <|endoftext|>\nthree", encoding="utf-8")
+    assert [story.strip() for story in read_file(path, "text")] == ["one\n\nstill one", "two", "three"]
     path.write_text("one <|endoftext|> more\n\ntwo", encoding="utf-8")
     assert [story.strip() for story in read_file(path, "text")] == ["one <|endoftext|> more", "two"]
 

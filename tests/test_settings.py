@@ -185,6 +185,57 @@ def test_a_bad_flag_ends_in_one_line_and_status_2(script, tmp_path):
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("line", "edited", "needles"),
+    [
+        ("STEPS = 65_536  #", "STEPS = 2 * 3**2  #", None),
+        ("RATE = 0.5  #", "RATE = -1 / 4  #", None),
+        ("DEPTH: int | None = None  #", "DEPTH: int | None = 3  #", None),
+        (
+            "DEPTH: int | None = None  #",
+            'DEPTH: int | None = "3"  #',
+            ["DEPTH takes a whole number or None", "'3'"],
+        ),
+        (
+            "DEPTH: int | None = None  #",
+            "DEPTH: int | None = 20.5  #",
+            ["DEPTH takes a whole number", "20.5"],
+        ),
+        (
+            "DEPTH: int | None = None  #",
+            "DEPTH: int | None = True  #",
+            ["DEPTH takes a whole number", "True"],
+        ),
+        ("SIZES: list[int] = [1, 2]", "SIZES: list[int] = 1", ["SIZES takes a list of whole numbers, not 1"]),
+        ("PROMPT: list[str] = []", 'PROMPT: list[str] = ["a", 1]', ["PROMPT takes a list of texts"]),
+        ('NAME = "cat"', "NAME = NAMES[1]", ["NAME takes a plain value, not NAMES[1]"]),
+        ('NAME = "cat"', 'NAME = "c" * 3', None),
+        ("STEPS = 65_536  #", "STEPS = 1 // 0  #", ["STEPS takes a plain value"]),
+    ],
+)
+def test_an_edited_constant_is_checked_as_a_flag_is(script, line, edited, needles):
+    text = script.read_text()
+    assert line in text
+    script.write_text(text.replace(line, edited))
+    if needles is None:
+        name = edited.split()[0].rstrip(":")
+        value = eval(edited.split("=", 1)[1].split("#")[0])
+        assert next(c.value for c in read_constants(script) if c.name == name.lower()) == value
+    else:
+        with pytest.raises(UserError) as error:
+            read_constants(script)
+        assert all(needle in str(error.value) for needle in ["script.py line ", *needles])
+
+
+def test_a_setting_that_lost_its_comment_is_named(script):
+    script.write_text(
+        script.read_text().replace("STEPS = 65_536  # optimizer steps, 100 % of them", "STEPS = 3")
+    )
+    settings = read_settings(script, [])
+    with pytest.raises(UserError, match="no setting STEPS"):
+        settings.steps  # noqa: B018
+
+
 def test_help_and_values_through_a_real_command_line(script, tmp_path):
     result = run_file(script, "--steps", "7", "--no-tied", "--prompt", "a b", cwd=tmp_path)
     assert result.returncode == 0 and result.stderr == ""

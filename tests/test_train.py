@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from model.batches import Batches, load_data, validation_windows
 from model.bigrams import begin_as_bigrams
 from model.checkpoint import list_checkpoints, load_checkpoint
 from model.config import PRESETS, GPTConfig, Recipe
-from model.console import StopRequest
+from model.console import StopRequest, print_end
 from model.gpt import GPT
 from model.resume import rewind, settle
 from model.runtime import Processes, choose_runtime
@@ -347,6 +348,44 @@ def test_fresh_moves_the_old_run_aside(train, tmp_path):
     (moved,) = tmp_path.glob("run-*")
     assert moved.name in result.out and (moved / "ckpt_12.pt").exists()
     assert load_checkpoint(folder / "ckpt_12.pt")["settings"]["seed"] == 2
+
+
+def test_fresh_moves_nothing_where_the_new_run_cannot_begin(train):
+    folder, _ = train("run")
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError, match="not divisible"):
+        train("run", "--fresh", "--n-head", 5)
+    assert sorted(folder.iterdir()) == before and [path.name for path in folder.parent.glob("run*")] == [
+        "run"
+    ]
+
+
+@pytest.mark.parametrize("fresh", [["--fresh"], ["--fresh=true"], ["--fresh", "true"]])
+def test_the_command_to_go_on_does_not_begin_anew(train, monkeypatch, capsys, fresh):
+    state, settings = SimpleNamespace(step=3), SimpleNamespace(checkpoint_dir="my run", given=set())
+    monkeypatch.setattr(sys, "argv", ["train.py", "--max-steps", "9", *fresh, "--checkpoint-dir", "my run"])
+    print_end(state, settings, 512, finished=False)
+    assert capsys.readouterr().out.endswith(
+        "go on with: python train.py --max-steps 9 --checkpoint-dir 'my run'\n"
+    )
+
+
+def test_precision_and_compilation_are_remembered(train):
+    folder, _ = train("run", "--dtype", "float32", "--max-steps", 8, "--decay-fraction", "0.01")
+    train("run", "--max-steps", 12, tiny=[])
+    saved = load_checkpoint(folder / "ckpt_12.pt")["settings"]
+    assert (saved["dtype"], saved["compile"]) == ("float32", "off")
+
+
+def test_a_run_that_ended_by_the_clock_needs_more_time(train):
+    """More steps change nothing then, so that it does not go back either."""
+    folder, _ = train("run", "--max-steps", 1_000_000, "--max-minutes", 0.02)
+    before = metrics(folder)
+    _, result = train("run", "--max-steps", 2_000_000)
+    assert (
+        "finished already: a larger --max-minutes extends this run" in result.out
+        and metrics(folder) == before
+    )
 
 
 @pytest.mark.parametrize(
