@@ -7,4 +7,4 @@ source ./environment.sh
 use_environment requirements.txt requirements-test.txt
 "$PYTHON" -m ruff check . || fail "ruff check found the above"
 "$PYTHON" -m ruff format --check . || fail "these files are not formatted: run .venv/bin/ruff format"
-"$PYTHON" -m pytest "$@" || fail "pytest found the above"
+"$PYTHON" -m pytest -n auto --maxprocesses 4 "$@" || fail "pytest found the above"
