@@ -85,7 +85,7 @@ def main() -> None:
     check(settings)
     files = {name: read_written(name) for name in settings.stories}
     # stories in files are judged without a model, unless one is named or needed
-    needed = not files or settings.given & {"text", "split", "max_samples", "num_stories", "prompt"}
+    needed = not files or settings.given & {"num_stories", "prompt"}
     names = settings.checkpoint or ([None] if needed else [])
     found = [find_candidate(settings.checkpoint_dir, name) for name in names]
     if any(isinstance(name, str) and not Path(name).exists() for name in found):

@@ -62,9 +62,8 @@ def main() -> None:
     require_file(settings.output, "--output")
     ignored = settings.given & {"prompt", "prompts_file", "num_samples", "output"}
     flags = " and ".join("--" + name.replace("_", "-") for name in sorted(ignored))
-    require(
-        not (settings.interactive and ignored), f"--interactive reads from the keyboard: leave out {flags}"
-    )
+    alone = not (settings.interactive and ignored)
+    require(alone, f"--interactive reads from the keyboard: leave out {flags}")
     prompts = read_prompts(settings)
     path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="best")
     device = choose_device(settings.device)
@@ -107,9 +106,8 @@ def read_prompts(settings: SimpleNamespace) -> list[str]:
     prompts = list(settings.prompt)
     if settings.prompts_file is not None:
         try:
-            prompts += (
-                Path(settings.prompts_file).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-            )
+            text = Path(settings.prompts_file).read_text(encoding="utf-8-sig")
+            prompts += text.removesuffix("\n").split("\n")
         except FileNotFoundError:
             raise UserError(f"there is no file {settings.prompts_file}") from None
         except UnicodeDecodeError:

@@ -220,9 +220,7 @@ def describe(tokenizer: Tokenizer, stories: object, asked: int) -> None:
     tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(sample))
     ratio = sum(len(story.encode()) for story in sample) / tokens
     size = tokenizer.get_vocab_size()
-    fewer = f", not the {asked:,} asked for: these stories have no more pairs that occur twice" * (
-        size < asked
-    )
+    fewer = "" if size >= asked else f" (not {asked:,}: no more pairs occur twice in these stories)"
     print(f"vocabulary: {size:,} tokens{fewer}; a token holds {ratio:.2f} bytes of these stories")
     pieces = [tokenizer.decode([number]) for number in tokenizer.encode(EXAMPLE).ids]
     print(f"example:    {'|'.join(pieces)}")

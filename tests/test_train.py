@@ -370,11 +370,12 @@ def test_the_command_to_go_on_does_not_begin_anew(train, monkeypatch, capsys, fr
     )
 
 
-def test_precision_and_compilation_are_remembered(train):
-    folder, _ = train("run", "--dtype", "float32", "--max-steps", 8, "--decay-fraction", "0.01")
+def test_how_it_computes_is_remembered(train):
+    flags = ["--dtype", "float32", "--micro-batch", 5]
+    folder, _ = train("run", *flags, "--max-steps", 8, "--decay-fraction", "0.01")
     train("run", "--max-steps", 12, tiny=[])
     saved = load_checkpoint(folder / "ckpt_12.pt")["settings"]
-    assert (saved["dtype"], saved["compile"]) == ("float32", "off")
+    assert (saved["dtype"], saved["compile"], saved["micro_batch"]) == ("float32", "off", 5)
 
 
 def test_a_run_that_ended_by_the_clock_needs_more_time(train):
