@@ -195,6 +195,11 @@ def test_the_script_says_what_it_did_and_when_there_is_nothing_to_do(run, unmade
     assert path.read_bytes() == content
 
 
+def test_a_vocabulary_smaller_than_asked_for_is_explained(run, unmade):
+    result = run("data/train_tokenizer.py", "--vocab-size", 60_000, "--data-dir", unmade, check=0)
+    assert "(not 60,000: no more pairs occur twice in these stories)" in result.stdout
+
+
 def test_new_stories_make_the_tokenizer_anew(run, tmp_path):
     data = make_raw(tmp_path)
     arguments = ("data/train_tokenizer.py", "--kind", "char", "--data-dir", data)
