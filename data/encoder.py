@@ -20,8 +20,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data.stories import END_OF_TEXT
-from model.files import shown
-from model.settings import REPO, UserError, first_line, require
+from model.files import command, shown
+from model.settings import UserError, first_line, require
 
 # GPT-2's pattern, as pre_tokenizers.ByteLevel applies it, for the characters of which no version of Unicode
 # changes the class: Latin-1 and the punctuation of English texts. All else goes to the tokenizer.
@@ -36,14 +36,12 @@ LONG_WORD = 100  # letters; what is longer hardly comes again
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    command = shown(REPO / "data" / "train_tokenizer.py")
-    require(path.is_file(), f"no tokenizer yet in {shown(path.parent)}: run: python {command}")
+    step = command("data/train_tokenizer.py")
+    require(path.is_file(), f"no tokenizer yet in {shown(path.parent)}: run: {step}")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises the bare class
-        raise UserError(
-            f"{shown(path)} is not a tokenizer ({first_line(error)}): run: python {command}"
-        ) from None
+        raise UserError(f"{shown(path)} is not a tokenizer ({first_line(error)}): run: {step}") from None
     known = tokenizer.token_to_id(END_OF_TEXT) is not None
     require(known, f"{shown(path)} has no token {END_OF_TEXT}, which stands between stories")
     tokenizer.no_truncation()

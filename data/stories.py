@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from model.files import read_json, shown
-from model.settings import REPO, require
+from model.files import command, read_json, shown
+from model.settings import require
 
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "validation")
@@ -36,10 +36,8 @@ class Progress(tqdm):
 
 def next_step(script: str, settings: SimpleNamespace) -> str:
     """The command to run next, as it would be typed here."""
-    command = f"next: python {shlex.quote(shown(REPO / script))}"
-    if "data_dir" in settings.given:
-        command += f" --data-dir {shlex.quote(shown(settings.data_dir))}"
-    return command
+    place = f" --data-dir {shlex.quote(shown(settings.data_dir))}" if "data_dir" in settings.given else ""
+    return f"next: {command(script)}{place}"
 
 
 def quiet_datasets(datasets: object) -> None:
@@ -53,14 +51,14 @@ def quiet_datasets(datasets: object) -> None:
 
 def read_manifest(data_dir: Path) -> dict:
     """What step 1 wrote about data/raw. Raises UserError where there is nothing, or not that."""
-    path, command = data_dir / "raw" / "manifest.json", shown(REPO / "data" / "ingestion.py")
+    path, step = data_dir / "raw" / "manifest.json", command("data/ingestion.py")
     manifest = read_json(path)
-    require(bool(manifest), f"no raw data yet in {shown(path.parent)}: run: python {command}")
+    require(bool(manifest), f"no raw data yet in {shown(path.parent)}: run: {step}")
     try:
         whole = all({"stories", "bytes", "sha256"} <= set(manifest["splits"][split]) for split in SPLITS)
     except (KeyError, TypeError):
         whole = False
-    require(whole, f"{shown(path)} is damaged: delete {shown(path.parent)} and run: python {command}")
+    require(whole, f"{shown(path)} is damaged: delete {shown(path.parent)} and run: {step}")
     return manifest
 
 

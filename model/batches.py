@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.files import read_json, sha256_file, shown
-from model.settings import REPO, UserError, require_seed
+from model.files import command, read_json, sha256_file, shown
+from model.settings import UserError, require_seed
 
-PREPARE = f"python {shown(REPO / 'data' / 'prepare_data.py')}"
+PREPARE = command("data/prepare_data.py")
 META = ("dtype", "vocab_size", "eot_id", "tokenizer_sha256", "splits")
 
 
@@ -57,9 +57,8 @@ def load_data(data_dir: Path, verify: bool = False) -> Data:
         raise UserError(f"{shown(processed / 'meta.json')} lacks {', '.join(missing)}: run {PREPARE}")
     tokenizer_path = data_dir / "tokenizer" / "tokenizer.json"
     if not tokenizer_path.exists():
-        raise UserError(
-            f"no tokenizer at {shown(tokenizer_path)} yet: run python {shown(REPO / 'data' / 'train_tokenizer.py')}"
-        )
+        step = command("data/train_tokenizer.py")
+        raise UserError(f"no tokenizer at {shown(tokenizer_path)} yet: run {step}")
     if sha256_file(tokenizer_path) != meta["tokenizer_sha256"]:
         raise UserError(
             f"{shown(processed)} was packed with another tokenizer than {shown(tokenizer_path)}: run {PREPARE}"

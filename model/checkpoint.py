@@ -19,10 +19,10 @@ import torch
 from tokenizers import Tokenizer
 
 from model.config import GPTConfig
-from model.files import atomic_write, shown
+from model.files import atomic_write, command, shown
 from model.generation import text_tokenizer
 from model.gpt import GPT
-from model.settings import REPO, UserError, first_line
+from model.settings import UserError, first_line
 
 FORMAT = 1
 BEFORE_DECAY = "before_decay.pt"
@@ -113,7 +113,7 @@ def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
         if path.is_file():
             return path
     if name is None or name in known:
-        raise UserError(f"no checkpoint in {shown(folder)} yet: run python {shown(REPO / 'train.py')}")
+        raise UserError(f"no checkpoint in {shown(folder)} yet: run {command('train.py')}")
     raise UserError(f"there is no checkpoint {name!r} (looked for {shown(candidates[0])})")
 
 

@@ -15,10 +15,9 @@ from tqdm import tqdm
 
 from model.batches import Data
 from model.config import Recipe
-from model.files import shown
+from model.files import command, shown
 from model.resume import TrainingState
 from model.runtime import Processes, Runtime, peak_flops
-from model.settings import REPO
 
 QUIET_SECONDS = 20  # between progress lines where there is no terminal
 
@@ -136,8 +135,8 @@ def print_end(state: TrainingState, settings: SimpleNamespace, tokens_per_step: 
         program = ["python"]
         if "RANK" in os.environ:
             program = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
-        command = f"{shlex.join([*program, shown(sys.argv[0])])} {words}".strip()
-        print(f"saved step {state.step:,} in {folder}; go on with: {command}")
+        again = f"{shlex.join([*program, shown(sys.argv[0])])} {words}".strip()
+        print(f"saved step {state.step:,} in {folder}; go on with: {again}")
         return
     tokens = state.step * tokens_per_step
     places = f" --checkpoint-dir {shlex.quote(folder)}" if "checkpoint_dir" in settings.given else ""
@@ -147,5 +146,5 @@ def print_end(state: TrainingState, settings: SimpleNamespace, tokens_per_step: 
         f"best_validation_loss: {state.best_loss:.4f}\n"
         f"best_checkpoint: {folder}/best.pt\nloss_curve: {folder}/loss_curve.png\n"
         f"stories_on_the_way: {folder}/samples.md\n"
-        f"next: python {shlex.quote(shown(REPO / 'generate.py'))}{places}"
+        f"next: {command('generate.py')}{places}"
     )

@@ -5,11 +5,12 @@ import glob
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from model.settings import UserError, require
+from model.settings import REPO, UserError, require
 
 
 @contextlib.contextmanager
@@ -138,6 +139,11 @@ def shown(path: str | Path) -> str:
     with contextlib.suppress(ValueError):
         return str(path.absolute().relative_to(Path.cwd()))
     return str(path)
+
+
+def command(script: str) -> str:
+    """How a script of the project would be called here, by its path in the repository."""
+    return f"python {shlex.quote(shown(REPO / script))}"
 
 
 def size_text(count: float) -> str:

@@ -211,12 +211,9 @@ def rewind(folder: Path, path: Path, checkpoint: dict, recipe: Recipe, first: bo
     after is kept in the folder under other names. Otherwise returns what it was given.
     """
     saved, earlier = checkpoint["settings"], folder / BEFORE_DECAY
-    longer = recipe.max_steps > saved["max_steps"] or (recipe.max_minutes or math.inf) > (
-        saved["max_minutes"] or math.inf
-    )
-    longer = longer and recipe.progress(checkpoint["step"], checkpoint["seconds"]) < 1
     shorter = Recipe(**{name: saved[name] for name in RECIPE_FIELDS if name in saved})
-    decaying = shorter.progress(checkpoint["step"], checkpoint["seconds"]) > 1 - shorter.decay_fraction
+    then, now = (r.progress(checkpoint["step"], checkpoint["seconds"]) for r in (shorter, recipe))
+    longer, decaying = now < min(then, 1), then > 1 - shorter.decay_fraction
     if not longer or not decaying or not earlier.exists():
         return path, checkpoint
     rewound = load_checkpoint(earlier)
