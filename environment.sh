@@ -1,5 +1,5 @@
-# Sourced by quickstart.sh and test.sh: a virtual environment in .venv with what a requirements file names.
-# use_environment FILE...   installs only what changed since the last time; sets $PYTHON.
+# Sourced by quickstart.sh and test.sh.
+# use_environment FILE...   creates .venv, installs these requirements files if they changed, sets $PYTHON.
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -16,17 +16,17 @@ find_python() {
 use_environment() {
   local found wanted file arguments=()
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-    found=$(find_python) || fail "Python 3.10 or newer is needed and was not found (set PYTHON=/path/to/python3)"
-    echo "making a virtual environment in .venv with $("$found" --version)"
-    "$found" -m venv --clear .venv || fail "could not make .venv (on Debian and Ubuntu: apt install python3-venv)"
+    found=$(find_python) || fail "Python 3.10 or newer is required but was not found (set PYTHON=/path/to/python3)"
+    echo "creating a virtual environment in .venv with $("$found" --version)"
+    "$found" -m venv --clear .venv || fail "could not create .venv (on Debian and Ubuntu: apt install python3-venv)"
   fi
   PYTHON="$PWD/.venv/bin/python"
   wanted=$(cat "$@" && "$PYTHON" --version)
   if [ "$(cat .venv/installed-"${!#}" 2>/dev/null)" != "$wanted" ]; then
-    echo "installing $* (a few minutes the first time)"
+    echo "installing $* (takes a few minutes the first time)"
     for file in "$@"; do arguments+=(-r "$file"); done
     "$PYTHON" -m pip install --quiet --disable-pip-version-check "${arguments[@]}" ||
-      fail "the installation of $* failed; pip says why above. Run this script again to go on"
+      fail "the installation of $* failed; see pip's message above, then run this script again"
     printf '%s\n' "$wanted" >.venv/installed-"${!#}"
   fi
 }

@@ -1,16 +1,16 @@
-"""Step 6: how well does a model predict stories that it has not seen, and what are its own like?
+"""Step 6: how well does a model predict unseen stories, and what are its own stories like?
 
 python evaluate.py                                             the latest checkpoint, all validation stories
-python evaluate.py --checkpoint best runs/b/best.pt            side by side, with the error of the difference
+python evaluate.py --checkpoint best runs/b/best.pt            side by side, with the difference's confidence interval
 python evaluate.py --checkpoint best roneneldan/TinyStories-33M    against any Hugging Face causal model
-python evaluate.py --text my_stories.txt                       on stories of one's own
-python evaluate.py --num-stories 100                           do its stories end, repeat, copy?
-python evaluate.py --stories stories.jsonl                     the same of stories that generate.py wrote
+python evaluate.py --text my_stories.txt                       on your own stories
+python evaluate.py --num-stories 100                           do its stories end, repeat themselves, copy?
+python evaluate.py --stories stories.jsonl                     the same for stories written by generate.py
 python evaluate.py --checkpoint best latest --report checkpoints/report.html
 
-Each story is scored from its own beginning to its own end, which counts as a token; beyond the model's
-context with a window that slides by half of it. Compare bits per byte: loss per token and perplexity depend
-on the tokenizer. Intervals are 95 %, by bootstrap over stories.
+Each story is scored alone, including its end-of-text token; a story longer than the context is scored with a
+window that slides by half of the context. Compare bits per byte: loss per token and perplexity depend on the
+tokenizer. Intervals are 95 %, by bootstrap over stories.
 """
 
 import hashlib
@@ -23,32 +23,29 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import tokenizers
-import torch
 
-from data.hub import reach_hub
+from data.hub import why_offline
 from data.story_files import find_files, read_file, tidy
-from model.batches import Data, Split, load_data
+from model.batches import Data, Split, fingerprints, load_data
 from model.candidates import Candidate, find_candidate, load_candidate
 from model.files import atomic_write, require_file, shown, size_text, write_json
 from model.generation import text_tokenizer
-from model.report import QUALITY_COLUMNS, SCORE_COLUMNS, cells, on_its_side, render
-from model.resume import fingerprints
-from model.runtime import Runtime, choose_runtime
+from model.report import QUALITY_COLUMNS, SCORE_COLUMNS, cells, render, transposed
+from model.runtime import Runtime, choose_device, choose_runtime
 from model.scoring import bootstrap, interval, score_stories
-from model.settings import UserError, read_settings, require, require_seed, run_script
+from model.settings import UserError, read_settings, require, require_at_least, require_seed, run_script
 from model.story_quality import Story, describe, read_written
 
-CHECKPOINT: list[str] = []  # files, folders, "best", "latest", steps or Hugging Face models; none: the latest
-CHECKPOINT_DIR = "checkpoints"  # where best, latest and steps are looked for
-DATA_DIR = "data"  # holds tokenizer/ and processed/
+CHECKPOINT: list[str] = []  # files, folders, "best", "latest", steps or Hugging Face models; None: the latest
+CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
+DATA_DIR = "data"  # folder with tokenizer/ and processed/
 SPLIT = "validation"  # train, validation or all
-TEXT: list[str] = []  # score these files' stories instead: what step 1 reads (.txt, .jsonl, ...)
-TEXT_COLUMN = "text"  # the column or key that holds a story in .csv, .json, .jsonl and .parquet
+TEXT: list[str] = []  # score the stories in these files instead: formats as in step 1 (.txt, .jsonl, ...)
+TEXT_COLUMN = "text"  # column or key of the story in .csv, .json, .jsonl and .parquet files
 MAX_SAMPLES = 0  # stories to score, evenly spread; 0 is all
-BATCH_SIZE = 0  # windows in one forward pass; 0 packs as many tokens as suit the device
-NUM_STORIES: int | None = None  # stories each checkpoint writes, to be judged; none: 100 for a report, else 0
-STORIES: list[str] = []  # .jsonl files of generate.py, whose stories are judged too
+BATCH_SIZE = 0  # windows per forward pass; 0 packs as many tokens as suit the device
+NUM_STORIES: int | None = None  # stories each checkpoint writes, to be judged; None: 100 for a report, else 0
+STORIES: list[str] = []  # .jsonl files written by generate.py, whose stories are judged too
 PROMPT: list[str] = [
     "Once upon a time, there was a little",
     "One day, a boy named Tim",
@@ -60,16 +57,16 @@ PROMPT: list[str] = [
     "It was raining, and Sara",
     "There once was an old",
     "Ben wanted to be brave, but",
-]  # beginnings of the stories that are written; those on the command line are printed
+]  # prompts for the written stories; if given on the command line, the stories are printed
 OUTPUT: str | None = None  # write the results to this .json file
-REPORT: str | None = None  # write a page with tables, curves and stories to this .html file
-SEED = 1337  # of the stories and of the bootstrap
+REPORT: str | None = None  # write a page of tables, curves and stories to this .html file
+SEED = 1337  # for the stories and the bootstrap
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
-DTYPE = "float32"  # float32, or for speed bfloat16 or float16
+DTYPE = "float32"  # float32, or faster: bfloat16, float16 or auto (what training would choose)
 
-# Stories that each checkpoint writes for a report
+# Stories each checkpoint writes for a report
 REPORT_STORIES = 100
-# Beginnings whose stories stand side by side in a report
+# Prompts whose stories are shown side by side in a report
 SHOWN_PROMPTS = 5
 
 
@@ -84,32 +81,38 @@ def main() -> None:
     )
     check(settings)
     files = {name: read_written(name) for name in settings.stories}
-    # stories in files are judged without a model, unless one is named or needed
+    # judging stories in files needs no model, unless other flags ask for one
     needed = not files or settings.given & {"num_stories", "prompt"}
     names = settings.checkpoint or ([None] if needed else [])
     found = [find_candidate(settings.checkpoint_dir, name) for name in names]
     if any(isinstance(name, str) and not Path(name).exists() for name in found):
-        reach_hub()
+        why_offline()  # when offline, every download would be retried
     data = read_data(settings)
     stories, source = read_stories(settings, data)
-    runtime = choose_runtime(settings.device, settings.dtype, "off")
+    runtime = choose_runtime(choose_device(settings.device), settings.dtype, "off")
 
     results, scores, written = [], [], {}
     for name in found:
         candidate = load_candidate(name, runtime.device)
         warn_if_trained_elsewhere(candidate, settings, data)
         started = time.perf_counter()
-        candidate.read_into(stories)
+        candidate.adapt_to(stories)
         scores.append(score_stories(candidate, stories, runtime, settings.batch_size))
         seconds = time.perf_counter() - started
-        results.append({**candidate.facts, **scores[-1].summary(), "seconds": round(seconds, 2)})
-        results[-1] |= {"by_position": scores[-1].by_position(), "settings": candidate.settings}
-        results[-1] |= {"curve": candidate.curve}
+        result = {
+            **candidate.facts,
+            **scores[-1].summary(),
+            "seconds": round(seconds, 2),
+            "by_position": scores[-1].by_position(),
+            "settings": candidate.settings,
+            "curve": candidate.curve,
+        }
+        results.append(result)
         if settings.num_stories:
             count = len(settings.prompt)
             prompts = [settings.prompt[k % count] for k in range(settings.num_stories)]
             written[candidate.name] = candidate.write(prompts, settings.seed)
-        del candidate  # its memory goes to the next one
+        del candidate  # free its memory for the next one
     if results:
         add_intervals(results, bootstrap(scores, settings.seed))
     report = describe_run(settings, runtime, stories, source, data)
@@ -119,21 +122,19 @@ def main() -> None:
 
 
 def check(settings: SimpleNamespace) -> None:
-    """Settle and check the settings. Raises UserError before anything takes long."""
-    require(settings.max_samples >= 0, f"--max-samples must be 0 (all) or more, not {settings.max_samples}")
-    require(settings.batch_size >= 0, f"--batch-size must be 0 (found) or more, not {settings.batch_size}")
+    """Complete and check the settings. Raises UserError before any long work starts."""
+    require_at_least(0, settings, "max_samples", "batch_size", "num_stories")
     require_seed(settings.seed)
     if settings.num_stories is None:
         printed = len(settings.prompt) if "prompt" in settings.given else 0
         settings.num_stories = max(printed, REPORT_STORIES if settings.report else 0)
-    require(settings.num_stories >= 0, f"--num-stories must be 0 or more, not {settings.num_stories}")
     require(not (settings.text and "split" in settings.given), "--text and --split: give one of the two")
     for name in ("output", "report"):
         require_file(getattr(settings, name), f"--{name}")
 
 
 def read_data(settings: SimpleNamespace) -> Data | None:
-    """The packed stories; None where there are none and --text does without."""
+    """The packed stories, or None if there are none and --text makes them unnecessary."""
     try:
         return load_data(settings.data_dir)
     except UserError:
@@ -143,19 +144,23 @@ def read_data(settings: SimpleNamespace) -> Data | None:
 
 
 def read_stories(settings: SimpleNamespace, data: Data | None) -> tuple[list[str], str]:
-    """The stories to score, and what they are, in words."""
+    """The stories to score, and a description of them."""
     if settings.text:
         stories = read_text(settings)
         return stories, f"{len(stories):,} stories of {', '.join(settings.text)}"
-    tokenizer = text_tokenizer(data.tokenizer_json)
     splits = {"train": [data.train], "validation": [data.validation], "all": [data.train, data.validation]}
-    bounds = [(split, *ends) for split in splits[settings.split] for ends in story_bounds(split, data.eot_id)]
-    require(bool(bounds), f"there are no {settings.split} stories in {shown(settings.data_dir)}")
-    ids = [split.tokens[first:end].tolist() for split, first, end in spread(bounds, settings.max_samples)]
-    stories = tokenizer.decode_batch(ids, skip_special_tokens=False)
+    stories = real_stories(splits[settings.split], data, settings.max_samples)
+    require(bool(stories), f"there are no {settings.split} stories in {shown(settings.data_dir)}")
     kind = "training and validation" if settings.split == "all" else settings.split
-    # in an order of their own, so that no figure depends on that of the file
+    # sorted, so that no result depends on the order in the file
     return sorted(stories), f"{len(stories):,} {kind} stories"
+
+
+def real_stories(splits: list[Split], data: Data, count: int) -> list[str]:
+    """The text of `count` stories, evenly spread over the splits; of all if count is 0."""
+    bounds = [(split, *ends) for split in splits for ends in story_bounds(split, data.eot_id)]
+    ids = [split.tokens[first:end].tolist() for split, first, end in spread(bounds, count)]
+    return text_tokenizer(data.tokenizer_json).decode_batch(ids, skip_special_tokens=False)
 
 
 def read_text(settings: SimpleNamespace) -> list[str]:
@@ -170,14 +175,14 @@ def read_text(settings: SimpleNamespace) -> list[str]:
 
 
 def spread(items: list, count: int) -> list:
-    """`count` of the items, evenly spread; all where count is 0 or too large."""
+    """`count` of the items, evenly spread; all of them if count is 0 or too large."""
     if not count or count >= len(items):
         return items
     return [items[k] for k in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
 def story_bounds(split: Split, eot_id: int) -> list[tuple[int, int]]:
-    """Where each story begins and ends (before its end-of-text token) among the tokens."""
+    """The first and end index of each story in the tokens, without its end-of-text token."""
     ends = np.flatnonzero(np.asarray(split.tokens) == eot_id)
     return list(zip([0, *(ends[:-1] + 1).tolist()], ends.tolist(), strict=True)) if len(ends) else []
 
@@ -190,14 +195,14 @@ def warn_if_trained_elsewhere(candidate: Candidate, settings: SimpleNamespace, d
     if trained_on.get("tokenizer") == here["tokenizer"] and trained_on != here:
         print(
             f"note: {candidate.name} was trained on other stories than those in {shown(settings.data_dir)}; "
-            "these may have been among them",
+            "the stories scored here may be among them",
             file=sys.stderr,
         )
 
 
 def add_intervals(results: list[dict], resampled: np.ndarray) -> None:
-    """Add to each result the interval of bits per byte, and of its difference to the first."""
-    if results[0]["stories"] < 2:  # a single story says nothing about others
+    """Add to each result the interval of its bits per byte, and of the difference from the first result."""
+    if results[0]["stories"] < 2:  # a single story gives no interval
         return
     for k, (result, samples) in enumerate(zip(results, resampled, strict=True)):
         result["bits_per_byte_interval"] = interval(samples)
@@ -209,18 +214,12 @@ def add_intervals(results: list[dict], resampled: np.ndarray) -> None:
 
 
 def judge(groups: dict[str, list[Story]], stories: list[str], data: Data | None) -> dict[str, dict]:
-    """What the written stories are like, beside as many real validation stories."""
+    """Quality figures of the written stories, and of as many real validation stories."""
     if not groups:
         return {}
     count = max(map(len, groups.values()))
-    tokenizer = text_tokenizer(data.tokenizer_json) if data else None
-    if data:
-        bounds = spread(story_bounds(data.validation, data.eot_id), count)
-        ids = [data.validation.tokens[first:end].tolist() for first, end in bounds]
-        real = tokenizer.decode_batch(ids, skip_special_tokens=False)
-    else:
-        real = spread(stories, count)
-    figures = describe({"real stories": [Story(text) for text in real], **groups}, data, tokenizer)
+    real = real_stories([data.validation], data, count) if data else spread(stories, count)
+    figures = describe({"real stories": [Story(text) for text in real], **groups}, data)
     for name in groups if data else ():
         for figure in ("copied_8grams", "mean_longest_copy"):
             excess = figures[name][figure] - figures["real stories"][figure]
@@ -229,7 +228,7 @@ def judge(groups: dict[str, list[Story]], stories: list[str], data: Data | None)
 
 
 def side_by_side(written: dict[str, list[Story]], prompts: list[str]) -> list[dict]:
-    """The first story of each checkpoint at each of the first beginnings."""
+    """The first story of each checkpoint for each prompt."""
     return [
         {"prompt": prompt, "stories": {name: stories[k].text for name, stories in written.items()}}
         for k, prompt in enumerate(prompts)
@@ -240,15 +239,10 @@ def side_by_side(written: dict[str, list[Story]], prompts: list[str]) -> list[di
 def describe_run(
     settings: SimpleNamespace, runtime: Runtime, stories: list[str], source: str, data: Data | None
 ) -> dict:
-    """All that it takes to repeat the run: command, versions, fingerprints."""
+    """Everything needed to repeat the run: command, versions, fingerprints."""
     digest = hashlib.sha256("\0".join(stories).encode())
-    modules = {
-        "torch": torch,
-        "numpy": np,
-        "tokenizers": tokenizers,
-        "transformers": sys.modules.get("transformers"),
-    }
-    versions = {name: module.__version__ for name, module in modules.items() if module}
+    used = [name for name in ("torch", "numpy", "tokenizers", "transformers") if name in sys.modules]
+    versions = {name: sys.modules[name].__version__ for name in used}
     return {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -262,7 +256,7 @@ def describe_run(
 
 
 def show(report: dict, settings: SimpleNamespace) -> None:
-    """Print what was found, and write the files that were asked for."""
+    """Print the results and write the requested files."""
     if "prompt" in settings.given:
         for row in report["written"]:
             for name, story in row["stories"].items():
@@ -282,14 +276,14 @@ def show(report: dict, settings: SimpleNamespace) -> None:
     if report["quality"]:
         print()
         rows = [{"name": name, **figures} for name, figures in report["quality"].items()]
-        print_table(on_its_side(cells(QUALITY_COLUMNS, rows)))
+        print_table(transposed(cells(QUALITY_COLUMNS, rows)))
     if settings.output is not None:
         write_json(Path(settings.output), report)
-        print(f"written to {settings.output}")
+        print(f"results written to {settings.output}")
     if settings.report is not None:
         with atomic_write(Path(settings.report)) as temporary:
             temporary.write_text(render(report, SHOWN_PROMPTS), encoding="utf-8")
-        print(f"report in {settings.report}")
+        print(f"report written to {settings.report}")
 
 
 def print_table(rows: list[list[str]]) -> None:

@@ -1,10 +1,10 @@
-"""Take a trained model elsewhere: to transformers and vLLM, or to llama.cpp, ollama and LM Studio.
+"""Export a trained model for transformers and vLLM, or for llama.cpp, ollama and LM Studio.
 
 python export.py --output my_model                               a folder that transformers loads
 python export.py --format gguf --output my_model.gguf            a file that llama.cpp loads
-python export.py --format gguf --dtype q8_0 --checkpoint latest  the latest instead of the best, 8 bits a weight
+python export.py --format gguf --dtype q8_0 --checkpoint latest  the latest instead of the best, 8 bits per weight
 
-`python train.py --init-from my_model` goes the other way.
+`python train.py --init-from my_model` imports such a folder.
 """
 
 import json
@@ -18,20 +18,21 @@ from torch import Tensor
 from model.checkpoint import find_checkpoint, load_model
 from model.config import GPTConfig
 from model.files import atomic_folder, atomic_write, shown, size_text
+from model.generation import DEFAULT_SAMPLING
 from model.huggingface import needs, plain_tokenizer, to_config_json, to_huggingface
 from model.llama_cpp import write_gguf
 from model.metrics import read_rows
 from model.settings import REPO, read_settings, require, run_script
 
-CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; none: best, else latest
-CHECKPOINT_DIR = "checkpoints"  # where best, latest and steps are looked for
+CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; None: best, else latest
+CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
 FORMAT = "hf"  # hf (a folder for transformers) or gguf (a file for llama.cpp)
-OUTPUT: str | None = None  # the folder or file to write; none: exported/ and the preset's name
-DTYPE = "float32"  # of the matrices: float32, float16, bfloat16 or, in gguf only, q8_0
+OUTPUT: str | None = None  # folder or file to write; None: named after the preset, in exported/
+DTYPE = "float32"  # of the matrices: float32, float16, bfloat16 or (gguf only) q8_0
 OVERWRITE = False  # replace an earlier export
 
 END_OF_TEXT = "<|endoftext|>"
-# What a folder for transformers consists of
+# Files in a folder for transformers
 FILES = (
     "config.json",
     "generation_config.json",
@@ -76,7 +77,7 @@ def main() -> None:
 
 
 def check_output(output: Path, gguf: bool, overwrite: bool) -> None:
-    """Refuse to write over anything but, with --overwrite, an earlier export."""
+    """Refuse to overwrite anything except, with --overwrite, an earlier export."""
     if gguf:
         require(output.suffix == ".gguf", f"--output {output}: the name of a GGUF file ends in .gguf")
         require(not output.is_dir(), f"{shown(output)} is a folder: --format gguf writes a file")
@@ -88,12 +89,12 @@ def check_output(output: Path, gguf: bool, overwrite: bool) -> None:
     foreign = sorted(set(present) - set(FILES))
     require(
         not foreign,
-        f"{shown(output)} is not just an export, it holds {', '.join(foreign[:3])}: choose another",
+        f"{shown(output)} is not only an export, it holds {', '.join(foreign[:3])}: choose another folder",
     )
 
 
 def list_facts(path: Path, checkpoint: dict, config: GPTConfig, parameters: int) -> dict[str, str]:
-    """What a reader of the model card wants to know, in its order."""
+    """The facts for the model card, in its order."""
     settings, step = checkpoint["settings"], checkpoint["step"]
     tokens = step * max(1, settings["batch_tokens"] // config.block_size) * config.block_size
     origin = f", from {settings['init_from']}" if settings.get("init_from") else ""
@@ -102,13 +103,12 @@ def list_facts(path: Path, checkpoint: dict, config: GPTConfig, parameters: int)
         "architecture": "GPT-2" if config.blocks == "gpt2" else "Qwen3",
         "shape": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}",
         "parameters": f"{parameters:,}",
-        "context": f"{config.block_size:,} tokens, beginning and story together",
+        "context": f"{config.block_size:,} tokens, prompt and story together",
         "vocabulary": f"{config.vocab_size:,} tokens",
         "trained on": f"{tokens:,} tokens in {step:,} steps",
     }
-    rows = [row for row in read_rows(path.parent / "metrics.jsonl") if row["step"] == step]
-    for row in rows:
-        if "validation_loss" in row:
+    for row in read_rows(path.parent / "metrics.jsonl"):
+        if row["step"] == step and "validation_loss" in row:
             facts["validation bits per byte"] = f"{row['bits_per_byte']:.4f}"
             facts["validation loss"] = f"{row['validation_loss']:.4f} nats per token"
     return facts | {f"SHA-256 of the {what}": digest for what, digest in checkpoint["data"].items()}
@@ -117,11 +117,11 @@ def list_facts(path: Path, checkpoint: dict, config: GPTConfig, parameters: int)
 def make_files(
     tensors: dict[str, Tensor], config: GPTConfig, checkpoint: dict, dtype: str, card: str
 ) -> dict[str, bytes]:
-    """The files of a folder that transformers' from_pretrained takes, by name."""
+    """The files, by name, of a folder that transformers' from_pretrained loads."""
     save = needs("safetensors.torch", "--format hf").save
     eot_id = checkpoint["eot_id"]
     tokenizer = plain_tokenizer(checkpoint["tokenizer"])
-    # The model has only seen stories that follow an end of text: so every text it is given does.
+    # In training every story followed an end-of-text token, so the tokenizer prepends one to every text.
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A",
         pair=f"{END_OF_TEXT} $A {END_OF_TEXT} $B:1",
@@ -132,14 +132,14 @@ def make_files(
         **{f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "pad")},
         "model_max_length": config.block_size,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # a story that spells out <|endoftext|> stays text
+        "split_special_tokens": True,  # <|endoftext|> spelled out in a story stays text
     }
     generation = {
         **{f"{role}_token_id": eot_id for role in ("bos", "eos", "pad")},
         "max_length": config.block_size,
         "do_sample": True,
-        "temperature": 0.8,
-        "top_p": 0.95,
+        "temperature": DEFAULT_SAMPLING.temperature,
+        "top_p": DEFAULT_SAMPLING.top_p,
     }
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
     values = {
@@ -169,12 +169,12 @@ A small language model that writes stories, trained from scratch.
 {table}
 
 Bits per byte (loss / ln 2 / bytes of text) can be compared between tokenizers, loss per token cannot. Both
-were measured during training, in windows cut from validation stories that are no training stories.
+were measured during training, on windows of validation stories, none of which is also a training story.
 
 ## How to use it
 
-Give it the beginning of a story, or nothing. The tokenizer puts `{END_OF_TEXT}` before it, which begins a
-story; the model ends one with the same token.
+Prompt it with the start of a story, or with nothing. The tokenizer prepends `{END_OF_TEXT}`, which marks the
+start of a story; the model ends a story with the same token.
 
 ```python
 from transformers import pipeline

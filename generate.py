@@ -2,7 +2,7 @@
 
 python generate.py                                          a new story
 python generate.py --prompt "Once upon a time, a cat" --num-samples 3
-python generate.py --interactive                            you begin, it goes on
+python generate.py --interactive                            you start a story, the model continues it
 """
 
 import json
@@ -17,29 +17,29 @@ from tokenizers import Tokenizer
 
 from model.checkpoint import find_checkpoint, load_model
 from model.decoder import Decoder, choose_weights
-from model.files import atomic_write, require_file, shown
+from model.files import atomic_write, read_text, require_file, shown
 from model.generation import Sampling, generate
 from model.runtime import choose_device
-from model.settings import UserError, read_settings, require, run_script
+from model.settings import flag_name, read_settings, require, require_at_least, run_script
 
-CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; none: best, else latest
-CHECKPOINT_DIR = "checkpoints"  # where best, latest and steps are looked for
-PROMPT: list[str] = []  # beginnings, one story (or NUM_SAMPLES) for each; an empty one starts a new story
-PROMPTS_FILE: str | None = None  # a text file with one beginning a line
-NUM_SAMPLES = 1  # stories for each beginning
-MAX_TOKENS = 400  # longest continuation; most stories end by themselves before
-TEMPERATURE: float = 0.8  # 0 always takes the likeliest token; higher is more surprising
-TOP_K = 0  # draw from the k likeliest tokens only; 0 is off
-TOP_P: float = 0.95  # draw from the likeliest tokens that together hold this probability; 1 is off
-MIN_P: float = 0.0  # drop tokens below this share of the likeliest one's probability; 0 is off
-REPETITION_PENALTY: float = 1.0  # above 1 makes tokens that occurred before less likely
-SEED: int | None = None  # of the first story, the next has SEED + 1; none: a new one, which is printed
-INTERACTIVE = False  # read a beginning, continue it, again and again
+CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; None: best, else latest
+CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
+PROMPT: list[str] = []  # starts of stories, each continued NUM_SAMPLES times; empty: a new story
+PROMPTS_FILE: str | None = None  # a text file with one prompt per line
+NUM_SAMPLES = 1  # stories per prompt
+MAX_TOKENS = 400  # maximum length of a continuation; most stories end earlier by themselves
+TEMPERATURE: float = 0.8  # 0 is greedy; higher is more surprising
+TOP_K = 0  # sample from the k most likely tokens only; 0 is off
+TOP_P: float = 0.95  # sample from the most likely tokens that together have this probability; 1 is off
+MIN_P: float = 0.0  # drop tokens below this fraction of the highest probability; 0 is off
+REPETITION_PENALTY: float = 1.0  # above 1 makes tokens that have already occurred less likely
+SEED: int | None = None  # of the first story; the next uses SEED + 1; None: a random seed, which is printed
+INTERACTIVE = False  # read prompts from the keyboard and continue each
 OUTPUT: str | None = None  # write the stories to this .jsonl file instead of printing them
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
-DTYPE = "auto"  # of the weights: float32, float16 (auto, where a CPU can) or int8 (CPU only, the fastest for one story)
+DTYPE = "auto"  # weights: float32, float16 (auto on x86 CPUs) or int8 (CPU only; fastest for one story)
 
-# of keys and values in memory at once; stories beyond it wait for the next batch
+# Limit on the KV cache; further stories wait for the next batch
 BATCH_BYTES = 2 * 1024**3
 
 
@@ -54,16 +54,16 @@ def main() -> None:
             "n": "num-samples",
         },
     )
-    require(settings.num_samples >= 1, f"--num-samples must be at least 1, not {settings.num_samples}")
-    require(settings.max_tokens >= 1, f"--max-tokens must be at least 1, not {settings.max_tokens}")
+    require_at_least(1, settings, "num_samples", "max_tokens")
     sampling = Sampling(
         settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.repetition_penalty
     )
     require_file(settings.output, "--output")
     ignored = settings.given & {"prompt", "prompts_file", "num_samples", "output"}
-    flags = " and ".join("--" + name.replace("_", "-") for name in sorted(ignored))
-    alone = not (settings.interactive and ignored)
-    require(alone, f"--interactive reads from the keyboard: leave out {flags}")
+    require(
+        not (settings.interactive and ignored),
+        f"--interactive reads from the keyboard: leave out {' and '.join(map(flag_name, sorted(ignored)))}",
+    )
     prompts = read_prompts(settings)
     path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="best")
     device = choose_device(settings.device)
@@ -91,34 +91,28 @@ def main() -> None:
         with atomic_write(Path(settings.output)) as temporary:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             temporary.write_text("".join(lines), encoding="utf-8")
-        print(f"{len(rows)} stories in {settings.output}")
+        print(f"wrote {len(rows)} {'story' if len(rows) == 1 else 'stories'} to {settings.output}")
     cut = sum(row["finish_reason"] == "length" for row in rows)
     unended = f"; {cut} cut at --max-tokens" if cut else ""
     note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s{unended}")
 
 
 def note(text: str) -> None:
-    """A remark for people, beside the stories on stdout."""
+    """Print a remark to stderr; stdout is for the stories."""
     print(text, file=sys.stderr, flush=True)
 
 
 def read_prompts(settings: SimpleNamespace) -> list[str]:
     prompts = list(settings.prompt)
     if settings.prompts_file is not None:
-        try:
-            text = Path(settings.prompts_file).read_text(encoding="utf-8-sig")
-            prompts += text.removesuffix("\n").split("\n")
-        except FileNotFoundError:
-            raise UserError(f"there is no file {settings.prompts_file}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{settings.prompts_file} is not UTF-8 text") from None
-    # what the command line holds beside UTF-8 arrives as lone surrogates, which no tokenizer takes
+        prompts += read_text(settings.prompts_file).removesuffix("\n").split("\n")
+    # bytes on the command line that are not UTF-8 arrive as lone surrogates, which tokenizers reject
     prompts = [prompt.encode(errors="surrogateescape").decode(errors="replace") for prompt in prompts]
     return prompts or [""]
 
 
 class Writer:
-    """A model with its tokenizer and the way to sample: text in, story out."""
+    """A model with its tokenizer and sampling settings: text in, story out."""
 
     def __init__(
         self, decoder: Decoder, tokenizer: Tokenizer, eot_id: int, sampling: Sampling, max_tokens: int
@@ -127,13 +121,11 @@ class Writer:
         self.sampling, self.max_tokens = sampling, max_tokens
 
     def encode(self, prompt: str) -> list[int]:
-        """The prompt's ids after the end-of-text token that every story follows."""
+        """The prompt's ids, preceded by the end-of-text token that comes before every story."""
         ids = [self.eot_id, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
         room = self.decoder.config.block_size
         if len(ids) > room:
-            note(
-                f"note: a beginning of {len(ids):,} tokens exceeds the context of {room}; its last part is read"
-            )
+            note(f"note: a prompt of {len(ids):,} tokens exceeds the context of {room}; only its end is used")
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -150,11 +142,11 @@ class Writer:
         }
 
     def write(self, prompts: list[str], seed: int) -> list[dict]:
-        """A story for each prompt, as many at once as BATCH_BYTES of keys and values have room for."""
+        """A story for each prompt, in batches whose KV cache fits in BATCH_BYTES."""
         from tqdm import tqdm
 
         config = self.decoder.config
-        cache_bytes = 8 * config.n_layer * config.n_head * config.head_dim * config.block_size  # of one story
+        cache_bytes = 8 * config.n_layer * config.n_head * config.head_dim * config.block_size  # per story
         at_once = max(1, BATCH_BYTES // cache_bytes)
         rows = []
         with tqdm(total=len(prompts), unit="story", disable=None, delay=2, leave=False) as bar:
@@ -174,7 +166,7 @@ class Writer:
         return rows
 
     def stream(self, prompt: str, seed: int) -> dict:
-        """Print one story as it is written, in whole characters."""
+        """Print one story as it is generated, in whole characters."""
         print(prompt, end="", flush=True)
         ids: list[int] = []
         pending: list[int] = []
@@ -185,7 +177,7 @@ class Writer:
             ids.append(token)
             pending.append(token)
             text = self.decode(pending)
-            # a character of several bytes may lie across tokens: it is shown when it is whole
+            # a multi-byte character may span tokens: print it once it is complete
             if not text.endswith("\ufffd") or len(pending) > 8:
                 print(text, end="", flush=True)
                 pending = []
@@ -194,9 +186,9 @@ class Writer:
 
 
 def converse(writer: Writer, seed: int) -> None:
-    """Continue what the user types until an end of file or Ctrl-C."""
+    """Continue what the user types, until end of file or Ctrl-C."""
     sys.stdin.reconfigure(errors="replace")
-    note("Type the beginning of a story and press Enter (empty: a new story). Ctrl-D or Ctrl-C leaves.")
+    note("Type the beginning of a story and press Enter (empty: a new story). Ctrl-D or Ctrl-C quits.")
     while True:
         try:
             prompt = input("> " if sys.stdin.isatty() else "")

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# From nothing to a new story: a virtual environment, the packages, and all six steps with a small model.
+# From nothing to a new story: creates a virtual environment, installs packages, runs all six steps with a small model.
 #   bash quickstart.sh                               the built-in stories
 #   bash quickstart.sh --source FILES...             your own (.txt, .jsonl, .json, .csv, .parquet; folders, globs)
-#   bash quickstart.sh --max-minutes 10 --kind char  any flag goes to the step that knows it
+#   bash quickstart.sh --max-minutes 10 --kind char  each flag is passed to the step that knows it
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh
-trap 'echo; echo "stopped; bash quickstart.sh goes on from here" >&2; exit 130' INT
+trap 'echo; echo "stopped; run the same command again to continue" >&2; exit 130' INT
 
 ingestion=() tokenizer=() packing=() training=()
 step=ingestion
 for word in "$@"; do
   case "$word" in
     --help | -h) sed -n '2,5s/^# *//p' quickstart.sh && exit ;;
-    --data[-_]dir* | --checkpoint[-_]dir*) fail "quickstart.sh works in data and checkpoints; run the six steps for others" ;;
+    --data[-_]dir* | --checkpoint[-_]dir*) fail "quickstart.sh uses data and checkpoints; for other folders, run the six steps yourself" ;;
     --kind* | --gpt2* | --vocab[-_]size*) step=tokenizer ;;
     --workers*) step=packing ;;
     --source* | --validation[-_]* | --text[-_]* | --max[-_]stories*) step=ingestion ;;
@@ -45,18 +45,18 @@ run() { # run NUMBER TITLE SCRIPT [FLAGS...]
 use_environment requirements.txt
 run 1 "collect the stories" data/ingestion.py "${ingestion[@]}"
 run 2 "train the tokenizer" data/train_tokenizer.py ${tokenizer[@]+"${tokenizer[@]}"}
-run 3 "turn the stories into tokens" data/prepare_data.py ${packing[@]+"${packing[@]}"}
-# Other stories need a run of their own; the earlier one is kept beside it.
+run 3 "tokenize the stories" data/prepare_data.py ${packing[@]+"${packing[@]}"}
+# Other stories need a new run; the earlier one is kept next to it.
 if [ -d checkpoints ] && ! cmp -s data/processed/meta.json checkpoints/meta.json; then
   kept="checkpoints-before-$(date +%Y%m%d-%H%M%S)"
   mv checkpoints "$kept"
-  printf '\nthe checkpoints of other stories are now in %s\n' "$kept"
+  printf '\nthe stories have changed: moved the earlier checkpoints to %s\n' "$kept"
 fi
 mkdir -p checkpoints
 cp data/processed/meta.json checkpoints/meta.json
 run 4 "train the model" train.py "${training[@]}"
 run 5 "write a new story" generate.py
-run 6 "score the model on stories that it has not seen" evaluate.py --checkpoint best
+run 6 "score the model on unseen stories" evaluate.py --checkpoint best
 cat <<END
 
 done. The loss curve is checkpoints/loss_curve.png, the model is checkpoints/best.pt.

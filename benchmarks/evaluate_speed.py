@@ -1,10 +1,10 @@
-"""How fast are stories scored, against nothing but forward passes? Alternating in one run.
+"""Scoring speed compared to bare forward passes, alternating in one run.
 
 python benchmarks/evaluate_speed.py --checkpoint best --max-samples 300
 
-The forward passes take full windows of random tokens and throw their logits away, in batches of several
-sizes, the fastest of which counts. Scoring encodes the text,
-pads, slides, and counts loss and accuracy; only the stories' own tokens count.
+The forward passes run on full windows of random tokens and discard their logits, at several batch sizes, of which
+the fastest counts. Scoring encodes the text, pads, slides, and computes loss and accuracy; only the stories' own
+tokens count.
 """
 
 import statistics
@@ -21,22 +21,22 @@ from evaluate import read_stories
 from model.batches import load_data
 from model.candidates import OwnModel
 from model.checkpoint import find_checkpoint
-from model.runtime import Runtime, choose_runtime
+from model.runtime import Runtime, choose_device, choose_runtime
 from model.scoring import score_stories, tokens_at_once
 from model.settings import read_settings, run_script
 
 CHECKPOINT: str | None = None  # as for evaluate.py
-CHECKPOINT_DIR = "checkpoints"  # where best, latest and steps are looked for
-DATA_DIR = "data"  # holds tokenizer/ and processed/
+CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
+DATA_DIR = "data"  # folder with tokenizer/ and processed/
 MAX_SAMPLES = 300  # validation stories; 0 is all
-ROUNDS = 7  # each measures both
+ROUNDS = 7  # rounds, each measuring both
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
 DTYPE = "float32"  # float32, bfloat16 or float16
 
 
 def main() -> None:
     settings = read_settings(__file__)
-    runtime = choose_runtime(settings.device, settings.dtype, "off")
+    runtime = choose_runtime(choose_device(settings.device), settings.dtype, "off")
     path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="latest")
     candidate = OwnModel(path, runtime.device)
     wanted = SimpleNamespace(**vars(settings), split="validation", text=[])
@@ -48,7 +48,7 @@ def main() -> None:
         for name, size in zip(speeds, [*sizes, 0], strict=True):
             started = time.perf_counter()
             tokens = forward(candidate, size, runtime) if size else score(candidate, stories, runtime)
-            if turn:  # the first warms up
+            if turn:  # the first round is warm-up
                 speeds[name].append(tokens / (time.perf_counter() - started))
     for name, values in speeds.items():
         print(f"{name}: {statistics.median(values):,.0f} tokens/s ({min(values):,.0f} to {max(values):,.0f})")
@@ -59,7 +59,7 @@ def main() -> None:
 
 @torch.no_grad()
 def forward(candidate: OwnModel, tokens: int, runtime: Runtime) -> int:
-    """A few seconds of forward passes; returns how many tokens they took."""
+    """Run forward passes for two seconds; return the number of tokens processed."""
     rows = max(1, tokens // candidate.block_size)
     idx = torch.randint(candidate.vocab_size, (rows, candidate.block_size), device=runtime.device)
     seconds, count, started = 2.0, 0, time.perf_counter()

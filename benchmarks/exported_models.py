@@ -1,10 +1,10 @@
-"""Ten beginnings, continued greedily by generate.py and, from exports, by transformers and llama.cpp.
+"""Compare greedy continuations of ten prompts: generate.py, and exports in transformers and llama.cpp.
 
 python benchmarks/exported_models.py --checkpoint-dir checkpoints
 
-Exports the model in every format and precision into a temporary folder. Prints each story once, and for each
-engine how many of the ten stories are generate.py's to the last letter, and for how many letters the others
-agree. Needs requirements-test.txt.
+Exports the model in every format and precision to a temporary folder. Prints each story once, and for each
+engine how many of the ten stories equal generate.py's exactly, and for how many letters the others agree.
+Needs requirements-test.txt.
 """
 
 import json
@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model.settings import REPO, read_settings, run_script
 
 CHECKPOINT = "best"  # a file or folder, "best", "latest" or a step
-CHECKPOINT_DIR = "checkpoints"  # where best, latest and steps are looked for
-MAX_TOKENS = 200  # of each story; with its beginning it should fit into the context
+CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
+MAX_TOKENS = 200  # per story; with its prompt it should fit in the context
 
 PROMPTS = """Once upon a time
 One day, a little girl named Lily
@@ -96,7 +96,7 @@ def with_transformers(folder: Path, max_tokens: int) -> Callable[[str], str]:
 
 
 def with_llama_cpp(file: Path, max_tokens: int, exact: bool) -> Callable[[str], str]:
-    """llama.cpp's server; its attention computes in half precision unless `exact`."""
+    """llama.cpp's server; its attention runs in half precision unless `exact`."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()

@@ -1,13 +1,13 @@
-"""How fast stories are written: one and many at once, beside transformers' generate and llama2.c's run.c.
+"""Generation speed, for one story and for a batch, next to transformers' generate and llama2.c's run.c.
 
-python benchmarks/generate_speed.py                                  random weights in stories-15m's shape
+python benchmarks/generate_speed.py                                  random weights with stories-15m's shape
 python benchmarks/generate_speed.py --llama2c PATH                   a folder with a compiled `run` and tokenizer.bin
-python benchmarks/generate_speed.py --checkpoint checkpoints/best.pt  time to the first word, and what few bits cost
+python benchmarks/generate_speed.py --checkpoint checkpoints/best.pt  time to first word, and cost of low precision
 
-All take turns in every round; printed are medians of tokens per second. Everyone draws with temperature 0.8 and
-top-p 0.95. The weights are random, but for a final norm large enough that a few tokens hold most of the
-probability, as after training. The cost of few bits is measured in bits per byte, on validation stories of up to a
-context, read token by token as when writing.
+All take turns in every round; the medians of tokens per second are printed. All sample with temperature 0.8 and
+top-p 0.95. The weights are random, except for a final norm large enough that a few tokens have most of the
+probability, as after training. The cost of low precision is measured in bits per byte, on validation stories
+truncated to the context and fed token by token, as in generation.
 """
 
 import math
@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from evaluate import read_stories
+from evaluate import real_stories
+from model.batches import load_data
 from model.checkpoint import find_checkpoint, load_model
 from model.config import GPTConfig, find_preset
 from model.decoder import Decoder, KVCache
@@ -37,17 +38,16 @@ from model.gpt import GPT
 from model.runtime import choose_device, device_name
 from model.settings import REPO, UserError, read_settings, run_script
 
-PRESET = "stories-15m"  # the shape
-STREAMS = 64  # stories at once, beside one
-TOKENS = 240  # of each story
-ROUNDS = 5  # of which the median counts
+PRESET = "stories-15m"  # model shape
+STREAMS = 64  # batch size, measured as well as a single story
+TOKENS = 240  # tokens per story
+ROUNDS = 5  # rounds, of which the median counts
 DEVICE = "auto"  # auto, cpu, cuda or mps
-LLAMA2C: str | None = None  # a folder with llama2.c's compiled run and its tokenizer.bin
-CHECKPOINT: str | None = None  # a trained model, for the time to the first word and the cost of few bits
-CHECKPOINT_DIR = "checkpoints"  # where best, latest and steps are looked for
-DATA_DIR = "data"  # whose validation stories tell the cost
-SPLIT = "validation"  # of them
-MAX_SAMPLES = 256  # stories that tell the cost
+LLAMA2C: str | None = None  # folder with llama2.c's compiled run and its tokenizer.bin
+CHECKPOINT: str | None = None  # a trained model, for time to first word and cost of low precision
+CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
+DATA_DIR = "data"  # folder with tokenizer/ and processed/, for measuring the cost
+MAX_SAMPLES = 256  # validation stories for measuring the cost
 
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 FINAL_NORM = 18.0
@@ -71,7 +71,8 @@ def main() -> None:
         path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="best")
         waits = [first_word(path) for _ in range(settings.rounds)]
         print(f"{'from the command to the first word':<44} {statistics.median(waits):>9.2f} s")
-        print_cost(path, device, read_stories(settings))
+        data = load_data(settings.data_dir)
+        print_cost(path, device, real_stories([data.validation], data, settings.max_samples))
 
 
 def list_contenders(
@@ -113,11 +114,11 @@ def rate(write: Callable, tokens: int, device: torch.device) -> float:
 def transformers_contenders(
     config: GPTConfig, device: torch.device, tokens: int
 ) -> dict[str, Callable[[], float]]:
-    """Its generate for a model of the same shape, with each cache that it offers."""
+    """transformers' generate for a model of the same shape, with a dynamic and a static cache."""
     try:
         from transformers import Qwen3Config, Qwen3ForCausalLM
     except ImportError:
-        raise UserError("this measures transformers too: pip install -r requirements-test.txt") from None
+        raise UserError("this also measures transformers: pip install -r requirements-test.txt") from None
 
     shape = Qwen3Config(
         vocab_size=config.vocab_size,
@@ -157,7 +158,7 @@ def transformers_contenders(
 
 
 def write_llama2c(path: Path, config: GPTConfig) -> None:
-    """Random weights of the same shape as llama2.c reads them: seven sizes, then float32 numbers."""
+    """Write random weights of the same shape in llama2.c's format: seven sizes, then float32 numbers."""
     C, hidden, layers, V = config.n_embd, config.n_hidden, config.n_layer, config.vocab_size
     generator = np.random.default_rng(0)
 
@@ -165,7 +166,7 @@ def write_llama2c(path: Path, config: GPTConfig) -> None:
         return (0.02 * generator.standard_normal(shape)).astype(np.float32)
 
     ones = np.ones((layers, C), np.float32)
-    rotary = numbers(config.block_size, config.head_dim)  # read over
+    rotary = numbers(config.block_size, config.head_dim)  # skipped by run.c
     matrices = [ones, numbers(4, layers, C, C), ones, numbers(3, layers, C, hidden)]
     arrays = [numbers(V, C), *matrices, np.full(C, FINAL_NORM, np.float32), rotary]
     sizes = struct.pack("7i", C, hidden, layers, config.n_head, config.n_head, V, config.block_size)
@@ -173,7 +174,7 @@ def write_llama2c(path: Path, config: GPTConfig) -> None:
 
 
 def run_c(command: list) -> float:
-    """Its own count; a story that begins anew after a few tokens is written again."""
+    """The speed run.c reports; retries with another seed if its story ended after a few tokens."""
     for seed in range(1, 20):
         words = [*map(str, command), "-s", str(seed)]
         said = subprocess.run(words, capture_output=True, timeout=300).stderr.decode(errors="replace")
@@ -184,7 +185,7 @@ def run_c(command: list) -> float:
 
 
 def first_word(checkpoint: Path) -> float:
-    """Seconds from starting generate.py until a word of a new story is there."""
+    """Seconds from starting generate.py to the first visible output."""
     command = [
         sys.executable,
         REPO / "generate.py",

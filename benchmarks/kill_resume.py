@@ -1,12 +1,12 @@
-"""Kill a run again and again at random moments; it must end as the run that was never interrupted.
+"""Kill a run repeatedly at random moments; it must end like one that was never interrupted.
 
-python benchmarks/kill_resume.py                      50 kills, some minutes on two CPU cores
+python benchmarks/kill_resume.py                      50 kills, a few minutes on two CPU cores
 python benchmarks/kill_resume.py --kills 10 --seed 2
 
-A tiny model trains on built-in stories, saving, evaluating and drawing so often that many kills (SIGKILL, which
-nothing can catch) fall into these. After each kill plain `python train.py` goes on. At the end the metrics
-(but for the clock) and the weights are compared with the uninterrupted run's. Prints a tally; exit status 1 if
-anything was lost.
+A tiny model trains on built-in stories, saving, evaluating and plotting so often that many kills (SIGKILL, which
+cannot be caught) hit these. After each kill, the same `python train.py` command resumes. At the end, the metrics
+(except timings) and the weights are compared to the uninterrupted run's. Prints a tally; exits with status 1 if
+they differ.
 """
 
 import json
@@ -24,12 +24,12 @@ from model.checkpoint import list_checkpoints, load_checkpoint, step_of
 from model.metrics import read_rows
 from model.settings import REPO, read_settings, run_script
 
-KILLS = 50  # how many times the run is killed
-SEED = 1  # of the moments
-MAX_STEPS = 1_000  # of the run
+KILLS = 50  # number of kills
+SEED = 1  # for the moments of the kills
+MAX_STEPS = 1_000  # length of the run
 DTYPE = "bfloat16"  # float32 or bfloat16
 COMPILE = "off"  # on or off: torch.compile
-LONGEST = 1.5  # seconds of training before a kill, at most
+LONGEST = 1.5  # maximum seconds of training before a kill
 
 TINY = """--preset quickstart --n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --batch-tokens 512 --dropout 0.1
 --eval-interval 4 --save-interval 3 --eval-tokens 512 --log-interval 1 --sample-tokens 4""".split()
@@ -79,7 +79,7 @@ def start(data: Path, folder: Path, flags: list[str]) -> subprocess.Popen:
 
 
 def what_it_was_doing(folder: Path) -> tuple[str, int]:
-    """Judged by what the kill left in the folder; and the steps since the latest checkpoint."""
+    """What the kill interrupted, judged by the files it left, and the steps since the latest checkpoint."""
     saved = max([step_of(path) for path in list_checkpoints(folder)], default=0)
     rows = read_rows(folder / "metrics.jsonl")
     lost = max([row["step"] for row in rows if "train_loss" in row], default=0) - saved
@@ -96,7 +96,7 @@ def what_it_was_doing(folder: Path) -> tuple[str, int]:
 
 
 def compare(whole: Path, killed: Path, step: int) -> bool:
-    """Whether both runs left the same metrics, but for the clock, and the same weights."""
+    """Whether both runs left the same metrics, except timings, and the same weights."""
 
     def rows(folder: Path) -> list[str]:
         clock = ("seconds", "tokens_per_second")

@@ -1,14 +1,14 @@
-"""How fast the first three steps are, in how much memory, and against the usual ways.
+"""Speed and memory of the first three steps, compared to the usual ways.
 
-python benchmarks/prepare_speed.py                                        200 MB from built-in stories, minutes
+python benchmarks/prepare_speed.py                                        200 MB from built-in stories; takes minutes
 python benchmarks/prepare_speed.py --stories my_stories/train.txt
 python benchmarks/prepare_speed.py --megabytes 2000 --rounds 0 --folder big   without the usual ways
 
-The corpus repeats the stories, in each copy with another made-up name in the place of one word of each story, so
-that no two are the same and new words keep coming. The usual way to train a tokenizer is train_from_iterator over
-all stories; the usual way to pack is datasets.map with encode_batch in a process for each core, then a memmap.
-They take turns with the scripts; the results must be the same, byte by byte. Whole processes are timed, with their
-start. Memory is the anonymous memory of a script and its processes, read off ten times a second.
+The corpus repeats the stories; each copy replaces one word of each story by a new made-up name, so that all stories
+differ and new words keep coming. The usual way to train a tokenizer is train_from_iterator over all stories; the
+usual way to pack is datasets.map with encode_batch in one process per core, then a memmap. They alternate with the
+scripts, and the results must be byte-identical. Timings are of whole processes, including start-up. Memory is the
+anonymous memory of a script and its child processes, sampled ten times per second.
 """
 
 import os
@@ -30,13 +30,13 @@ from data.story_files import read_file
 from model.files import sha256_file
 from model.settings import REPO, read_settings, require, run_script
 
-STORIES: str | None = None  # a file of stories to make the corpus of; none takes the built-in ones
-MEGABYTES = 200  # of corpus
-ROUNDS = 3  # in which a step and the usual way take turns; 0 runs each step once, alone
-WORKERS = 0  # processes that encode; 0 takes one for each core
-FOLDER: str | None = None  # where to work, kept and gone on with; none takes a temporary one
+STORIES: str | None = None  # a file of stories to build the corpus from; None: the built-in ones
+MEGABYTES = 200  # corpus size
+ROUNDS = 3  # rounds alternating a step and the usual way; 0 runs each step once, alone
+WORKERS = 0  # encoding processes; 0: one per core
+FOLDER: str | None = None  # working folder, kept and reused; None: a temporary one
 PARTS: list[str] = ["ingestion", "tokenizer", "packing"]  # what to measure
-USUAL: str | None = None  # "tokenizer" or "packing": only do that the usual way (the script calls itself so)
+USUAL: str | None = None  # "tokenizer" or "packing": run only the usual way (the script calls itself so)
 
 LETTERS = "bdfgklmnprstvz"
 
@@ -73,7 +73,7 @@ def main() -> None:
                 if not alone:
                     usual = ["--usual", part, "--folder", folder, "--workers", settings.workers]
                     theirs.append(measure([__file__, *usual]))
-                    require(same(files[part][-1], usual_file), f"{part}: the usual way gives another result")
+                    require(same(files[part][-1], usual_file), f"{part}: the usual way's result differs")
             report(part, size_of(data, part), ours, theirs)
 
 
@@ -98,7 +98,7 @@ def make_corpus(path: Path, source: str | None, size: int) -> None:
 
 
 def measure(command: list) -> dict:
-    """Seconds of a command, and the peak of anonymous memory in MB: of one process, and of all at a time."""
+    """Seconds of a command, and its peak anonymous memory in MB: of one process, and of all together."""
     words = [sys.executable, *map(str, command)]
     start = time.monotonic()
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
@@ -112,7 +112,7 @@ def measure(command: list) -> dict:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that it has started (on Linux)."""
+    """A process and all its descendants (on Linux)."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
@@ -143,14 +143,14 @@ def report(part: str, size: int, ours: list[dict], theirs: list[dict]) -> None:
         one, everything = (max(run[key] for run in runs) for key in ("one", "all"))
         print(
             f"{part:<10} {name:<10} {size / 1e6 / seconds:6.1f} MB/s   {seconds:6.1f} s (median of {len(runs)})   "
-            f"memory {one:,.0f} MB in one process, {everything:,.0f} MB in all",
+            f"memory {one:,.0f} MB in one process, {everything:,.0f} MB in total",
             flush=True,
         )
         return seconds
 
     seconds = line("script", ours)
     if theirs:
-        print(f"{part:<10} ratio      {line('usual way', theirs) / seconds:6.2f}; the results are the same")
+        print(f"{part:<10} ratio      {line('usual way', theirs) / seconds:6.2f}; the results are identical")
 
 
 # The usual ways

@@ -1,11 +1,11 @@
-"""How fast train.py trains, beside plain PyTorch loops around transformers' models of the same shape.
+"""Training speed of train.py next to plain PyTorch loops around transformers' models of the same shape.
 
-python benchmarks/train_speed.py                          on data/, the preset stories-9m
+python benchmarks/train_speed.py                          on data/, preset stories-9m
 python benchmarks/train_speed.py --seconds 60 --rounds 5  a quieter median
 
-Each arm is a process of its own; the arms take turns, round after round, so that a busy moment of the machine
-falls on all of them. A peer reads random windows of the same tokens, as many tokens a step and a micro-batch as
-train.py, in fused AdamW and with the gradient clipped. The first round fills the compile caches.
+Each arm runs in its own process; the arms take turns in every round, so that a busy machine affects all of them. A
+peer reads random windows of the same tokens, with train.py's tokens per step and micro-batch, and uses fused AdamW
+and gradient clipping. The first round fills the compile caches.
 """
 
 import dataclasses
@@ -32,15 +32,15 @@ from model.gpt import GPT  # noqa: E402
 from model.runtime import choose_device, peak_flops  # noqa: E402
 from model.settings import UserError, read_settings, run_script  # noqa: E402
 
-PRESET = "stories-9m"  # shape, by a name in model/config.py
+PRESET = "stories-9m"  # model shape, by name from model/config.py
 DEVICE = "auto"  # auto, cpu, cuda or mps
-SECONDS = 20.0  # of training, for each arm in each round
-ROUNDS = 3  # turns of each arm
-BATCH_TOKENS = 0  # tokens per optimizer step; 0 takes train.py's
-MICRO_BATCH = 16  # windows in one forward pass, for all arms
-ARMS: list[str] = []  # run these only (part of a name suffices)
-DATA_DIR = "data"  # holds tokenizer/ and processed/
-PEER = ""  # an arm's name: run it in this process (what the script calls itself with)
+SECONDS = 20.0  # seconds of training per arm and round
+ROUNDS = 3  # rounds; each arm runs once per round
+BATCH_TOKENS = 0  # tokens per optimizer step; 0: 4,096 on a CPU, else the preset's
+MICRO_BATCH = 16  # windows per forward pass, for all arms
+ARMS: list[str] = []  # run only these (part of a name is enough)
+DATA_DIR = "data"  # folder with tokenizer/ and processed/
+PEER = ""  # name of an arm to run in this process (used when the script calls itself)
 
 PEERS = [
     f"{model} {dtype}{compiled}"
@@ -65,7 +65,7 @@ def main() -> None:
         return run_peer(settings.peer, settings, config, device, data.train.tokens)
     arms = [a for a in [OURS, *PEERS] if not settings.arms or any(part in a for part in settings.arms)]
     if not arms:
-        raise UserError(f"--arms names none of: {', '.join([OURS, *PEERS])}")
+        raise UserError(f"--arms matches none of: {', '.join([OURS, *PEERS])}")
     results = {arm: [] for arm in arms}
     for turn in range(settings.rounds):
         for arm in arms:
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def run_arm(arm: str, settings: SimpleNamespace, block_size: int) -> dict[str, float]:
-    """Run one arm in a process of its own: median tokens/s, seconds to the first step, peak memory in GB."""
+    """Run one arm in its own process: median tokens/s, seconds to the first step, peak memory in GB."""
     folder = Path(tempfile.mkdtemp())
     common = [
         "--device",
@@ -119,7 +119,7 @@ def run_arm(arm: str, settings: SimpleNamespace, block_size: int) -> dict[str, f
     gpu = max((row.get("gpu_bytes", 0) for row in rows), default=0)
     shutil.rmtree(folder)
     if len(ends) < 4:
-        raise UserError(f"{arm} made {len(ends)} steps in {settings.seconds:g} s: give it more --seconds")
+        raise UserError(f"{arm} did only {len(ends)} steps in {settings.seconds:g} s: increase --seconds")
     step = statistics.median(np.diff(ends[1:]))
     return {
         "speed": settings.windows * block_size / step,
@@ -129,7 +129,7 @@ def run_arm(arm: str, settings: SimpleNamespace, block_size: int) -> dict[str, f
 
 
 def run_peer(name: str, settings: SimpleNamespace, config, device: torch.device, tokens: np.ndarray) -> None:
-    """The plain loop that most people would write, a JSON line for each step."""
+    """The plain loop that most people would write; prints one JSON line per step."""
     from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
     shape = {"vocab_size": config.vocab_size, "use_cache": False, "tie_word_embeddings": config.tie_weights}
@@ -166,7 +166,7 @@ def run_peer(name: str, settings: SimpleNamespace, config, device: torch.device,
         if device.type == "cuda":
             torch.cuda.synchronize()
         step += 1
-        if step > 1:  # the first compiles
+        if step > 1:  # the first step compiles
             seconds += time.perf_counter() - started
         row = {"step": step, "seconds": seconds, "train_loss": loss.item()}
         if device.type == "cuda":
@@ -175,7 +175,7 @@ def run_peer(name: str, settings: SimpleNamespace, config, device: torch.device,
 
 
 def print_table(results: dict[str, list[dict]], flops_per_token: float, device: torch.device) -> None:
-    """Medians over the rounds; the first step of the last round, when the compile caches are full."""
+    """Print medians over the rounds; the first step is of the last round, when the compile caches are full."""
     peak = peak_flops(device)
     unit = "MFU" if peak else "GFLOP/s"
     speeds = {arm: statistics.median(turn["speed"] for turn in turns) for arm, turns in results.items()}

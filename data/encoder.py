@@ -1,7 +1,7 @@
-"""Stories to packed token numbers, several times faster than by the tokenizer alone, with the same numbers.
+"""Encode stories as packed token ids, several times faster than the tokenizer alone and with the same result.
 
-A byte-level BPE cuts a text into words and encodes each on its own. Stories use few words again and again, so a
-table from word to tokens does the work, and the tokenizer is asked only about words that the table lacks.
+A byte-level BPE splits text into words and encodes each independently. Stories repeat few words, so a table from
+word to tokens does most of the work; only words missing from it go to the tokenizer.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from data.stories import END_OF_TEXT
 from model.files import command, shown
 from model.settings import UserError, first_line, require
 
-# GPT-2's pattern, as pre_tokenizers.ByteLevel applies it, for the characters of which no version of Unicode
-# changes the class: Latin-1 and the punctuation of English texts. All else goes to the tokenizer.
+# GPT-2's pattern, as pre_tokenizers.ByteLevel applies it, for characters whose class is the same in every Unicode
+# version: Latin-1 and English punctuation. Stories with other characters go to the tokenizer.
 LETTER, DIGIT, SPACE = "A-Za-zªµºÀ-ÖØ-öø-ÿ", "0-9²³¹¼-¾", "\t-\r \x85\xa0"
 WORD = re.compile(
     rf"'(?:[sdmt]|ll|ve|re)| ?[{LETTER}]+| ?[{DIGIT}]+| ?[^{SPACE}{LETTER}{DIGIT}]+"
@@ -32,30 +32,30 @@ WORD = re.compile(
 )
 UNUSUAL = re.compile("[^\x00-\xff\u2010-\u2027]")
 TABLE_WORDS = 500_000  # about 100 MB
-LONG_WORD = 100  # letters; what is longer hardly comes again
+LONG_WORD = 100  # letters; longer words rarely repeat
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
     step = command("data/train_tokenizer.py")
-    require(path.is_file(), f"no tokenizer yet in {shown(path.parent)}: run: {step}")
+    require(path.is_file(), f"no tokenizer yet in {shown(path.parent)}: run {step}")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises the bare class
-        raise UserError(f"{shown(path)} is not a tokenizer ({first_line(error)}): run: {step}") from None
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{shown(path)} is not a tokenizer ({first_line(error)}): run {step}") from None
     known = tokenizer.token_to_id(END_OF_TEXT) is not None
-    require(known, f"{shown(path)} has no token {END_OF_TEXT}, which stands between stories")
+    require(known, f"{shown(path)} has no {END_OF_TEXT} token to separate stories: run {step}")
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # a story that spells out <|endoftext|> stays text
+    tokenizer.encode_special_tokens = True  # a literal <|endoftext|> in a story is text
     return tokenizer
 
 
 class Encoder:
-    """encoder(stories) gives the stories' tokens as bytes, `<|endoftext|>` after each."""
+    """encoder(stories) returns the stories' tokens as bytes, with `<|endoftext|>` after each."""
 
-    def __init__(self, tokenizer: Tokenizer, number: str):
-        self.tokenizer, self.number = tokenizer, np.dtype(number).newbyteorder("<")
-        self.end = np.array(tokenizer.token_to_id(END_OF_TEXT), self.number).tobytes()
+    def __init__(self, tokenizer: Tokenizer, dtype: str):
+        self.tokenizer, self.dtype = tokenizer, np.dtype(dtype).newbyteorder("<")
+        self.end = np.array(tokenizer.token_to_id(END_OF_TEXT), self.dtype).tobytes()
         self.table = WordTable(self.encode) if encodes_word_by_word(tokenizer) else None
 
     def __call__(self, stories: list[str]) -> bytes:
@@ -69,11 +69,11 @@ class Encoder:
 
     def encode(self, text: str) -> bytes:
         (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        return np.array(encoding.ids, self.number).tobytes()
+        return np.array(encoding.ids, self.dtype).tobytes()
 
 
 class WordTable(dict):
-    """Tokens of each word met so far, as bytes; begins anew when it is full."""
+    """Tokens of each word seen so far, as bytes; cleared when full."""
 
     def __init__(self, encode: Callable[[str], bytes]):
         self.encode = encode
@@ -88,7 +88,7 @@ class WordTable(dict):
 
 
 def encodes_word_by_word(tokenizer: Tokenizer) -> bool:
-    """Whether WORD cuts as the tokenizer does, and each word's tokens depend on the word alone."""
+    """Whether WORD splits as the tokenizer does, and a word's tokens depend on that word alone."""
     parts = json.loads(tokenizer.to_str())
     cut = parts["pre_tokenizer"] or {}
     return (
@@ -102,23 +102,23 @@ def encodes_word_by_word(tokenizer: Tokenizer) -> bool:
     )
 
 
-# In several processes
+# Multiprocessing
 
 
 def encode_all(
-    batches: Iterable[list[str]], tokenizer_file: Path, number: str, workers: int
+    batches: Iterable[list[str]], tokenizer_file: Path, dtype: str, workers: int
 ) -> Iterator[tuple[list[str], bytes]]:
-    """Each batch with its tokens, in order. Raises UserError where a process dies.
+    """Yield each batch with its tokens, in order. Raises UserError if a process dies.
 
-    Each process has a pipe of its own, which breaks when it is killed. (A ProcessPoolExecutor's are shared, and one
-    killed while it writes leaves the others waiting.)
+    Each process has its own pipe, which breaks if the process is killed. (A ProcessPoolExecutor shares its pipes: a
+    process killed during a write leaves the others waiting.)
     """
     if workers == 1:
-        encoder = Encoder(load_tokenizer(tokenizer_file), number)
+        encoder = Encoder(load_tokenizer(tokenizer_file), dtype)
         yield from ((batch, encoder(batch)) for batch in batches)
         return
-    started = [start_worker(tokenizer_file, number) for _ in range(workers)]
-    at_work = deque((None, pipe) for _, pipe in started)  # what each does, the earliest first
+    started = [start_worker(tokenizer_file, dtype) for _ in range(workers)]
+    at_work = deque((None, pipe) for _, pipe in started)  # each worker's batch, oldest first
     try:
         for batch in itertools.chain(batches, [None] * workers):
             earliest, pipe = at_work.popleft()
@@ -127,9 +127,7 @@ def encode_all(
                 if batch:
                     pipe.send(batch)
             except (EOFError, OSError):
-                raise UserError(
-                    "a process that encodes has died, perhaps for want of memory: try --workers 1"
-                ) from None
+                raise UserError("an encoding process died, possibly out of memory: try --workers 1") from None
             at_work.append((batch, pipe))
             if earliest:
                 yield earliest, tokens
@@ -139,11 +137,11 @@ def encode_all(
             process.join()
 
 
-def start_worker(tokenizer_file: Path, number: str) -> tuple[BaseProcess, Connection]:
+def start_worker(tokenizer_file: Path, dtype: str) -> tuple[BaseProcess, Connection]:
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=work, args=(theirs, tokenizer_file, number), daemon=True)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it inherits this: Ctrl-C is ours to answer
+    process = spawn.Process(target=work, args=(theirs, tokenizer_file, dtype), daemon=True)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: only the parent handles Ctrl-C
     try:
         process.start()
     finally:
@@ -152,8 +150,8 @@ def start_worker(tokenizer_file: Path, number: str) -> tuple[BaseProcess, Connec
     return process, ours
 
 
-def work(pipe: Connection, tokenizer_file: Path, number: str) -> None:
-    encoder = Encoder(load_tokenizer(tokenizer_file), number)
-    with contextlib.suppress(EOFError, OSError):  # the other end is gone
+def work(pipe: Connection, tokenizer_file: Path, dtype: str) -> None:
+    encoder = Encoder(load_tokenizer(tokenizer_file), dtype)
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone
         while True:
             pipe.send_bytes(encoder(pipe.recv()))

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, and what can go wrong on the way there."""
+"""Load data sets from the Hugging Face hub, with one-line errors."""
 
 import contextlib
 import re
@@ -12,10 +12,10 @@ from model.files import require_space
 from model.settings import UserError, first_line, require
 
 
-def reach_hub() -> str:
-    """Why the hub cannot be reached, "" where it can; from then on its clients do not try again.
+def why_offline() -> str:
+    """Return why the hub is unreachable, or "" if it is reachable.
 
-    They would retry each file for 25 s before they give up. What is in the hub's cache still loads.
+    If not, switch the clients to offline mode; otherwise they would retry each file for 25 s. Cached files still load.
     """
     import huggingface_hub
 
@@ -29,30 +29,28 @@ def reach_hub() -> str:
     try:
         status = huggingface_hub.get_session().head(endpoint, timeout=10).status_code
         if status in (502, 503, 504):
-            reason = f"{endpoint} is out of order (status {status})"
-    except Exception as error:  # of the HTTP client, whose module changes between releases of the hub's
-        reason = f"{endpoint} does not answer ({first_line(error)})"
+            reason = f"{endpoint} is down (status {status})"
+    except Exception as error:  # of the HTTP client, whose module varies between huggingface_hub releases
+        reason = f"{endpoint} is unreachable ({first_line(error)})"
     if reason:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
     return reason
 
 
 def open_hub(word: str, column: str, stream: bool, folder: Path) -> dict[str, Iterator[str]]:
-    """The stories of a hub data set, `name` or `name:config`, as {"train": ..., "validation": ...}.
+    """Open a hub data set, `name` or `name:config`, as {"train": stories, "validation": stories}.
 
-    "validation" is absent where the data set has no such split. With `stream` only what is read is downloaded,
-    else everything, to the hub's cache; the stories are to be written into the folder.
-    Raises UserError for whatever goes wrong.
+    "validation" is missing if the data set has no such split. With `stream`, only what is read is downloaded;
+    otherwise everything is, to the hub's cache, and `folder` must have space for it. Raises UserError on any failure.
     """
     import datasets
 
     name, _, config = word.partition(":")
     name_like = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
-    reader = (
-        name in datasets.packaged_modules._PACKAGED_DATASETS_MODULES
-    )  # "json" would read the current folder
-    require(bool(name_like) and not reader, f"{word!r} is neither a file, a folder nor a data set on the hub")
-    offline = reach_hub()
+    # datasets treats "json" and the like as readers of files in the current folder
+    reader = name in datasets.packaged_modules._PACKAGED_DATASETS_MODULES
+    require(bool(name_like) and not reader, f"{word!r} is not a file, a folder or a data set on the hub")
+    offline = why_offline()
     if offline:
         datasets.config.HF_HUB_OFFLINE = True
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 5  # 5 s apart
@@ -66,7 +64,7 @@ def open_hub(word: str, column: str, stream: bool, folder: Path) -> dict[str, It
     for part, split in chosen.items():
         with hub_errors(word, offline):
             columns = splits[split].column_names or list(next(iter(splits[split]), {}))
-        require_column(column, columns, f"{word} on the hub, split {split},")
+        require_column(column, columns, f"{word} on the hub (split {split})")
         texts = splits[split].select_columns(column)
         size += 0 if stream else texts.data.nbytes
         stories[part] = hub_stories(texts, word, offline)
@@ -78,12 +76,12 @@ def hub_stories(split: object, word: str, offline: str) -> Iterator[str]:
     import datasets
     import pyarrow
 
-    total = split.data.nbytes if isinstance(split, datasets.Dataset) else None  # unknown of a stream
+    total = split.data.nbytes if isinstance(split, datasets.Dataset) else None  # unknown when streaming
     with hub_errors(word, offline), Progress(total=total, unit="B", desc=word) as bar:
         for table in split.with_format("arrow").iter(BATCH):
             kind = table.schema[0].type
             text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-            require(text, f"{word} on the hub: column {table.schema[0].name!r} is not text but {kind}")
+            require(text, f"{word} on the hub: column {table.schema[0].name!r} holds {kind}, not text")
             bar.add(table.num_rows, table.nbytes)
             for stories in slices(table):
                 yield from (story or "" for story in stories)
@@ -91,15 +89,15 @@ def hub_stories(split: object, word: str, offline: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def hub_errors(word: str, offline: str) -> Iterator[None]:
-    """Whatever the hub's clients raise, as one line."""
+    """Turn whatever the hub's clients raise into a one-line UserError."""
     try:
         yield
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        instead = "use --source sample (the built-in stories, no network needed) or name files of your own"
+        instead = "use --source sample (the built-in stories, no network needed) or give your own files"
         if offline:
-            raise UserError(f"cannot load {word} from the hub, {offline}: {instead}") from None
+            raise UserError(f"cannot load {word} from the hub: {offline}; {instead}") from None
         if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
             raise  # such as a full disk
         raise UserError(f"cannot load {word} from the hub: {first_line(error)}; or {instead}") from None

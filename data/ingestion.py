@@ -1,14 +1,14 @@
-"""Step 1: collect stories, clean them, and part them into training and validation stories.
+"""Step 1: collect stories, clean them, and split them into training and validation sets.
 
     python data/ingestion.py                                  # TinyStories from the Hugging Face hub
     python data/ingestion.py --source sample                  # the built-in stories, no network needed
     python data/ingestion.py --source my_stories/ more.jsonl  # files, folders, globs
 
-Files are .txt (stories parted by lines `<|endoftext|>`, or by blank lines where there is no such line),
-.jsonl, .json and .csv, each also packed as .gz or .zst, and .parquet. Empty stories and exact duplicates are
-dropped, no validation story is a training story, and near-duplicates between the two are counted. The result
-is data/raw/train and data/raw/validation, which datasets.load_from_disk reads, and data/raw/manifest.json,
-which says what they were made from.
+Files are .txt (stories separated by `<|endoftext|>` lines, or by blank lines if there are none), .jsonl, .json
+and .csv, optionally compressed as .gz or .zst, and .parquet. Empty stories and exact duplicates are dropped, no
+validation story is also a training story, and near-duplicates between the two are counted. The output is
+data/raw/train and data/raw/validation, readable with datasets.load_from_disk, and data/raw/manifest.json, which
+records what they were made from.
 """
 
 import contextlib
@@ -35,7 +35,6 @@ from data.stories import (
     SPLITS,
     Progress,
     next_step,
-    open_raw,
     open_split,
     quiet_datasets,
     raw_batches,
@@ -43,27 +42,27 @@ from data.stories import (
 )
 from data.story_files import find_files, read_file, tidy
 from model.files import atomic_folder, require_space, sha256_file, shown, size_text, write_json
-from model.settings import REPO, UserError, read_settings, require, run_script
+from model.settings import REPO, UserError, read_settings, require, require_at_least, run_script
 
-SOURCE: list[str] = ["hub"]  # hub (TinyStories), sample (built in), a hub data set's name[:config], or files
-VALIDATION_SOURCE: list[str] = []  # the same kinds; none takes the hub's validation split, else a part of all
-TEXT_COLUMN = "text"  # the column, or JSON key, that holds the story
-MAX_STORIES = 0  # training stories to keep; 0 keeps all (of the built-in ones 20,000)
-VALIDATION_FRACTION: float = 0.05  # of all stories, drawn at random, where the source has no validation split
-SEED = 1  # of the built-in stories and of that draw
-DATA_DIR = "data"  # the folder of raw/, tokenizer/ and processed/
+SOURCE: list[str] = ["hub"]  # hub (TinyStories), sample (built-in), a hub data set's name[:config], or files
+VALIDATION_SOURCE: list[str] = []  # like --source; none: the hub's validation split, else a random share
+TEXT_COLUMN = "text"  # column or JSON key that holds the story
+MAX_STORIES = 0  # training stories to keep; 0: all (20,000 of the built-in ones)
+VALIDATION_FRACTION: float = 0.05  # share of stories drawn at random if there is no validation split
+SEED = 1  # seed for the built-in stories and the random split
+DATA_DIR = "data"  # folder for raw/, tokenizer/ and processed/
 
 FORMAT = 2
 TINYSTORIES = "roneneldan/TinyStories"
 SAMPLE_STORIES = 20_000
-# numbers that a NumberSet keeps before it sorts them in
+# numbers that a NumberSet collects before sorting them in
 LATEST = 1_000_000
 
 
 def main():
     settings = read_settings(__file__)
-    require(0 < settings.validation_fraction < 1, "--validation-fraction lies between 0 and 1, both excluded")
-    require(settings.max_stories >= 0, "--max-stories is 0 (all) or more")
+    require(0 < settings.validation_fraction < 1, "--validation-fraction must be above 0 and below 1")
+    require_at_least(0, settings, "max_stories")
     sources = find_sources(settings.source, settings.data_dir)
     validation_sources = find_sources(settings.validation_source, settings.data_dir)
     names = ("text_column", "max_stories", "validation_fraction", "seed")
@@ -73,7 +72,7 @@ def main():
 
     raw = settings.data_dir / "raw"
     if splits := up_to_date(settings.data_dir, made_from):
-        print(f"{shown(raw)} is up to date (delete it to make it anew)")
+        print(f"{shown(raw)} is up to date (delete it to rebuild it)")
     else:
         start = time.monotonic()
         with atomic_folder(raw) as folder:
@@ -87,12 +86,12 @@ def main():
         leak = near > validation["compared"] / 100
         print(
             f"{'leak' if leak else 'near-duplicates'}: {near:,} of {validation['compared']:,} validation stories "
-            f"share half of their sentences or more with a training story{', so scores flatter' if leak else ''}"
+            f"share at least half of their sentences with a training story{', so scores look too good' if leak else ''}"
         )
     print(next_step("data/train_tokenizer.py", settings))
 
 
-# What to read. A source is a hub data set's name, the word "sample", or the path of a file.
+# Sources: a hub data set's name, the word "sample", or a file path
 
 
 def find_sources(words: list[str], data_dir: Path) -> list[str | Path]:
@@ -104,11 +103,11 @@ def find_sources(words: list[str], data_dir: Path) -> list[str | Path]:
             sources.append(TINYSTORIES)
         else:
             sources += find_files(word, generated=data_dir) or [word]
-    return list(dict.fromkeys(sources))  # a file that two globs match counts once
+    return list(dict.fromkeys(sources))  # a file matched by two globs counts once
 
 
 def identity(source: str | Path) -> dict:
-    """What tells whether a source is still the same; of a hub data set nothing but the name."""
+    """What identifies the content of a source; for a hub data set, only its name."""
     if isinstance(source, Path):
         status = source.stat()
         return {"file": str(source), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
@@ -118,12 +117,12 @@ def identity(source: str | Path) -> dict:
 
 
 def up_to_date(data_dir: Path, made_from: dict) -> dict:
-    """The split counts of a data/raw that is whole and made from the same, else {}."""
+    """The split counts of data/raw if it is complete and made from the same sources, else {}."""
     with contextlib.suppress(UserError):
         manifest = read_manifest(data_dir)
         if manifest.get("format") == FORMAT and manifest.get("made_from") == made_from:
             for split in SPLITS:
-                open_raw(data_dir, split, manifest)
+                open_split(data_dir / "raw", split, manifest["splits"])
             return manifest["splits"]
     return {}
 
@@ -131,7 +130,7 @@ def up_to_date(data_dir: Path, made_from: dict) -> dict:
 def open_source(
     source: str | Path, limit: int, settings: SimpleNamespace, bar: Progress
 ) -> dict[str, Iterator[str]]:
-    """The stories of a source, read as they are asked for: {"train": ...}, and "validation" if it has one."""
+    """The stories of a source as lazy iterators: {"train": ...}, and "validation" if it has that split."""
     if isinstance(source, Path):
         return {"train": read_file(source, settings.text_column, bar)}
     if source == "sample":
@@ -150,11 +149,11 @@ def built_in(limit: int, seed: int) -> Iterator[str]:
             yield story
 
 
-# Cleaning, and parting into training and validation
+# Cleaning and splitting
 
 
 def write_splits(folder: Path, sources: list, validation_sources: list, settings: SimpleNamespace) -> dict:
-    """Write both splits into the folder; returns stories, bytes and digest of each."""
+    """Write both splits into the folder; return stories, bytes and digest of each."""
     fraction, limit = settings.validation_fraction, settings.max_stories
     total = stories_in_all(limit, fraction) if limit else 0
     files = [source for source in (*sources, *validation_sources) if isinstance(source, Path)]
@@ -168,7 +167,8 @@ def write_splits(folder: Path, sources: list, validation_sources: list, settings
             validation = [source.get("validation", source["train"]) for source in apart]
         train = itertools.chain(*(source["train"] for source in opened))
         if not limit:
-            require_space(folder, size if validation else 2 * size)  # part() writes everything twice
+            # split_at_random() writes everything twice
+            require_space(folder, size if validation else 2 * size)
         if validation:
             taken = NumberSet()
             stories = clean(itertools.chain(*validation), dropped, taken)
@@ -176,19 +176,17 @@ def write_splits(folder: Path, sources: list, validation_sources: list, settings
             stories = itertools.islice(clean(train, dropped, NumberSet(), taken), limit or None)
             splits["train"] = write_split(folder / "train", stories, bar)
             for split, counts in splits.items():
-                require(counts["stories"] > 0, f"no {split} stories found{describe(dropped, '; dropped: ')}")
+                require(counts["stories"] > 0, f"no {split} stories found; dropped: {listed(dropped)}")
         else:
             stories = itertools.islice(clean(train, dropped, NumberSet()), total or None)
-            splits = part(folder, stories, settings, dropped, bar)
-    splits["validation"] |= count_near_duplicates(
-        *(open_split(folder / split, splits[split]) for split in SPLITS)
-    )
-    print(describe(dropped, "dropped: ") or "dropped: nothing")
+            splits = split_at_random(folder, stories, settings, dropped, bar)
+    splits["validation"] |= count_near_duplicates(*(open_split(folder, split, splits) for split in SPLITS))
+    print(f"dropped: {listed(dropped)}")
     return {split: splits[split] for split in SPLITS}
 
 
 class NumberSet:
-    """A set of 64-bit numbers in 8 bytes each: most lie in a sorted array, the latest in a Python set."""
+    """A set of 64-bit numbers in 8 bytes each: most in a sorted array, the latest in a Python set."""
 
     def __init__(self):
         self.sorted = np.empty(0, np.int64)
@@ -207,10 +205,10 @@ class NumberSet:
 
 
 def clean(stories: Iterable[str], dropped: Counter, seen: NumberSet, taken: Container = ()) -> Iterator[str]:
-    """Stories with \n line ends and no space around, without empty, repeated and `taken` ones (counted)."""
+    """Yield tidied stories; drop and count empty, repeated and `taken` ones."""
     for story in stories:
         story = tidy(story)
-        # 64 bits: among 20 million stories, two get the same number once in 90,000 corpora
+        # 64 bits: of corpora of 20 million stories, one in 90,000 has a collision
         key = int.from_bytes(story_digest(story)[:8], "little", signed=True)
         if not story:
             dropped["empty"] += 1
@@ -227,9 +225,8 @@ def story_digest(story: str) -> bytes:
     return hashlib.blake2b(story.encode(), digest_size=16).digest()
 
 
-def describe(dropped: Counter, start: str) -> str:
-    text = ", ".join(f"{count:,} {why}" for why, count in sorted(dropped.items()))
-    return start + text if text else ""
+def listed(dropped: Counter) -> str:
+    return ", ".join(f"{count:,} {why}" for why, count in sorted(dropped.items())) or "nothing"
 
 
 def validation_count(total: int, fraction: float) -> int:
@@ -237,27 +234,27 @@ def validation_count(total: int, fraction: float) -> int:
 
 
 def stories_in_all(train: int, fraction: float) -> int:
-    """How many stories leave `train` of them when the validation part is taken away."""
+    """How many stories are needed for `train` to remain after the validation share is taken."""
     total = int(train / (1 - fraction))
     while total - validation_count(total, fraction) < train:
         total += 1
     return total
 
 
-def part(
+def split_at_random(
     folder: Path, stories: Iterable[str], settings: SimpleNamespace, dropped: Counter, bar: Progress
 ) -> dict:
-    """Draw the validation stories at random; both splits keep the order of the source."""
+    """Draw the validation stories at random; both splits keep the source order."""
     from datasets import Dataset
 
     everything = folder / "everything.arrow"
     total = write_arrow(everything, stories, bar)["stories"]
-    require(total > 0, f"no stories found in {' '.join(settings.source)}{describe(dropped, '; dropped: ')}")
+    require(total > 0, f"no stories found in {' '.join(settings.source)}; dropped: {listed(dropped)}")
     require(total > 1, "only one story found: training and validation need one each")
     count = min(total - 1, validation_count(total, settings.validation_fraction))
     chosen = set(random.Random(settings.seed).sample(range(total), count))
     splits, whole = {}, Dataset.from_file(str(everything))
-    with Progress(total=2 * whole.data.nbytes, unit="B", desc="parting") as bar:
+    with Progress(total=2 * whole.data.nbytes, unit="B", desc="splitting") as bar:
         for split in SPLITS:
             numbered = enumerate(itertools.chain.from_iterable(raw_batches(whole, bar)))
             mine = (story for index, story in numbered if (index in chosen) == (split == "validation"))
@@ -270,19 +267,19 @@ def part(
 
 
 def write_split(folder: Path, stories: Iterable[str], bar: Progress | None = None) -> dict:
-    """Write stories as a datasets folder; returns how many, their UTF-8 bytes, and a digest of them all."""
+    """Write stories as a datasets folder; return their number, UTF-8 bytes and a digest of all."""
     import datasets
 
     quiet_datasets(datasets)
     datasets.disable_progress_bars()
     features = datasets.Features({"text": datasets.Value("string")})
     datasets.Dataset.from_dict({"text": [""]}, features).save_to_disk(str(folder))
-    (table,) = folder.glob("*.arrow")  # the stories take its place: nothing is copied
+    (table,) = folder.glob("*.arrow")  # overwritten with the stories, so nothing is copied
     return write_arrow(table, stories, bar)
 
 
 def write_arrow(path: Path, stories: Iterable[str], bar: Progress | None = None) -> dict:
-    """Write stories as an Arrow stream, some at a time, so that memory does not grow with them."""
+    """Write stories as an Arrow stream, in batches, so that memory use does not grow with them."""
     import pyarrow
 
     schema = pyarrow.schema([("text", pyarrow.string())])

@@ -1,7 +1,6 @@
-"""Validation stories that training has all but seen: the same sentences in other clothes.
+"""Count near-duplicates: validation stories that share at least half of their sentences with one training story.
 
-A validation story is a near-duplicate where one training story has half of its sentences or more, whatever the
-case, spaces and punctuation. Exact duplicates are gone by then.
+Case, whitespace and punctuation are ignored. Exact duplicates have already been removed.
 """
 
 import string
@@ -10,9 +9,9 @@ from itertools import chain
 
 from data.stories import Progress, raw_batches
 
-COMPARED = 25_000  # validation stories at most, evenly spaced, so that memory stays small
-TELLING = 20  # letters from which on a sentence is hardly chance
-COMMONPLACE = 5  # validation stories: a sentence that is in more of them tells nothing
+COMPARED = 25_000  # maximum number of validation stories to check, evenly spaced, to bound memory
+TELLING = 20  # letters; shorter sentences may match by chance
+COMMONPLACE = 5  # validation stories; a sentence found in more of them is ignored
 
 ENDS = b".!?\n"
 PLAIN = bytes.maketrans(string.ascii_uppercase.encode() + ENDS, string.ascii_lowercase.encode() + b"....")
@@ -20,13 +19,13 @@ DROPPED = bytes(c for c in range(128) if chr(c) not in string.ascii_letters + st
 
 
 def sentences(story: str) -> set[bytes]:
-    """A story's longer sentences, as bare letters; of a story without any, all its letters."""
+    """A story's longer sentences, as bare letters and digits; if it has none, the whole story."""
     plain = story.encode().translate(PLAIN, DROPPED)
     return {part for part in plain.split(b".") if len(part) >= TELLING} or {plain.replace(b".", b"")}
 
 
 def count_near_duplicates(train: object, validation: object) -> dict:
-    """{"compared": validation stories looked at, "near_duplicates": how many of them}, of two datasets."""
+    """{"compared": validation stories checked, "near_duplicates": how many of them are}, for two datasets."""
     step = -(-len(validation) // COMPARED)
     chosen = validation.select(range(0, len(validation), step))
     found_in: dict[bytes, list[int]] = {}

@@ -1,11 +1,11 @@
-"""Step 3: turn the stories into token numbers, the only thing that training reads.
+"""Step 3: encode the stories as token ids, the only thing that training reads.
 
     python data/prepare_data.py              # on all cores
-    python data/prepare_data.py --workers 2  # on two
+    python data/prepare_data.py --workers 2  # on two cores
 
-The result is data/processed/train.bin and validation.bin, raw little-endian uint16 (uint32 for a vocabulary
-above 65,536 tokens) without a header: the stories in order, `<|endoftext|>` after each. meta.json beside
-them says how to read them and what they were made from.
+The output is data/processed/train.bin and validation.bin, raw little-endian uint16 (uint32 for a vocabulary
+above 65,536 tokens) without a header: the stories in order, with `<|endoftext|>` after each. meta.json next to
+them records how to read them and what they were made from.
 """
 
 import contextlib
@@ -27,28 +27,28 @@ from data.stories import (
     SPLITS,
     Progress,
     next_step,
-    open_raw,
+    open_split,
     raw_batches,
     read_manifest,
 )
 from model.config import GPTConfig
 from model.files import atomic_write, read_json, require_space, sha256_file, shown, size_text, write_json
-from model.settings import UserError, read_settings, require, run_script
+from model.settings import UserError, read_settings, require, require_at_least, run_script
 
-WORKERS = 0  # processes that encode; 0 takes one for each core
-DATA_DIR = "data"  # the folder of raw/, tokenizer/ and processed/
+WORKERS = 0  # encoding processes; 0: one per core
+DATA_DIR = "data"  # folder for raw/, tokenizer/ and processed/
 
 FORMAT = 2
-# bytes of text for each process: with less, starting it takes longer than its work
+# bytes of text per process; with less, starting a process takes longer than its work
 WORKER_BYTES = 10_000_000
-# beyond it, training sees a story in two windows or more; of the default model
+# the default model's; training splits longer stories across windows
 CONTEXT = GPTConfig().block_size
 
 
 def main():
     settings = read_settings(__file__)
-    require(settings.workers >= 0, "--workers is 0 (all cores) or more")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process does its own work
+    require_at_least(0, settings, "workers")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallelism is across processes
     manifest = read_manifest(settings.data_dir)
     tokenizer_file = tokenizer_path(settings)
     tokenizer = load_tokenizer(tokenizer_file)
@@ -65,7 +65,7 @@ def main():
     folder = settings.data_dir / "processed"
     splits = up_to_date(folder, wanted, manifest)
     if splits:
-        print(f"{shown(folder)} is up to date (delete it to make it anew)")
+        print(f"{shown(folder)} is up to date (delete it to rebuild it)")
     else:
         splits = pack_all(folder, settings, manifest, Encoder(tokenizer, wanted["dtype"]), wanted)
         write_json(folder / "meta.json", {**wanted, "splits": splits})
@@ -83,7 +83,7 @@ def tokenizer_path(settings: SimpleNamespace) -> Path:
 
 
 def up_to_date(folder: Path, wanted: dict, manifest: dict) -> dict:
-    """The splits of a meta.json that was made from the same and belongs to the .bin files beside it, else {}."""
+    """The splits in meta.json if it was made from the same inputs and matches the .bin files, else {}."""
     try:
         meta = read_json(folder / "meta.json")
         splits = meta.pop("splits", {})
@@ -92,17 +92,17 @@ def up_to_date(folder: Path, wanted: dict, manifest: dict) -> dict:
             and sha256_file(folder / f"{split}.bin") == splits[split]["sha256"]
             for split in SPLITS
         )
-    except (UserError, OSError, KeyError, TypeError, AttributeError):  # missing, broken or of another make
+    except (UserError, OSError, KeyError, TypeError, AttributeError):  # missing, broken or in another format
         return {}
     return splits if whole else {}
 
 
 def pack_all(folder: Path, settings: SimpleNamespace, manifest: dict, encoder: Encoder, wanted: dict) -> dict:
-    """Write a .bin for each split; returns their counts and digests."""
-    stories = {split: open_raw(settings.data_dir, split, manifest) for split in SPLITS}
+    """Write a .bin for each split; return their counts and digests."""
+    stories = {split: open_split(settings.data_dir / "raw", split, manifest["splits"]) for split in SPLITS}
     require_space(folder, sum(packed_size(stories[s], manifest["splits"][s], encoder) for s in SPLITS))
     splits = {}
-    with contextlib.ExitStack() as stack:  # both files take their names together, at the end of this block
+    with contextlib.ExitStack() as stack:  # both files are renamed together, at the end of this block
         for split in SPLITS:
             path = stack.enter_context(atomic_write(folder / f"{split}.bin"))
             raw, start = manifest["splits"][split], time.monotonic()
@@ -115,20 +115,22 @@ def pack_all(folder: Path, settings: SimpleNamespace, manifest: dict, encoder: E
             seconds, size = time.monotonic() - start, raw["bytes"]
             print(f"{split}: {size_text(size)} in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s")
             same = all(splits[split][count] == raw[count] for count in ("stories", "bytes"))
-            require(same, f"{shown(settings.data_dir / 'raw')} has changed while it was read: run this again")
+            require(
+                same, f"{shown(settings.data_dir / 'raw')} changed while it was being read: run this again"
+            )
             splits[split]["raw_sha256"] = raw["sha256"]
-        (folder / "meta.json").unlink(missing_ok=True)  # until it is there again, training has no data
+        (folder / "meta.json").unlink(missing_ok=True)  # until it is rewritten, training has no data
     return splits
 
 
 def packed_size(stories: object, raw: dict, encoder: Encoder) -> float:
-    """The bytes that a split takes, judged by its first stories."""
+    """Estimate the bytes of a packed split from its first stories."""
     sample = next(raw_batches(stories))
     return raw["bytes"] * len(encoder(sample)) / sum(len(story.encode()) for story in sample)
 
 
 def pack(path: Path, pairs: Iterator[tuple[list[str], bytes]], wanted: dict, bar: Progress) -> dict:
-    """Write the tokens of (stories, tokens) pairs to a file; returns counts of what is in it, and its digest."""
+    """Write the tokens of (stories, tokens) pairs to a file; return its counts and digest."""
     counts = {"stories": 0, "tokens": 0, "bytes": 0, "longer": 0}
     digest = hashlib.sha256()
     number = np.dtype(wanted["dtype"]).newbyteorder("<")
@@ -139,16 +141,11 @@ def pack(path: Path, pairs: Iterator[tuple[list[str], bytes]], wanted: dict, bar
             tokens = np.frombuffer(packed, number)
             ends = np.flatnonzero(tokens == wanted["eot_id"])
             size = sum(len(story.encode()) for story in batch)
-            require(len(ends) >= len(batch), "stories were lost on the way to their tokens: run this again")
             counts["stories"] += len(batch)
             counts["tokens"] += len(tokens)
             counts["bytes"] += size
             counts["longer"] += int(np.sum(np.diff(ends, prepend=-1) - 1 > CONTEXT))
             bar.add(len(batch), size)
-    require(
-        path.stat().st_size == counts["tokens"] * number.itemsize,
-        f"{shown(path)} is not whole: run this again",
-    )
     return {**counts, "sha256": digest.hexdigest()}
 
 

@@ -1,4 +1,4 @@
-"""Reading stories from the files that people keep them in: text, JSON, CSV and parquet, packed or not."""
+"""Read stories from text, JSON, CSV and parquet files, compressed or not."""
 
 import contextlib
 import csv
@@ -15,17 +15,17 @@ from model.files import shown
 from model.settings import UserError, first_line, require
 
 FILE_TYPES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # behind the first four
-BLOCK = 1 << 20  # bytes of a file read at once
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # allowed after the first four
+BLOCK = 1 << 20  # bytes per read
 
 
 def find_files(word: str, generated: Path) -> list[Path] | None:
-    """The story files that a file, folder or glob stands for; None where the word is no path at all.
+    """The story files that a file, folder or glob refers to; None if the word is not a path.
 
-    In a folder, hidden files, files of other types and what the scripts write below `generated` do
-    not count. Raises UserError where the word is a path but leads to no story file.
+    In a folder, hidden files, other file types and the scripts' own output under `generated` are skipped.
+    Raises UserError if the word is a path but leads to no story file.
     """
-    require(bool(word.strip()), "an empty name is no source of stories")
+    require(bool(word.strip()), "a source name is empty: give a file, folder, glob or hub data set")
     path = Path(word).expanduser()
     ours = [generated / name for name in ("raw", "tokenizer", "processed")]
     if path.is_dir():
@@ -42,28 +42,28 @@ def find_files(word: str, generated: Path) -> list[Path] | None:
     else:
         return None
     files = [file for file in files if not file.is_dir()]
-    require(bool(files), f"{word} holds no story files ({', '.join(FILE_TYPES)})")
+    require(bool(files), f"{word} contains no story files ({', '.join(FILE_TYPES)})")
     for file in files:
         known = file_type(file) in FILE_TYPES
-        require(known, f"{shown(file)} is not a known type of story file: {', '.join(FILE_TYPES)} are")
+        require(known, f"{shown(file)} is not a story file: use {', '.join(FILE_TYPES)}")
     return files
 
 
 def looks_like_path(word: str) -> bool:
-    """Whether a word is more likely a path with a slip in it than the name of a data set, `who/what`."""
+    """Whether a word is more likely a mistyped path than a data set name, `owner/name`."""
     slashes = word.count("/")
     odd = "\\" in word or slashes > 1 or word.startswith((".", "~", "/")) or word.endswith("/")
     return odd or file_type(Path(word)) in FILE_TYPES
 
 
 def file_type(path: Path) -> str:
-    """The suffix that says how to read a file: .jsonl for stories.JSONL and for stories.jsonl.gz."""
+    """The suffix that says how to read a file: .jsonl for stories.JSONL and stories.jsonl.gz."""
     suffix = path.suffix.lower()
     return path.with_suffix("").suffix.lower() if suffix in COMPRESSED else suffix
 
 
 def read_file(path: Path, column: str, bar: Progress | None = None) -> Iterator[str]:
-    """The stories in a file, one at a time. Raises UserError naming the file and the place in it."""
+    """Yield the stories in a file. Raises UserError naming the file and the place in it."""
     read = {
         ".txt": text_rows,
         ".jsonl": json_lines,
@@ -78,12 +78,12 @@ def read_file(path: Path, column: str, bar: Progress | None = None) -> Iterator[
             row = row[column]
         if row is None:
             row = ""
-        require(isinstance(row, str), f"{where}: a story is text, not {type(row).__name__}")
+        require(isinstance(row, str), f"{where}: a story must be text, not {type(row).__name__}")
         try:
             row.encode()
-        except UnicodeEncodeError:  # JSON can spell half a character, such as "\ud83d"
+        except UnicodeEncodeError:  # JSON can escape half a character, such as "\ud83d"
             raise UserError(
-                f"{where}: the story holds half of a surrogate pair, which is no character"
+                f"{where}: the story contains half of a surrogate pair, which is not a character"
             ) from None
         yield row
 
@@ -91,12 +91,12 @@ def read_file(path: Path, column: str, bar: Progress | None = None) -> Iterator[
 def require_column(column: str, columns: object, where: str) -> None:
     names = ", ".join(map(str, columns)) or "no columns"
     require(
-        column in columns, f"{where} has no column {column!r}: it has {names} (--text-column chooses one)"
+        column in columns, f"{where} has no column {column!r}: it has {names} (choose one with --text-column)"
     )
 
 
 class WatchedFile(io.FileIO):
-    """A file whose reading a progress bar shows."""
+    """A file that reports its reads to a progress bar."""
 
     def __init__(self, path: Path, bar: Progress | None):
         super().__init__(path)
@@ -111,7 +111,7 @@ class WatchedFile(io.FileIO):
 
 @contextlib.contextmanager
 def open_text(path: Path, bar: Progress | None = None, newline: str | None = None) -> Iterator[TextIO]:
-    """A UTF-8 file, unpacked, without its byte order mark. Raises UserError saying what is wrong with it."""
+    """Open a UTF-8 file, decompressed, without its byte order mark. Raises UserError if it is damaged."""
     try:
         with open_unpacked(path, bar) as file, io.TextIOWrapper(file, "utf-8-sig", newline=newline) as text:
             yield text
@@ -137,13 +137,12 @@ def open_unpacked(path: Path, bar: Progress | None = None) -> BinaryIO:
 
 
 def tidy(story: str) -> str:
-    """A story with \n line ends, and without a byte order mark and space around."""
+    """Normalise line ends to LF; strip the byte order mark and surrounding whitespace."""
     return story.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff").strip()
 
 
 def text_rows(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[str, str]]:
-    """Stories between lines `<|endoftext|>`; in a file that has no such line, between lines that end so, or else
-    between blank lines."""
+    """Stories separated by `<|endoftext|>` lines; if there are none, by lines that end with it, else by blank lines."""
     with open_text(path) as file:
         ending = {line.strip() == END_OF_TEXT for line in file if line.rstrip().endswith(END_OF_TEXT)}
     separator = END_OF_TEXT if ending else ""
@@ -173,7 +172,7 @@ def json_lines(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[
 
 
 def json_rows(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[str, object]]:
-    """A list of objects or texts, {"data": [...]}, {column: [...]}, or JSON lines under the wrong name."""
+    """A list of objects or strings, {"data": [...]}, {column: [...]}, or JSON lines with the wrong suffix."""
     with open_text(path, bar) as file:
         line = 1
         while (start := file.read(1)).isspace():
@@ -204,7 +203,7 @@ def json_rows(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[s
 
 
 def json_array(path: Path, file: TextIO, line: int) -> Iterator[tuple[str, object]]:
-    """The elements of a JSON array, without reading all of it into memory; `file` is just past its "["."""
+    """Yield the elements of a JSON array without loading all of it; `file` is just past its "["."""
     decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
     text, position, first = "", 0, True
     while True:
@@ -217,7 +216,7 @@ def json_array(path: Path, file: TextIO, line: int) -> Iterator[tuple[str, objec
                     raise json.JSONDecodeError("Expecting ',' or ']'", text, start)
                 start = blank.match(text, start + 1).end()
             row, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError) as error:  # the element may go on beyond what is read so far
+        except (ValueError, RecursionError) as error:  # the element may continue past what was read
             if not (block := file.read(max(BLOCK, len(text)))):
                 line += text.count("\n", position, getattr(error, "pos", position))
                 reason = getattr(error, "msg", error)
@@ -230,11 +229,13 @@ def json_array(path: Path, file: TextIO, line: int) -> Iterator[tuple[str, objec
         position, first = end, False
     rest = text[start + 1 :] + file.read(BLOCK)
     line += text.count("\n", position, start)
-    require(not rest.strip(), f"{shown(path)} line {line} is not JSON: there is more after the list's end")
+    require(
+        not rest.strip(), f"{shown(path)} line {line} is not JSON: there is text after the end of the list"
+    )
 
 
 def csv_rows(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[str, str]]:
-    csv.field_size_limit(2**31 - 1)  # a story may be longer than the 131,072 characters of the default
+    csv.field_size_limit(2**31 - 1)  # a story may exceed the default limit of 131,072 characters
     with open_text(path, bar, newline="") as file:
         reader = csv.reader(file, strict=True)
         try:

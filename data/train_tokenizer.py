@@ -1,13 +1,13 @@
-"""Step 2: make the tokenizer, the table that turns text into token numbers and back.
+"""Step 2: make the tokenizer, which turns text into token ids and back.
 
-    python data/train_tokenizer.py               # learn 10,000 byte-pair tokens from data/raw/train
+    python data/train_tokenizer.py               # train a BPE of 10,000 tokens on data/raw/train
     python data/train_tokenizer.py --kind gpt2   # GPT-2's 50,257 tokens, from the Hugging Face hub
     python data/train_tokenizer.py --kind char   # one token per character of the stories
-    python data/train_tokenizer.py --kind DIR    # that of a Hugging Face folder or name (with a slash)
+    python data/train_tokenizer.py --kind NAME   # from a Hugging Face folder, a hub model (owner/name) or a checkpoint
 
-The result is data/tokenizer/tokenizer.json, which the tokenizers library reads. Each kind encodes any
-Unicode text, and decoding gives exactly that text back. `<|endoftext|>`, which stands after each story, is
-a token of its own; the scripts set `encode_special_tokens`, so that no story's text becomes that token.
+The output is data/tokenizer/tokenizer.json, in the format of the tokenizers library. bpe, gpt2 and char encode
+any Unicode text and decode to exactly that text. `<|endoftext|>`, which follows each story, is a special token;
+the scripts set `encode_special_tokens`, so that no text in a story becomes that token.
 """
 
 import hashlib
@@ -22,23 +22,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # learn and encode on all cores
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # train and encode on all cores
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data.hub import reach_hub
-from data.stories import END_OF_TEXT, Progress, next_step, open_raw, raw_batches, read_manifest
+from data.hub import why_offline
+from data.stories import END_OF_TEXT, Progress, next_step, open_split, raw_batches, read_manifest
 from model.files import atomic_write, read_json, sha256_file, shown, write_json
-from model.settings import UserError, first_line, read_settings, require, run_script
+from model.settings import UserError, first_line, read_settings, require, require_at_least, run_script
 
-KIND = "bpe"  # "bpe" (learned), "gpt2" (GPT-2's 50,257 tokens), "char", or a Hugging Face folder or name
-VOCAB_SIZE = 10_000  # of bpe: `<|endoftext|>`, the 256 bytes, and the most useful pieces of words
-MAX_STORIES = 0  # training stories to learn from, the first so many; 0 is all
-GPT2_FILES: list[str] = []  # vocab.json merges.txt, to make gpt2 without a network
-DATA_DIR = "data"  # the folder of raw/, tokenizer/ and processed/
+KIND = "bpe"  # "bpe" (trained here), "gpt2" (GPT-2's 50,257 tokens), "char", or a Hugging Face folder or name
+VOCAB_SIZE = 10_000  # for bpe: `<|endoftext|>`, the 256 bytes and learned word pieces
+MAX_STORIES = 0  # learn from only the first N training stories; 0: all
+GPT2_FILES: list[str] = []  # vocab.json merges.txt, for gpt2 without a network
+DATA_DIR = "data"  # folder for raw/, tokenizer/ and processed/
 
 FORMAT = 1
-# of GPT-2's vocabulary and merges
+# checksum of GPT-2's vocabulary and merges
 GPT2_SHA256 = "7af2255eedd60b16dd34cbba614d328a4b0726f23b66fb09c942a867f3ccac38"
 EXAMPLE = "Once upon a time, there was a little dragonfly named Lily."
 
@@ -47,7 +47,7 @@ def main():
     settings = read_settings(__file__)
     check(settings)
     manifest = read_manifest(settings.data_dir)
-    stories = open_raw(settings.data_dir, "train", manifest)
+    stories = open_split(settings.data_dir / "raw", "train", manifest["splits"])
     if settings.max_stories:
         stories = stories.select(range(min(settings.max_stories, len(stories))))
 
@@ -61,7 +61,7 @@ def main():
             "raw_sha256": manifest["splits"]["train"]["sha256"],
         }
     if settings.kind in KINDS and up_to_date(path, made_from):
-        print(f"{shown(path)} is up to date (delete it to make it anew)")
+        print(f"{shown(path)} is up to date (delete it to rebuild it)")
         tokenizer = Tokenizer.from_file(str(path))
     else:
         start = time.monotonic()
@@ -80,29 +80,30 @@ def check(settings: SimpleNamespace) -> None:
     known = kind in KINDS or "/" in kind or Path(kind).exists()
     require(known, f"--kind takes bpe, gpt2 or char, or a Hugging Face folder or name, not {kind!r}")
     require(
-        kind == "bpe" or "vocab_size" not in settings.given, f"--vocab-size is for --kind bpe, not {kind}"
+        kind == "bpe" or "vocab_size" not in settings.given,
+        f"--vocab-size works only with --kind bpe, not {kind}",
     )
     require(
         settings.vocab_size >= bytes_and_end,
-        f"--vocab-size is at least {bytes_and_end}: one token for each byte, and {END_OF_TEXT}",
+        f"--vocab-size must be at least {bytes_and_end}: one token per byte, and {END_OF_TEXT}",
     )
-    require(settings.max_stories >= 0, "--max-stories is 0 (all) or more")
-    require(kind == "gpt2" or not settings.gpt2_files, "--gpt2-files goes with --kind gpt2")
+    require_at_least(0, settings, "max_stories")
+    require(kind == "gpt2" or not settings.gpt2_files, "--gpt2-files works only with --kind gpt2")
 
 
 def up_to_date(path: Path, made_from: dict) -> bool:
     try:
         recorded = read_json(path.with_name("made_from.json"))
-    except UserError:  # broken: make it again
+    except UserError:  # broken: rebuild
         return False
     return path.is_file() and recorded == {**made_from, "tokenizer_sha256": sha256_file(path)}
 
 
-# The three kinds. In each, `<|endoftext|>` is the one special token.
+# The kinds. In bpe, gpt2 and char, `<|endoftext|>` is the only special token.
 
 
 def byte_level(model: models.BPE) -> Tokenizer:
-    """A BPE over UTF-8 bytes, as GPT-2's: text is cut into words, and a word into learned pieces."""
+    """A BPE over UTF-8 bytes, like GPT-2's: text is split into words, and words into learned pieces."""
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -113,7 +114,7 @@ def learn_bpe(stories: object, settings: SimpleNamespace) -> Tokenizer:
     tokenizer = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=settings.vocab_size,
-        min_frequency=2,  # a pair seen once is chance
+        min_frequency=2,  # a pair seen once is noise
         special_tokens=[END_OF_TEXT],  # gets id 0
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so that any text can be encoded
         show_progress=False,
@@ -127,7 +128,7 @@ def learn_bpe(stories: object, settings: SimpleNamespace) -> Tokenizer:
                     raise RuntimeError("stopped")
                 yield batch
 
-        # In a thread, because Ctrl-C comes to the main one, which would be deaf inside the library.
+        # In a thread: Ctrl-C goes to the main thread, which could not react inside the library.
         learning = thread.submit(tokenizer.train_from_iterator, counted(), trainer)
         try:
             learning.result()
@@ -144,23 +145,23 @@ def load_gpt2(stories: object, settings: SimpleNamespace) -> Tokenizer:
     table = json.dumps([tokenizer.get_vocab(), content["merges"]], sort_keys=True)
     whole = hashlib.sha256(table.encode()).hexdigest() == GPT2_SHA256
     source = " and ".join(settings.gpt2_files) or "the hub's copy"
-    require(whole, f"{source}: this is not GPT-2's vocabulary of 50,257 tokens with its 50,000 merges")
+    require(whole, f"{source}: this is not GPT-2's vocabulary of 50,257 tokens and 50,000 merges")
     return tokenizer
 
 
 def gpt2_from_hub() -> models.BPE:
-    offline = reach_hub()
+    offline = why_offline()
     try:
         return Tokenizer.from_pretrained("gpt2").model
-    except Exception as error:  # the hub's client and the tokenizers library each raise their own
+    except Exception as error:  # the hub's client and tokenizers raise different ones
         reason = offline or first_line(error)
         raise UserError(
-            f"cannot load GPT-2's vocabulary from the hub, {reason}: give --gpt2-files vocab.json merges.txt"
+            f"cannot load GPT-2's vocabulary from the hub: {reason}; use --gpt2-files vocab.json merges.txt"
         ) from None
 
 
 def gpt2_from_files(names: list[str]) -> models.BPE:
-    """GPT-2's model from its two files, in either order: a JSON object, and a list of merges."""
+    """GPT-2's model from its two files, in either order: a JSON object and a list of merges."""
     require(len(names) == 2, "--gpt2-files takes two files, vocab.json and merges.txt")
     vocab, merges = None, None
     for name in names:
@@ -180,12 +181,12 @@ def gpt2_from_files(names: list[str]) -> models.BPE:
     require(vocab is not None and merges is not None, "--gpt2-files takes one vocab.json and one merges.txt")
     try:
         return models.BPE(vocab, merges)
-    except Exception as error:  # the tokenizers library raises the bare class
-        raise UserError(f"{' and '.join(names)} do not fit together: {first_line(error)}") from None
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{' and '.join(names)} do not match: {first_line(error)}") from None
 
 
 def collect_characters(stories: object, settings: SimpleNamespace) -> Tokenizer:
-    """A token for each character of the stories; any other character becomes its UTF-8 bytes."""
+    """One token per character of the stories; any other character becomes its UTF-8 bytes."""
     characters = set()
     with Progress(total=stories.data.nbytes, unit="B", desc="characters") as bar:
         for batch in raw_batches(stories, bar):
@@ -199,19 +200,21 @@ def collect_characters(stories: object, settings: SimpleNamespace) -> Tokenizer:
 
 
 def take_over(stories: object, settings: SimpleNamespace) -> Tokenizer:
-    """The tokenizer of a model from elsewhere, to go on training it or to compare with it."""
-    from model.huggingface import load_tokenizer_json  # with torch, which takes seconds to load
+    """The tokenizer of an existing model, to fine-tune it or compare with it."""
+    from model.huggingface import load_tokenizer_json  # imports torch, which takes seconds
 
     tokenizer = Tokenizer.from_str(load_tokenizer_json(settings.kind))
     found = tokenizer.token_to_id(END_OF_TEXT) is not None
-    require(found, f"the tokenizer of {settings.kind} has no {END_OF_TEXT}, which stands between stories")
+    require(
+        found, f"the tokenizer of {settings.kind} has no {END_OF_TEXT} token to separate stories: use another"
+    )
     return tokenizer
 
 
 KINDS = {"bpe": learn_bpe, "gpt2": load_gpt2, "char": collect_characters}
 
 
-# What the user sees
+# Output
 
 
 def describe(tokenizer: Tokenizer, stories: object, asked: int) -> None:
@@ -221,7 +224,7 @@ def describe(tokenizer: Tokenizer, stories: object, asked: int) -> None:
     ratio = sum(len(story.encode()) for story in sample) / tokens
     size = tokenizer.get_vocab_size()
     fewer = "" if size >= asked else f" (not {asked:,}: no more pairs occur twice in these stories)"
-    print(f"vocabulary: {size:,} tokens{fewer}; a token holds {ratio:.2f} bytes of these stories")
+    print(f"vocabulary: {size:,} tokens{fewer}; {ratio:.2f} bytes per token on these stories")
     pieces = [tokenizer.decode([number]) for number in tokenizer.encode(EXAMPLE).ids]
     print(f"example:    {'|'.join(pieces)}")
 

@@ -1,11 +1,11 @@
 """Reading packed tokens: step number -> batch, as a pure function.
 
-The tokens of a split lie in one ring. An epoch cuts the ring into windows of block_size tokens,
-beginning at an offset of its own, and visits them in an order of its own; both come from
-(seed, epoch) alone. So any step's batch can be named without replaying the steps before it, and it is
-the same for 1 process and for 8.
+The tokens of a split form a ring. Each epoch cuts it into windows of block_size tokens, starting at a random
+offset, and visits them in random order; both depend on (seed, epoch) alone. So any step's batch is known without
+replaying earlier steps, and it is the same for 1 process and for 8.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +17,13 @@ from model.files import command, read_json, sha256_file, shown
 from model.settings import UserError, require_seed
 
 PREPARE = command("data/prepare_data.py")
+SIGNED = {"i2": torch.int16, "i4": torch.int32}
 META = ("dtype", "vocab_size", "eot_id", "tokenizer_sha256", "splits")
 
 
 @dataclass(frozen=True)
 class Split:
-    """One packed file and what meta.json says of it."""
+    """One packed file and its entry in meta.json."""
 
     tokens: np.ndarray  # memory-mapped, 1-D, uint16 or uint32
     stories: int
@@ -46,7 +47,7 @@ class Data:
 def load_data(data_dir: Path, verify: bool = False) -> Data:
     """Memory-map data_dir/processed and check it against meta.json (with `verify`, the SHA-256 too).
 
-    Raises UserError where a file is missing, cut short, or made with another tokenizer.
+    Raises UserError if a file is missing, truncated, or made with another tokenizer.
     """
     processed = data_dir / "processed"
     meta = read_json(processed / "meta.json")
@@ -72,10 +73,10 @@ def load_data(data_dir: Path, verify: bool = False) -> Data:
         size = path.stat().st_size if path.exists() else 0
         if size != expected:
             raise UserError(
-                f"{shown(path)} has {size:,} bytes where meta.json says {expected:,}: run {PREPARE}"
+                f"{shown(path)} has {size:,} bytes, but meta.json says {expected:,}: run {PREPARE}"
             )
         if verify and sha256_file(path) != facts["sha256"]:
-            raise UserError(f"{shown(path)} is damaged (its SHA-256 is not meta.json's): run {PREPARE}")
+            raise UserError(f"{shown(path)} is damaged (its SHA-256 differs from meta.json's): run {PREPARE}")
         tokens = np.memmap(path, dtype=np.dtype(meta["dtype"]).newbyteorder("<"), mode="r")
         splits[name] = Split(tokens, facts["stories"], facts["bytes"], facts["sha256"])
     return Data(
@@ -87,12 +88,20 @@ def load_data(data_dir: Path, verify: bool = False) -> Data:
     )
 
 
-def shuffled(positions: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
-    """Where each of these positions lies in a random order of `count` things, both int64: a permutation without a
-    table, however many they are.
+def fingerprints(data: Data) -> dict[str, str]:
+    """SHA-256 of both splits and of the tokenizer, which must not change when a run resumes."""
+    return {
+        "training stories": data.train.sha256,
+        "validation stories": data.validation.sha256,
+        "tokenizer": hashlib.sha256(data.tokenizer_json.encode()).hexdigest(),
+    }
 
-    A Feistel network, with a round for each of the keys (uint64), permutes the numbers below a power of 4; what
-    it puts beyond `count` goes through it again (cycle walking, Black and Rogaway 2002).
+
+def shuffled(positions: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
+    """Map positions (int64) through a random permutation of range(count), without a table.
+
+    A Feistel network with one round per key (uint64) permutes the numbers below a power of 4; results not below
+    `count` go through it again (cycle walking, Black and Rogaway 2002).
     """
     half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
@@ -108,14 +117,14 @@ def shuffled(positions: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
 
 
 def scrambled(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's mixing function (Steele et al. 2014) of each number, modulo 2**64."""
+    """SplitMix64's mixing function (Steele et al. 2014), elementwise, modulo 2**64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 class Batches:
-    """The endless sequence of training windows of a split, cut into steps of equal size."""
+    """An endless sequence of training windows, in steps of equal size."""
 
     def __init__(self, tokens: np.ndarray, block_size: int, windows_per_step: int, seed: int):
         if len(tokens) <= block_size:
@@ -130,16 +139,19 @@ class Batches:
         self._resident: Tensor | None = None
 
     def move_to(self, device: torch.device, budget: float) -> None:
-        """Keep the tokens in the memory of the device, if they take no more than `budget` bytes there.
+        """Keep the tokens in device memory, if they take at most `budget` bytes there.
 
-        Windows are then gathered on the device, and a step waits for no copy from the host.
+        Windows are then gathered on the device, without copies from the host.
         """
-        if 2 * 4 * len(self.tokens) <= budget:  # int32, twice while the pieces are joined
-            pieces = np.array_split(self.tokens, -(-len(self.tokens) // 2**24))
-            self._resident = torch.cat([torch.from_numpy(p.astype(np.int32)).to(device) for p in pieces])
+        if self.tokens.nbytes <= budget:
+            signed = f"i{self.tokens.itemsize}"  # PyTorch hardly supports unsigned integers; tensor() undoes the sign
+            self._resident = torch.empty(len(self.tokens), dtype=SIGNED[signed], device=device)
+            for first in range(0, len(self.tokens), 2**24):
+                piece = np.array(self.tokens[first : first + 2**24])
+                self._resident[first : first + 2**24] = torch.from_numpy(piece.view(signed))
 
     def starts(self, step: int) -> np.ndarray:
-        """Where each window of a step begins in the ring, (windows_per_step,) int64."""
+        """Start of each window of a step in the ring, (windows_per_step,) int64."""
         positions = np.arange(step * self.windows_per_step, (step + 1) * self.windows_per_step)
         epochs, inside = np.divmod(positions, self.windows_per_epoch)
         starts = np.empty_like(positions)
@@ -152,7 +164,7 @@ class Batches:
         return starts % len(self.tokens)
 
     def windows(self, starts: np.ndarray) -> np.ndarray:
-        """The tokens of each window and the one after it, (len(starts), block_size + 1) int64."""
+        """The tokens of each window and the next token, (len(starts), block_size + 1) int64."""
         indices = starts[:, None] + np.arange(self.block_size + 1)
         return self.tokens[indices % len(self.tokens)].astype(np.int64)
 
@@ -161,11 +173,22 @@ class Batches:
         if self._resident is None:
             return to_device(self.windows(starts), device)
         indices = to_device(starts, device)[:, None] + torch.arange(self.block_size + 1, device=device)
-        return self._resident[indices % len(self.tokens)].long()
+        return self._resident[indices % len(self.tokens)].long() & (2 ** (8 * self.tokens.itemsize) - 1)
+
+
+def number_stories(idx: Tensor, eot_id: int) -> Tensor:
+    """Index of the story in its window that each token of idx (B, T) belongs to, (B, T) int32. An end-of-text token
+    belongs to the story after it, which is generated from it."""
+    return (idx == eot_id).cumsum(1, dtype=torch.int32)
+
+
+def dropout_seed(seed: int, step: int, window: int) -> int:
+    """The dropout seed of the micro-batch that starts with this window of a step."""
+    return int(np.random.SeedSequence((seed, step, window)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """A tensor on the device, without waiting for it: what is copied from pinned memory overtakes nothing."""
+    """Copy to the device; to CUDA from pinned memory, asynchronously and in stream order."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

@@ -1,6 +1,6 @@
-"""A model that begins as a bigram model: which token follows which is counted, not learnt step by step.
+"""Initialise a model as a bigram model: which token follows which is counted, not learned step by step.
 
-A second or two of counting give the loss that training takes more than a hundred thousand tokens to reach.
+A second or two of counting reaches a loss that takes training more than a hundred thousand tokens.
 """
 
 import contextlib
@@ -13,33 +13,33 @@ from torch import Tensor
 
 from model.gpt import GPT
 
-COUNTED = 2**23  # tokens at most, in pieces from all over the stories
+COUNTED = 2**23  # at most this many tokens, in pieces spread over the stories
 PIECE = 2**16
-# How many tokens' worth of belief that the next one does not depend on this one; 30 and 300 were no better
+# Pseudo-count of the unigram prior; 30 and 300 were no better
 PRIOR = 100.0
-# Root mean square of an embedding's numbers: large beside the steps of training, small beside normalised states
+# RMS of the embedding weights: large compared to a training step, small compared to normalised states
 SCALE = 0.4
-# Part of each embedding's length that is the same for all, and is multiplied with how frequent a token is
+# Fraction of each embedding's norm in one shared coordinate, which the head multiplies by unigram log-probabilities
 SHARED = 0.3
 
 
 def count_bigrams(
     tokens: np.ndarray, vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs of neighbours: first token, second, how often (each (N,) int64); and each token's frequency (V,)."""
+    """Bigrams as first token, second token and count (each (N,) int64), and unigram frequencies (V,)."""
     pieces = np.array_split(tokens, -(-len(tokens) // PIECE))
     sample = np.concatenate(pieces[:: -(-len(tokens) // COUNTED)]).astype(np.int64)
     pairs, counts = np.unique(sample[:-1] * vocab_size + sample[1:], return_counts=True)
-    frequency = np.bincount(sample, minlength=vocab_size) + 0.5  # a token that never occurs is not impossible
+    frequency = np.bincount(sample, minlength=vocab_size) + 0.5  # no token gets probability zero
     return pairs // vocab_size, pairs % vocab_size, counts, frequency / frequency.sum()
 
 
 def factors(tokens: np.ndarray, vocab_size: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the bigrams' log-probabilities: A (V, rank), B (V, rank) and the tokens' own log-probabilities (V,).
+    """Factor the bigram log-probabilities into A (V, rank), B (V, rank) and unigram log-probabilities (V,).
 
-    log p(b | a) = log p(b) + log(1 + n(a, b) / (PRIOR p(b))) + something that depends on a alone, where n counts.
-    The middle term is 0 for pairs that do not occur, and A @ B.T is its truncated singular value decomposition,
-    weighted by the root of p(a) p(b), as words are factorised by their neighbours (Levy and Goldberg 2014).
+    log p(b | a) = log p(b) + log(1 + n(a, b) / (PRIOR p(b))) + a term that depends on a alone, with counts n(a, b).
+    The middle term is 0 for pairs that do not occur; A @ B.T is its truncated SVD, weighted by sqrt(p(a) p(b)), like
+    the factorisation of word co-occurrences by Levy and Goldberg (2014).
     """
     first, second, counts, frequency = count_bigrams(tokens, vocab_size)
     weight = np.sqrt(frequency)
@@ -54,7 +54,7 @@ def factors(tokens: np.ndarray, vocab_size: int, rank: int) -> tuple[Tensor, Ten
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute the same bits on any number of cores, among which sums would be split."""
+    """Use one thread, so that results are bit-identical on any number of cores (which would split sums)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -68,9 +68,9 @@ def one_thread() -> Iterator[None]:
 def begin_as_bigrams(model: GPT, tokens: np.ndarray) -> None:
     """Set a new model's weights so that its logits are the log-probabilities of the bigrams in `tokens`.
 
-    The blocks add nothing yet. The final norm divides by an embedding's length, so all get the same one: A's row, a
-    number that all share (the head has log p(b) there), and one that fills up what is missing. Needs modern
-    blocks and an untied head; what is random comes from torch's generator.
+    The blocks add nothing yet. The final norm divides by an embedding's length, so all get the same length: A's row, a
+    coordinate that all tokens share (the head holds log p(b) there), and one that makes up the difference. Needs
+    modern blocks and an untied head; randomness comes from torch's global generator.
     """
     V, C = model.config.vocab_size, model.config.n_embd
     A, B, log_p = factors(tokens, V, C - 2)
@@ -82,7 +82,7 @@ def begin_as_bigrams(model: GPT, tokens: np.ndarray) -> None:
     embedding[:, -1] = (1 - embedding.square().sum(1)).clamp(min=0).sqrt()
     head[:, :rank] = B * longest
     head[:, -2] = (log_p - log_p.mean()) / SHARED
-    # AdamW and the norms treat all coordinates alike, so none of them shall be special
+    # A random rotation spreads the special coordinates, since AdamW and the norms treat all coordinates alike
     turn = torch.linalg.qr(torch.randn(C, C)).Q
     model.token_embedding.weight.copy_(embedding @ turn * math.sqrt(C) * SCALE)
     model.head.weight.copy_(head @ turn / math.sqrt(C))

@@ -1,9 +1,8 @@
-"""What `--checkpoint` may name: a checkpoint of this project, or any causal language model of transformers.
+"""Models that `--checkpoint` accepts: a checkpoint of this project, or any causal language model in transformers.
 
-Both become a Candidate, so that one protocol scores them: the same stories, the same bytes.
+Both become a Candidate, so that one protocol scores them on the same stories and bytes.
 """
 
-import contextlib
 import functools
 from pathlib import Path
 
@@ -16,29 +15,27 @@ from tqdm import tqdm
 from model.checkpoint import find_checkpoint, load_model
 from model.decoder import Decoder
 from model.files import sha256_file, shown
-from model.generation import Sampling, generate_all
+from model.generation import DEFAULT_SAMPLING, generate_all
 from model.metrics import read_rows
-from model.runtime import warn
-from model.settings import UserError, require
+from model.settings import UserError, require, warn
 from model.story_quality import Story
 
-# How stories are written to be judged, the same for every candidate; generate.py's own defaults
+# Longest generated story, in tokens; generate.py's default
 MAX_TOKENS = 400
-SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 WRITTEN_AT_ONCE = 32
-# Stories on which a tokenizer from elsewhere is tried
+# Stories used to check an external tokenizer
 CHECKED = 256
 
 
 class Candidate:
-    """A model in evaluation mode on its device, its tokenizer, and what to say of it.
+    """A model in evaluation mode on its device, its tokenizer, and facts to report.
 
-    start_id is the token before a story, end_id the one after it. `tokenizer` takes marks of special
-    tokens that stand in a text as text.
+    start_id is the token before a story, end_id the one after it. `tokenizer` encodes special-token markers in a
+    text as text.
     """
 
     name: str
-    whole_logits = False  # whether `states` makes the logits of all positions
+    whole_logits = False  # whether `states` computes the logits of all positions
     network: nn.Module
     tokenizer: Tokenizer
     start_id: int
@@ -49,29 +46,23 @@ class Candidate:
     settings: dict  # for the report
     curve: list[dict]  # evaluations during training, rows of metrics.jsonl
 
-    def check(self) -> None:
-        require(
-            self.block_size >= 2,
-            f"{self.name} has a context of {self.block_size} token: scoring a story takes at least 2",
-        )
-
     def states(self, idx: Tensor) -> Tensor:
-        """Token ids (B, T) -> what `head` makes logits of, (B, T, ...)."""
+        """Token ids (B, T) -> inputs of `head`, (B, T, ...)."""
         raise NotImplementedError
 
     def head(self, states: Tensor) -> Tensor:
-        """States (N, ...) -> logits (N, V). Apart from `states`, so that only what is scored pays for it."""
+        """States (N, ...) -> logits (N, V). Separate from `states`, so that only scored positions pay for it."""
         raise NotImplementedError
 
     def continue_ids(self, prompts: list[list[int]], seeds: list[int]) -> list[tuple[list[int], bool]]:
-        """The sampled tokens after each prompt, without the end token, and whether that was reached."""
+        """The tokens sampled after each prompt, without the end token, and whether it was reached."""
         raise NotImplementedError
 
-    def read_into(self, stories: list[str]) -> None:
-        """Settle from real stories what the model leaves open. Raises UserError where it cannot read them."""
+    def adapt_to(self, stories: list[str]) -> None:
+        """Determine from real stories what the model leaves open. Raises UserError if it cannot encode them."""
 
     def write(self, prompts: list[str], seed: int) -> list[Story]:
-        """A story for each prompt, the k-th with seed + k."""
+        """Generate a story for each prompt, the k-th with seed + k."""
         encoded = self.tokenizer.encode_batch_fast(prompts, add_special_tokens=False)
         ids = [[self.start_id, *encoding.ids] for encoding in encoded]
         seeds = [seed + k for k in range(len(prompts))]
@@ -81,7 +72,7 @@ class Candidate:
             part = slice(first, first + WRITTEN_AT_ONCE)
             written = self.continue_ids(ids[part], seeds[part])
             for prompt, before, (after, ended) in zip(prompts[part], ids[part], written, strict=True):
-                # decoded together: between a prompt and its story some tokenizers would lose a space
+                # decode together: some tokenizers would lose a space between prompt and story
                 text = self.tokenizer.decode(before[1:] + after, skip_special_tokens=False)
                 stories.append(Story(text, prompt, ended))
         return stories
@@ -117,15 +108,15 @@ class OwnModel(Candidate):
 
     @functools.cached_property
     def decoder(self) -> Decoder:
-        return Decoder(self.network)
+        return Decoder(self.network, graphs=True)
 
     def continue_ids(self, prompts: list[list[int]], seeds: list[int]) -> list[tuple[list[int], bool]]:
-        written = generate_all(self.decoder, prompts, MAX_TOKENS, self.end_id, SAMPLING, seeds)
+        written = generate_all(self.decoder, prompts, MAX_TOKENS, self.end_id, DEFAULT_SAMPLING, seeds)
         return [(ids, len(ids) < MAX_TOKENS) for ids in written]
 
 
 class TransformersModel(Candidate):
-    """A folder that transformers loads, or a name on the Hugging Face hub."""
+    """A model that transformers loads from a folder or the Hugging Face hub."""
 
     whole_logits = True
 
@@ -142,12 +133,10 @@ class TransformersModel(Candidate):
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True
         special = [t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None]
-        require(
-            bool(special), f"the tokenizer of {name} has no end-of-text token, which every story ends with"
-        )
+        require(bool(special), f"the tokenizer of {name} has no end-of-text token, which scoring needs")
         self.start_id, self.end_id = special[0], special[-1]
         config = network.config
-        # Without positions of its own (ALiBi, state spaces) a model has no limit; this one is for memory.
+        # Models without position embeddings (ALiBi, state space) have no limit; this one bounds memory.
         self.block_size = getattr(config, "max_position_embeddings", None) or 2_048
         self.vocab_size = network.get_input_embeddings().num_embeddings
         parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -165,18 +154,18 @@ class TransformersModel(Candidate):
         return states
 
     @torch.no_grad()
-    def read_into(self, stories: list[str]) -> None:
-        """Check that the tokenizer keeps the text, and choose the end token.
+    def adapt_to(self, stories: list[str]) -> None:
+        """Check that the tokenizer preserves text, and choose the end token.
 
-        Some models end a story with the token that begins the next (llama2.c's do), not with the tokenizer's
-        end token. Of the two, this takes the one that the model itself expects after real stories.
+        Some models (such as llama2.c's) end a story with the token that starts the next, not with the tokenizer's
+        end token. This picks whichever the model itself expects after real stories.
         """
         encoded = self.tokenizer.encode_batch_fast(stories[:CHECKED], add_special_tokens=False)
         decoded = self.tokenizer.decode_batch([e.ids for e in encoded], skip_special_tokens=False)
         changed = sum(a != b for a, b in zip(stories, decoded, strict=False))
         require(
             2 * changed <= len(decoded),
-            f"the tokenizer of {self.name} does not give stories back as they were: bits per byte would be wrong",
+            f"the tokenizer of {self.name} does not reproduce stories: bits per byte would be wrong",
         )
         if changed:
             warn(
@@ -198,8 +187,8 @@ class TransformersModel(Candidate):
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         options = {
             "do_sample": True,
-            "temperature": SAMPLING.temperature,
-            "top_p": SAMPLING.top_p,
+            "temperature": DEFAULT_SAMPLING.temperature,
+            "top_p": DEFAULT_SAMPLING.top_p,
             "top_k": 0,
         }
         options |= {"max_new_tokens": min(MAX_TOKENS, self.block_size - width), "eos_token_id": self.end_id}
@@ -214,42 +203,44 @@ class TransformersModel(Candidate):
 
 
 def load_transformers(name: str) -> tuple[nn.Module, object]:
-    """transformers' model and tokenizer of a folder or hub name. Raises UserError where they do not load."""
+    """Load model and tokenizer from a folder or hub name. Raises UserError if they do not load."""
     try:
         import transformers
     except ImportError:
-        raise UserError(f"{name} is a Hugging Face model: it takes pip install transformers") from None
+        raise UserError(f"{name} is a Hugging Face model: run pip install transformers") from None
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
-    where = (
-        "" if Path(name).is_dir() else "there is no checkpoint of that name here; as a Hugging Face model, "
-    )
+    where = "" if Path(name).is_dir() else "there is no such checkpoint here; as a Hugging Face model, "
     try:
         network, loading = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # each kind of damage raises its own
+    except Exception as error:  # each kind of damage raises its own exception
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{where}{name} does not load: {reason[:200]}") from None
-    # transformers fills what a file lacks with random numbers
+    # transformers initialises missing weights at random
     lacking = sorted(loading["missing_keys"])
-    require(not lacking, f"{name} lacks {len(lacking)} of its weights, {', '.join(lacking[:2])} among them")
+    require(not lacking, f"{name} lacks {len(lacking)} of its weights, including {', '.join(lacking[:2])}")
     return network, tokenizer
 
 
 def find_candidate(folder: Path, name: str | None) -> Path | str:
-    """The file of a checkpoint, or the name of a Hugging Face model. Raises UserError where it is neither."""
+    """The file of a checkpoint, or the name of a Hugging Face model. Raises UserError if it is neither."""
     if name is not None and (Path(name) / "config.json").is_file():
         return name
-    with contextlib.suppress(UserError):
+    try:
         return find_checkpoint(folder, name, prefer="latest")
-    if name is not None and name.count("/") == 1 and not name.endswith(".pt") and not Path(name).exists():
-        return name  # who/what: perhaps the hub has it
-    return find_checkpoint(folder, name, prefer="latest")
+    except UserError:
+        if name is not None and name.count("/") == 1 and not name.endswith(".pt") and not Path(name).exists():
+            return name  # owner/name: perhaps on the hub
+        raise
 
 
 def load_candidate(found: Path | str, device: torch.device) -> Candidate:
     candidate = OwnModel(found, device) if isinstance(found, Path) else TransformersModel(found, device)
-    candidate.check()
+    require(
+        candidate.block_size >= 2,
+        f"{candidate.name} has a context of {candidate.block_size} token: scoring needs at least 2",
+    )
     return candidate

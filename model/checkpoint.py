@@ -1,10 +1,10 @@
-"""Checkpoints: one file that suffices to go on, generate, evaluate or export.
+"""Checkpoints: one file is enough to resume, generate, evaluate or export.
 
-A checkpoint is a dictionary of plain values and tensors, read with weights_only=True, so that a file
+A checkpoint is a dictionary of plain values and tensors, loaded with weights_only=True, so that a file
 from elsewhere cannot run code:
 
-    format    of this dictionary      config    GPTConfig's fields
-    weights   under the model's names settings  of the run, all settled
+    format    version of this layout  config    GPTConfig's fields
+    weights   the model's state_dict  settings  of the run, with all values filled in
     optimizers, scaler  their states  defaults  of the script when the run was last started
     step, seconds, best_loss, last_evaluation
     tokenizer its JSON, eot_id        data      SHA-256 of the stories and the tokenizer
@@ -31,33 +31,33 @@ ENTRIES = ("config", "settings", "weights", "step", "tokenizer", "eot_id", "data
 
 
 class BadCheckpoint(UserError):
-    """A file that is no checkpoint of this format."""
+    """A file that is not a valid checkpoint of this format."""
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write the whole file or nothing: a temporary name in the same folder, flushed to disk, renamed."""
+    """Write the file atomically: under a temporary name in the same folder, flushed to disk, then renamed."""
     with atomic_write(path) as temporary:
         try:
             torch.save({"format": FORMAT, **checkpoint}, temporary)
-        except RuntimeError as error:  # torch's zip writer reports a full disk so
+        except RuntimeError as error:  # how torch's zip writer reports a full disk
             raise UserError(f"cannot write {shown(path)}: is the disk full? ({error})") from error
 
 
 def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict:
-    """Read a checkpoint. Raises BadCheckpoint where the file is cut short or of another format."""
+    """Read a checkpoint. Raises BadCheckpoint if the file is missing, damaged or of another format."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load itself does not look at the check sums
+        with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise BadCheckpoint(f"there is no checkpoint {shown(path)}") from None
-    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+    except Exception as error:  # torch.load raises a dozen exception types for a damaged file
         raise BadCheckpoint(f"{shown(path)} does not load as a checkpoint ({first_line(error)})") from error
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise BadCheckpoint(f"{shown(path)} is not a checkpoint of this project")
     if checkpoint["format"] != FORMAT:
-        raise BadCheckpoint(f"{shown(path)} has format {checkpoint['format']}, this version reads {FORMAT}")
+        raise BadCheckpoint(f"{shown(path)} has format {checkpoint['format']}; this version reads {FORMAT}")
     missing = [entry for entry in ENTRIES if entry not in checkpoint]
     if missing:
         raise BadCheckpoint(f"{shown(path)} lacks {', '.join(missing)}")
@@ -70,15 +70,15 @@ def step_of(path: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The folder's ckpt_{step}.pt, latest first."""
+    """The folder's ckpt_{step}.pt files, latest first."""
     return sorted((p for p in folder.glob("ckpt_*.pt") if step_of(p) >= 0), key=step_of, reverse=True)
 
 
 def load_latest(folder: Path, device: str | torch.device = "cpu") -> tuple[Path, dict] | None:
-    """The latest checkpoint that loads, or None where the folder has none.
+    """The latest checkpoint that loads, or None if the folder has none.
 
-    A file that does not load is named on stderr and passed over for the one before. Where there are
-    files and none loads, raises BadCheckpoint: nothing should start afresh over them.
+    A file that does not load is skipped with a warning. If there are files but none loads, raises
+    BadCheckpoint, so that no new run overwrites them.
     """
     paths = list_checkpoints(folder)
     paths += [path for path in (folder / BEFORE_DECAY, folder / "best.pt") if path.exists()]
@@ -89,13 +89,13 @@ def load_latest(folder: Path, device: str | torch.device = "cpu") -> tuple[Path,
             print(f"warning: {error}; trying the one before", file=sys.stderr)
     if paths:
         raise BadCheckpoint(
-            f"none of the {len(paths)} checkpoints in {shown(folder)} loads: move them or --fresh"
+            f"none of the {len(paths)} checkpoints in {shown(folder)} loads: move them away or use --fresh"
         )
     return None
 
 
 def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
-    """The file that `--checkpoint` means: a path, "best", "latest", a step, or by default `prefer`."""
+    """The file named by `--checkpoint`: a path, "best", "latest", a step, or by default `prefer`."""
     latest = list_checkpoints(folder)
     known = {"best": [folder / "best.pt"], "latest": latest}
     if name is None:
@@ -118,13 +118,13 @@ def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
 
 
 def prune(folder: Path, keep: int, step: int) -> None:
-    """Delete all but the `keep` latest ckpt_{step}.pt of this step and before. (A later one did not load.)"""
+    """Delete all but the `keep` latest ckpt_{step}.pt up to this step. (Any later one did not load.)"""
     for path in [path for path in list_checkpoints(folder) if step_of(path) <= step][max(1, keep) :]:
         path.unlink(missing_ok=True)
 
 
 def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
-    """The model of a checkpoint (in evaluation mode, on the device), its tokenizer, and all the rest."""
+    """A checkpoint's model (in evaluation mode, on the device), its tokenizer, and its other entries."""
     checkpoint = load_checkpoint(path)
     try:
         model = GPT(GPTConfig(**checkpoint["config"]))
@@ -132,7 +132,7 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
         tokenizer = text_tokenizer(checkpoint["tokenizer"])
     except UserError:
         raise
-    except Exception as error:  # tokenizers raises nothing more special
+    except Exception as error:  # tokenizers raises plain Exception
         raise BadCheckpoint(
             f"the parts of {shown(path)} do not fit together ({first_line(error)})"
         ) from error

@@ -1,4 +1,4 @@
-"""The shape of a model, and named presets: a shape with its training recipe."""
+"""Model shapes, and named presets: a shape with its training recipe."""
 
 from dataclasses import dataclass, field, fields, replace
 
@@ -7,11 +7,12 @@ from model.settings import UserError, require
 BLOCK_FAMILIES = ("modern", "gpt2")
 OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("linear", "cosine")
+NORM_EPS = {"modern": 1e-6, "gpt2": 1e-5}  # of RMSNorm and LayerNorm
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT. Raises UserError where the numbers do not fit together."""
+    """The shape of a GPT. Raises UserError if the numbers do not fit together."""
 
     vocab_size: int = 10_000
     block_size: int = 256  # context length, in tokens
@@ -21,25 +22,25 @@ class GPTConfig:
     dropout: float = 0.0
     tie_weights: bool = True  # the output head is the token embedding
     blocks: str = "modern"  # "modern" is Qwen3's dense architecture, "gpt2" is GPT-2's
-    n_kv_head: int | None = None  # key-value heads, each for n_head / n_kv_head queries; None: n_head
+    n_kv_head: int | None = None  # key-value heads, each for n_head / n_kv_head query heads; None: n_head
     head_size: int | None = None  # width of a head; None: n_embd / n_head
     n_inner: int | None = None  # width of the feed-forward layer; None: see n_hidden
-    rope_base: float = 10_000.0  # longest wavelength of rotary positions, over 2 pi
+    rope_base: float = 10_000.0  # base of the rotary frequencies, rope_base ** (-2i / D)
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "kv_heads", "n_hidden"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         require(
             self.head_size is not None or self.n_embd % self.n_head == 0,
-            f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: each head takes an equal part",
+            f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: all heads have the same size",
         )
         require(
             self.n_head % self.kv_heads == 0,
             f"n_head {self.n_head} is not divisible by n_kv_head {self.kv_heads}",
         )
-        require(self.blocks in BLOCK_FAMILIES, f"blocks is modern or gpt2, not {self.blocks!r}")
+        require(self.blocks in BLOCK_FAMILIES, f"blocks must be modern or gpt2, not {self.blocks!r}")
         modern_only = self.n_kv_head is None and self.head_size is None
-        require(self.blocks == "modern" or modern_only, "n_kv_head and head_size are for modern blocks")
+        require(self.blocks == "modern" or modern_only, "n_kv_head and head_size need modern blocks")
         require(
             self.blocks == "gpt2" or self.head_dim % 2 == 0,
             f"modern blocks need an even head size; n_embd {self.n_embd} / n_head {self.n_head} is {self.head_dim}",
@@ -50,7 +51,7 @@ class GPTConfig:
 
     @property
     def can_hold_bigrams(self) -> bool:
-        """Whether the next token's logits can be any function of this token's embedding: see model/bigrams.py."""
+        """Whether the weights can be initialised as a bigram model: see model/bigrams.py."""
         return self.blocks == "modern" and not self.tie_weights and self.n_embd > 2
 
     @property
@@ -63,7 +64,7 @@ class GPTConfig:
 
     @property
     def n_hidden(self) -> int:
-        """Width of the feed-forward layer: 4 n_embd, or for SwiGLU's three matrices 8/3, in steps of 64."""
+        """Width of the feed-forward layer: 4 n_embd, or 8/3 n_embd rounded up to 64 for SwiGLU's three matrices."""
         if self.n_inner is not None:
             return self.n_inner
         return 4 * self.n_embd if self.blocks == "gpt2" else -(-8 * self.n_embd // (3 * 64)) * 64
@@ -76,14 +77,14 @@ CONFIG_FIELDS = tuple(f.name for f in fields(GPTConfig))
 class Recipe:
     """How a preset is trained. Learning rates are peaks; tokens are per optimizer step, over all processes.
 
-    The defaults are the one rule for all shapes and budgets: Muon's updates and AdamW's have the same size in
-    matrices of any shape (Liu et al. 2025), so that a learning rate carries over; batches are as small as the
-    hardware stays busy with; decay is a part of the run, and warm-up too short to matter to the shortest.
-    What else was tried is in benchmarks/RESULTS.md.
+    The defaults suit all shapes and budgets: Muon's updates have the same size as AdamW's in matrices of any
+    shape (Liu et al. 2025), so a learning rate carries over; batches are as small as keeps the hardware busy;
+    decay is a fraction of the run, and warm-up is short enough for the shortest run.
+    For what else was tried, see benchmarks/RESULTS.md.
     """
 
     batch_tokens: int = 65_536
-    cpu_batch_tokens: int | None = 2_048  # on a CPU, which takes a second for some thousand tokens
+    cpu_batch_tokens: int | None = 2_048  # on a CPU, which trains on a few thousand tokens per second
     max_steps: int = 20_000
     max_minutes: float | None = None
     optimizer: str = "muon"
@@ -91,12 +92,12 @@ class Recipe:
     weight_decay: float = 0.1
     warmup_steps: int = 10
     schedule: str = "linear"
-    decay_fraction: float = 0.6  # the last part of the run, over which the learning rate falls
+    decay_fraction: float = 0.6  # final fraction of the run, over which the learning rate decays
     final_learning_rate: float = 0.0  # as a fraction of the peak
     grad_clip: float = 1.0
-    mask_stories: bool = True  # attention stays within a story
-    bigram_start: bool = True  # a new model begins as a bigram model of the stories, if its shape allows that
-    eval_interval: int = 250
+    mask_stories: bool = True  # attend within a story only
+    bigram_start: bool = True  # initialise a new model as a bigram model of the stories, if its shape allows
+    eval_interval: int = 1_000
     cpu_eval_interval: int | None = 400
 
     def __post_init__(self):
@@ -107,17 +108,21 @@ class Recipe:
         require(self.learning_rate > 0, f"learning_rate must be above 0, not {self.learning_rate}")
         require(
             0 < self.decay_fraction <= 1,
-            f"decay_fraction is above 0 and at most 1, not {self.decay_fraction}",
+            f"decay_fraction must be above 0 and at most 1, not {self.decay_fraction}",
         )
         require(
             self.max_minutes is None or self.max_minutes > 0,
             f"max_minutes must be above 0, not {self.max_minutes}",
         )
-        require(self.optimizer in OPTIMIZERS, f"optimizer is muon or adamw, not {self.optimizer!r}")
-        require(self.schedule in SCHEDULES, f"schedule is linear or cosine, not {self.schedule!r}")
+        require(self.optimizer in OPTIMIZERS, f"optimizer must be muon or adamw, not {self.optimizer!r}")
+        require(self.schedule in SCHEDULES, f"schedule must be linear or cosine, not {self.schedule!r}")
+
+    def windows_per_step(self, block_size: int) -> int:
+        """Whole windows of block_size tokens per step, at least one."""
+        return max(1, self.batch_tokens // block_size)
 
     def progress(self, step: int, seconds: float) -> float:
-        """How much of a run is done after so many steps and seconds in them; 1 and more is the end."""
+        """Fraction of the run done after this many steps and seconds in them; at 1 or more it is finished."""
         by_time = seconds / (60 * self.max_minutes) if self.max_minutes else 0.0
         return max(step / self.max_steps, by_time)
 
@@ -135,15 +140,14 @@ ADAMW = Recipe(
     bigram_start=False,
 )
 
-# Where another optimizer is asked for than the preset's, the learning rate is that optimizer's own.
+# The default learning rate if another optimizer than the preset's is chosen
 LEARNING_RATES = {recipe.optimizer: recipe.learning_rate for recipe in (Recipe(), ADAMW)}
 
 
 @dataclass(frozen=True)
 class Preset:
-    config: GPTConfig  # vocab_size is the intended one; training takes the tokenizer's
+    config: GPTConfig  # vocab_size is the intended one; training uses the tokenizer's
     recipe: Recipe = field(default_factory=Recipe)
-    tokenizer: str = "bpe"
 
 
 def _adamw(**changes: object) -> Recipe:
@@ -158,27 +162,28 @@ GPT2_SMALL = {
     "dropout": 0.1,
     "blocks": "gpt2",
 }
-SLM = _adamw(batch_tokens=32 * 32 * 128, learning_rate=1e-4, warmup_steps=1_000)
+SLM = _adamw(batch_tokens=32 * 32 * 128, learning_rate=1e-4, warmup_steps=1_000, eval_interval=250)
 
 PRESETS = {
-    # 4 heads learn more from each token than 8, and faster; with a head of its own it can begin as a bigram model
+    # 4 heads learn more per token than 8, and run faster; an untied output head allows the bigram start
     "stories-9m": Preset(GPTConfig(n_head=4, tie_weights=False)),
     "tinystories-gpt": Preset(
         GPTConfig(blocks="gpt2"), _adamw(cpu_batch_tokens=2_048, cpu_eval_interval=400)
     ),
-    "slm-30m": Preset(GPTConfig(block_size=128, **GPT2_SMALL), SLM, "gpt2"),
-    "slm-50m": Preset(GPTConfig(block_size=128, tie_weights=False, **GPT2_SMALL), SLM, "gpt2"),
+    "slm-30m": Preset(GPTConfig(block_size=128, **GPT2_SMALL), SLM),
+    "slm-50m": Preset(GPTConfig(block_size=128, tie_weights=False, **GPT2_SMALL), SLM),
     "tinystories-33m": Preset(
         GPTConfig(block_size=512, **GPT2_SMALL),
-        # 80 windows of 512 tokens, 16 times a step; 20 epochs of 470 million tokens
-        _adamw(batch_tokens=80 * 16 * 512, max_steps=14_300, learning_rate=5e-4, grad_clip=0.5),
-        "gpt2",
+        # 80 windows of 512 tokens, 16 times per step; 20 epochs of 470 million tokens
+        _adamw(
+            batch_tokens=80 * 16 * 512, max_steps=14_300, learning_rate=5e-4, grad_clip=0.5, eval_interval=250
+        ),
     ),
     "stories-15m": Preset(GPTConfig(vocab_size=32_000, n_layer=6, n_head=6, n_embd=288)),
     "stories-42m": Preset(GPTConfig(vocab_size=32_000, block_size=1_024, n_embd=512)),
     "stories-110m": Preset(
         GPTConfig(vocab_size=32_000, block_size=1_024, n_layer=12, n_head=12, n_embd=768),
-        Recipe(batch_tokens=131_072, learning_rate=4e-3),
+        Recipe(batch_tokens=131_072, learning_rate=4e-3, eval_interval=250),
     ),
     "quickstart": Preset(
         GPTConfig(vocab_size=2_048, n_layer=4, n_head=4, n_embd=192, tie_weights=False),
@@ -195,7 +200,7 @@ PRESETS = {
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name. Raises UserError with the known names."""
+    """The preset of that name. Raises UserError, listing the known names, if there is none."""
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

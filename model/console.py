@@ -1,12 +1,12 @@
-"""What train.py shows while it runs, and how it hears that it should stop."""
+"""What train.py prints while it runs, and how it handles stop signals."""
 
 import math
 import os
-import re
 import shlex
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -16,10 +16,11 @@ from tqdm import tqdm
 from model.batches import Data
 from model.config import Recipe
 from model.files import command, shown
-from model.resume import TrainingState
+from model.resume import KEPT, TrainingState
 from model.runtime import Processes, Runtime, peak_flops
+from model.settings import flag_name
 
-QUIET_SECONDS = 20  # between progress lines where there is no terminal
+QUIET_SECONDS = 20  # between progress lines when not on a terminal
 
 
 def print_plan(
@@ -30,15 +31,15 @@ def print_plan(
     runtime: Runtime,
     processes: Processes,
 ) -> None:
-    """What will be trained, on what, where and how long."""
+    """Print what will be trained, on what data and device, and for how long."""
     config, train = state.model.config, data.train
-    tokens_per_step = max(1, recipe.batch_tokens // config.block_size) * config.block_size
+    tokens_per_step = recipe.windows_per_step(config.block_size) * config.block_size
     minutes = f" or {recipe.max_minutes:g} minutes" if recipe.max_minutes else ""
     epochs = recipe.max_steps * tokens_per_step / len(train.tokens)
     where = f" on {processes.count} processes" if processes.count > 1 else ""
     print(
-        f"stories      {train.stories:,} ({len(train.tokens):,} tokens) to train on, "
-        f"{data.validation.stories:,} ({len(data.validation.tokens):,} tokens) to validate\n"
+        f"stories      {train.stories:,} ({len(train.tokens):,} tokens) for training, "
+        f"{data.validation.stories:,} ({len(data.validation.tokens):,} tokens) for validation\n"
         f"model        {settings.init_from or settings.preset}: "
         f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, "
         f"context {config.block_size}, vocabulary {config.vocab_size:,}, {config.blocks} blocks; "
@@ -51,25 +52,30 @@ def print_plan(
 
 
 class ProgressBar:
-    """A tqdm bar on a terminal; elsewhere a line now and then."""
+    """A tqdm bar on a terminal, otherwise an occasional line."""
 
     def __init__(
-        self, state: TrainingState, recipe: Recipe, tokens_per_step: int, runtime: Runtime, shows: bool
+        self,
+        state: TrainingState,
+        recipe: Recipe,
+        tokens_per_step: int,
+        runtime: Runtime,
+        processes: Processes,
     ):
-        self.state, self.tokens_per_step, self.shows = state, tokens_per_step, shows
+        self.state, self.tokens_per_step, self.shows = state, tokens_per_step, processes.first
         self.max_steps = recipe.max_steps
         self.time_limit = 60 * recipe.max_minutes if recipe.max_minutes else math.inf
         peak = peak_flops(runtime.device)
-        self.flops_share = state.model.flops_per_token() / peak if peak else None
+        self.flops_share = state.model.flops_per_token() / (peak * processes.count) if peak else None
         self.step, self.seconds, self.printed = state.step, state.seconds, time.monotonic()
         self.speed = 0.0  # tokens per second
         self.bar = tqdm(
             total=recipe.max_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.05,
-            disable=None if shows else True,
+            disable=None if self.shows else True,
         )  # fmt: skip
 
     def update(self, loss: float) -> None:
-        """Show the loss of the latest step, and the speed, smoothed over about ten calls."""
+        """Show the latest step's loss, and the speed smoothed over about ten calls."""
         steps, seconds = self.state.step - self.step, self.state.seconds - self.seconds
         self.step, self.seconds = self.state.step, self.state.seconds
         now = steps * self.tokens_per_step / max(seconds, 1e-9)
@@ -83,7 +89,7 @@ class ProgressBar:
         self.bar.update(steps)
         if self.shows and self.bar.disable and time.monotonic() - self.printed > QUIET_SECONDS:
             self.say(
-                f"step {self.step:,} of {self.bar.total:,}: {text}, {left / per_second / 60:.1f} minutes to go"
+                f"step {self.step:,} of {self.bar.total:,}: {text}, {left / per_second / 60:.1f} minutes left"
             )
 
     def say(self, text: str) -> None:
@@ -98,7 +104,7 @@ class ProgressBar:
 
 
 class StopRequest:
-    """True once Ctrl-C or SIGTERM came; the step is finished and saved. A second Ctrl-C stops at once."""
+    """True after Ctrl-C or SIGTERM; the step is finished and saved. A second Ctrl-C stops at once."""
 
     def __init__(self, processes: Processes):
         self.received, self.agreed, self.processes = 0, 0, processes
@@ -112,31 +118,37 @@ class StopRequest:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        if self.processes.count == 1:  # several stop together: see agree()
+        if self.processes.count == 1:  # several processes stop together, in agree()
             self.agreed = number
         if self.processes.first:
-            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+            print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
 
 def agree(state: TrainingState, stop: StopRequest, processes: Processes) -> None:
-    """All processes take the same decisions: whether to stop, and how much time has passed."""
+    """Synchronise the processes: whether to stop, and how much time has passed."""
     if processes.count > 1:
-        # a tensor on the CPU, so that no GPU is waited for
+        # on the CPU, to avoid waiting for the GPU
         facts = torch.tensor([stop.received, state.seconds], dtype=torch.float64)
         dist.all_reduce(facts, op=dist.ReduceOp.MAX)
         stop.agreed, state.seconds = int(facts[0]), float(facts[1])
 
 
 def print_end(state: TrainingState, settings: SimpleNamespace, tokens_per_step: int, finished: bool) -> None:
-    """The result in lines of `key: value`, or the command to go on."""
+    """Print the result as `key: value` lines, or the command to resume."""
     folder = shown(settings.checkpoint_dir)
     if not finished:
-        words = re.sub(r"--fresh(=\S+| (?!-)\S+)?( |$)", "", " ".join(map(shlex.quote, sys.argv[1:]))).strip()
-        program = ["python"]
+        program = command("train.py")
         if "RANK" in os.environ:
-            program = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
-        again = f"{shlex.join([*program, shown(sys.argv[0])])} {words}".strip()
-        print(f"saved step {state.step:,} in {folder}; go on with: {again}")
+            workers = os.environ.get("LOCAL_WORLD_SIZE", 1)
+            program = program.replace("python", f"torchrun --nproc_per_node={workers}", 1)
+        flags = []  # the checkpoint remembers the others
+        for name in settings.defaults:
+            if name in settings.given and name not in (*KEPT, "fresh"):
+                value = getattr(settings, name)
+                flags += [flag_name(name), shown(value) if isinstance(value, Path) else str(value)]
+        print(
+            f"saved step {state.step:,} in {folder}; resume with: {' '.join([program, shlex.join(flags)]).strip()}"
+        )
         return
     tokens = state.step * tokens_per_step
     places = f" --checkpoint-dir {shlex.quote(folder)}" if "checkpoint_dir" in settings.given else ""

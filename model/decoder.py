@@ -1,8 +1,8 @@
-"""The network arranged for writing: token by token, with keys and values kept and weights in few bits.
+"""The network for token-by-token decoding, with a KV cache and low-precision weights.
 
-How fast one story can be written is bounded by how fast all weights can be read, once for each token; next comes
-the number of operations. So weights may be held in fewer bits than the activations, which on a CPU stay in
-float32; and the weights of RMSNorm are multiplied into what follows it. `GPT` computes the same, plainly.
+Decoding one story is memory-bound: every token reads all weights. So weights may be stored in fewer bits than
+activations, which on a CPU stay in float32. The number of operations comes next, so RMSNorm weights are folded into
+the next matrix. `GPT` is the plain version.
 
 Shapes: B sequences, T tokens each, C = n_embd, H heads of size D, V = vocab_size.
 """
@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.config import NORM_EPS
 from model.gpt import GPT, Block, RMSNorm
 from model.settings import UserError
 
-EPS = 1e-6  # RMSNorm's
+EPS = NORM_EPS["modern"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -27,7 +28,7 @@ def half_on_cpu() -> bool:
 
 
 def choose_weights(device: torch.device, name: str) -> str:
-    """float32, float16 or int8; `auto` is float16 on CPUs that read it into float32 arithmetic (x86)."""
+    """float32, float16 or int8. `auto`: float16 on CPUs that use it in float32 arithmetic (x86), else float32."""
     if name == "auto":
         return "float16" if device.type == "cpu" and half_on_cpu() else "float32"
     if name == "int8" and device.type != "cpu":
@@ -38,14 +39,14 @@ def choose_weights(device: torch.device, name: str) -> str:
 
 
 def matrix(weight: Tensor, bias: Tensor | None, kind: str) -> Function:
-    """x (N, in) -> x @ weight.T + bias, (N, out), for a weight (out, in) that is held as `kind`.
+    """x (N, in) -> x @ weight.T + bias, (N, out), for a weight (out, in) stored as `kind`.
 
-    On a CPU, float16 and int8 give each row of the result the same bits however many rows there are.
+    On a CPU, float16 and int8 compute each row bit-identically, however many rows there are.
     """
     weight = weight.detach()
-    if kind == "int8" and weight.size(1) % 16:  # the kernel reads 16 numbers at a time, also beyond the end
+    if kind == "int8" and weight.size(1) % 16:  # the kernel reads 16 numbers at a time, even past the end
         kind = "float16"
-    if kind == "int8":  # one scale for each row; the kernel takes and gives bfloat16
+    if kind == "int8":  # one scale per row; the kernel's input and output are bfloat16
         scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
         rounded, scale = (weight / scale[:, None]).round().to(torch.int8), scale.bfloat16()
         multiply, offset = torch._weight_int8pack_mm, 0 if bias is None else bias
@@ -54,17 +55,17 @@ def matrix(weight: Tensor, bias: Tensor | None, kind: str) -> Function:
         packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
         multiply = torch.ops.quantized.linear_dynamic_fp16.default
         return lambda x: multiply(x, packed)
-    columns = weight.t().contiguous()  # in this order a CPU multiplies a single row twice as fast
+    columns = weight.t().contiguous()  # this layout makes single-row products twice as fast on a CPU
     if bias is None:
         return lambda x: x @ columns
     return lambda x: torch.addmm(bias, x, columns)
 
 
 class UnitRMS:
-    """x / rms(x) over the last dimension, (..., n) -> (..., n), but for a factor `gain` left to what follows."""
+    """x / rms(x) over the last dimension, (..., n) -> (..., n), up to a factor `gain`, folded into what follows."""
 
     def __init__(self, size: int, like: Tensor):
-        self.fused = like.is_cuda  # elsewhere F.rms_norm is eight operations, and this three
+        self.fused = like.is_cuda  # elsewhere F.rms_norm is eight operations, this is three
         self.gain = 1.0 if self.fused else size**0.5
         self.floor = like.new_tensor((size * EPS) ** 0.5)
 
@@ -75,15 +76,15 @@ class UnitRMS:
 
 
 class KVCache:
-    """Keys and values of the positions so far, for every layer, in memory reserved once."""
+    """Keys and values of all layers for the positions so far, preallocated."""
 
     def __init__(self, decoder: "Decoder", batch: int, room: int):
         config, like = decoder.config, decoder.embedding
         shape = (batch, config.n_head, room, config.head_dim)
         self.k = [like.new_zeros(shape) for _ in range(config.n_layer)]
         self.v = [like.new_zeros(shape) for _ in range(config.n_layer)]
-        self.room, self.length = room, 0  # positions there is room for, and positions stored
-        # for a CUDA graph, which repeats addresses and no Python numbers: the next position, and all of them
+        self.room, self.length = room, 0  # positions: capacity, and stored so far
+        # A CUDA graph replays tensors, not Python numbers: the next position, and all positions.
         self.next = torch.zeros(1, dtype=torch.long, device=like.device)
         self.positions = torch.arange(room, device=like.device)
 
@@ -92,7 +93,7 @@ class KVCache:
         self.next.zero_()
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all sequences but these (ascending), which move up within the same memory."""
+        """Keep only these sequences (ascending), moved up in place."""
         for stored in (self.k, self.v):
             for layer, tensor in enumerate(stored):
                 for new, old in enumerate(rows):
@@ -102,18 +103,18 @@ class KVCache:
 
 
 class Decoder:
-    """A model's weights for writing: float32 (the model's own type), float16 or int8.
+    """A model arranged for decoding, with weights in float32 (the model's own dtype), float16 or int8.
 
-    Call it with token ids (B, T) and a cache: it gives the logits (B, V) for the position after them, in float32
-    (float64 for a model of that type), and extends the cache.
+    Called with token ids (B, T) and a cache, it returns the logits (B, V) for the next position, in float32
+    (float64 for a float64 model), and extends the cache.
     """
 
     @torch.inference_mode()
     def __init__(self, model: GPT, weights: str = "float32", graphs: bool = False):
-        """`graphs`: repeat each step as a CUDA graph, where nothing else (such as training) uses the GPU."""
+        """`graphs`: replay each step as a CUDA graph; only if nothing else (such as training) uses the GPU."""
         self.graphs = graphs and model.head_weight.is_cuda
         self.config, self.device, self.weights = model.config, model.head_weight.device, weights
-        if weights == "float16" and self.device.type != "cpu":  # there the activations are float16 too
+        if weights == "float16" and self.device.type != "cpu":  # then activations are float16 too
             model = copy.deepcopy(model).half()
         self.embedding = model.token_embedding.weight.detach()
         self.modern = self.config.blocks == "modern"
@@ -125,17 +126,17 @@ class Decoder:
         self.head = self.after(model.norm, model.head_weight, None)
 
     def after(self, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Function:
-        """x -> norm(x) @ weight.T + bias, the weight of an RMSNorm multiplied into the matrix."""
+        """x -> norm(x) @ weight.T + bias, with the weight of an RMSNorm folded into the matrix."""
         if isinstance(norm, RMSNorm):
             norm, weight = self.unit_rms, weight * norm.weight * self.unit_rms.gain
         multiply = matrix(weight, bias, self.weights)
         return lambda x: multiply(norm(x))
 
     def arrange(self, block: Block, model: GPT) -> tuple:
-        """A block as functions (N, in) -> (N, out): to queries, keys and values, back; to the hidden layer, back.
+        """A block as (qkv, cos, sin, project, hidden, down), functions (N, in) -> (N, out) except cos and sin.
 
-        Between the first two, for modern blocks, the tables (2, 1, 1, block_size, D) that turn queries and
-        keys, with the weights of their norms multiplied in.
+        For modern blocks these are rotary tables (2, 1, 1, block_size, D) for queries and keys, with the weights of
+        their norms folded in; for gpt2 blocks, None.
         """
         attention, mlp, cos, sin = block.attention, block.mlp, None, None
         if self.modern:
@@ -156,7 +157,7 @@ class Decoder:
                 return F.gelu(up(x), approximate="tanh")
 
         weight = attention.qkv.weight
-        if self.config.kv_heads < self.config.n_head:  # each query head gets keys and values of its own
+        if self.config.kv_heads < self.config.n_head:  # repeat keys and values for each query head
             each = weight.unflatten(0, (-1, self.config.head_dim)).split(attention.heads)
             repeats = (1, *[self.config.n_head // self.config.kv_heads] * 2)
             parts = [part.repeat_interleave(n, 0) for part, n in zip(each, repeats, strict=True)]
@@ -166,8 +167,8 @@ class Decoder:
         return qkv, cos, sin, project, hidden, matrix(mlp.down.weight, mlp.down.bias, self.weights)
 
     def __call__(self, ids: Tensor, cache: KVCache, graph: bool = False) -> Tensor:
-        """With `graph`, one token each, and nothing that a CUDA graph could not repeat: attention goes over the
-        whole cache with a mask, and cache.next says the position.
+        """With `graph`: one token each, and only what a CUDA graph can replay. Attention covers the whole cache with
+        a mask, and cache.next holds the position.
         """
         B, T = ids.shape
         start, end, C = cache.length, cache.length + T, self.config.n_embd
@@ -176,7 +177,7 @@ class Decoder:
         mask, new, seen = None, slice(start, end), slice(0, end)
         if graph:
             mask, new, seen = (cache.positions <= cache.next)[None], cache.next, slice(None)
-        elif start and T > 1:  # each new token sees the past and the new ones up to itself
+        elif start and T > 1:  # causal mask: the past, and new tokens up to itself
             mask = torch.ones(T, end, dtype=torch.bool, device=ids.device).tril(start)
         x = F.embedding(ids, self.embedding)
         if not self.modern:

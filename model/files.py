@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and telling whether one has changed."""
+"""Atomic writes, checksums, and paths as the user types them."""
 
 import contextlib
 import glob
@@ -15,11 +15,11 @@ from model.settings import REPO, UserError, require
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success flush it to disk and rename it to `path`.
+    """Yield a temporary name next to `path`; on success flush it to disk and rename it to `path`.
 
-    On any exception the temporary file is removed and `path` stays as it was.
+    On any exception the temporary file is removed and `path` is unchanged.
     """
-    path = path.resolve()  # where it is a link, what it points to is replaced
+    path = path.resolve()  # replace a link's target, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -35,7 +35,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it takes the place of `path`."""
+    """Yield a temporary folder next to `path`; on success it replaces `path`."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
@@ -54,8 +54,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what processes that were killed left half-written in a folder, of all names or of one; what a living
-    one writes stays. A folder that was on its way to be replaced, and was not, comes back."""
+    """Remove temporary files left by killed processes (all, or those for `name`).
+
+    A folder moved aside by an unfinished replacement is restored.
+    """
     for leftover in folder.glob(f".{'*' if name is None else glob.escape(name)}.*"):
         *words, process, suffix = leftover.name[1:].split(".")
         if process.isdigit() and suffix in ("tmp", "old") and not lives(int(process)):
@@ -68,35 +70,35 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def lives(process: int) -> bool:
-    """Whether there is another process of that number."""
+    """Whether another process has this id."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # someone else's
+    except OSError:  # another user's
         return True
     return process != os.getpid()
 
 
 def require_file(path: str | None, flag: str) -> None:
-    """Raise UserError where no file can be written under the name that a flag gives (None: it gives none)."""
+    """Raise UserError if `path`, the value of a flag, cannot be written as a file (None: not given)."""
     if path is not None:
         require(not Path(path).is_dir(), f"{flag} {path or repr(path)} is a folder: name a file in it")
         require(not Path(path).exists() or Path(path).is_file(), f"{flag} {path} is not a regular file")
 
 
 def require_space(folder: Path, needed: float) -> None:
-    """Raise UserError where the disk of `folder` has less than `needed` bytes free."""
+    """Raise UserError if the disk of `folder` has fewer than `needed` bytes free."""
     folder = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(folder).free
     require(
         needed <= free,
-        f"too little space in {shown(folder)}: about {size_text(needed)} needed, {size_text(free)} free",
+        f"not enough disk space in {shown(folder)}: about {size_text(needed)} needed, {size_text(free)} free",
     )
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in the folder last through a power cut (where the system can)."""
+    """Make a rename in the folder survive a power cut, if the system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -111,7 +113,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file, {} where there is no file. Raises UserError where it is broken."""
+    """The JSON object in a file, {} if there is no file. Raises UserError if it is broken."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -119,10 +121,18 @@ def read_json(path: Path) -> dict:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise UserError(
-            f"{shown(path)} is not a JSON object: delete it and run the step that writes it again"
-        )
+        raise UserError(f"{shown(path)} is not a JSON object: delete it and rerun the step that writes it")
     return value
+
+
+def read_text(path: str) -> str:
+    """The content of a user's text file. Raises UserError if it is missing or not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
 
 
 def sha256_file(path: Path) -> str:
@@ -134,7 +144,7 @@ def sha256_file(path: Path) -> str:
 
 
 def shown(path: str | Path) -> str:
-    """A path as the user would type it: relative where it lies below the current directory."""
+    """A path as the user would type it: relative if it is below the current directory."""
     path = Path(path)
     with contextlib.suppress(ValueError):
         return str(path.absolute().relative_to(Path.cwd()))
@@ -142,12 +152,12 @@ def shown(path: str | Path) -> str:
 
 
 def command(script: str) -> str:
-    """How a script of the project would be called here, by its path in the repository."""
+    """The command to run a script, given by its path in the repository, from the current directory."""
     return f"python {shlex.quote(shown(REPO / script))}"
 
 
 def size_text(count: float) -> str:
-    """A number of bytes as people read it: 20.2 MB."""
+    """A human-readable number of bytes: 20.2 MB."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Writing text: the choice of each next token, and many sequences side by side."""
+"""Text generation: sampling the next token, and decoding many sequences in a batch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +9,11 @@ from torch import Tensor
 
 from model.decoder import Decoder, KVCache
 from model.gpt import GPT
-from model.runtime import warn
-from model.settings import UserError, first_line, require_seed
+from model.settings import UserError, first_line, require_seed, warn
 
 
 def text_tokenizer(tokenizer_json: str) -> Tokenizer:
-    """The tokenizer for text: an end-of-text marker that stands in a story is text, never the token."""
+    """A tokenizer that encodes an end-of-text marker within a story as text, never as the token."""
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.encode_special_tokens = True
     return tokenizer
@@ -22,13 +21,13 @@ def text_tokenizer(tokenizer_json: str) -> Tokenizer:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. The steps apply in this order, as in transformers' generate."""
+    """Sampling settings, applied in transformers' order: repetition penalty, temperature, top-k, top-p, min-p."""
 
-    temperature: float = 0.8  # 0 always takes the likeliest token
-    top_k: int = 0  # only the k likeliest; 0 is off
-    top_p: float = 1.0  # only the likeliest that together hold this probability; 1 is off
-    min_p: float = 0.0  # only tokens at least this share of the likeliest one's probability; 0 is off
-    repetition_penalty: float = 1.0  # above 1 makes tokens that occurred before less likely
+    temperature: float = 0.8  # 0: always the most likely token
+    top_k: int = 0  # only the k most likely; 0: off
+    top_p: float = 1.0  # only the most likely that together hold this probability; 1: off
+    min_p: float = 0.0  # only tokens with at least this share of the top probability; 0: off
+    repetition_penalty: float = 1.0  # above 1: tokens that already occurred become less likely
 
     def __post_init__(self):
         checks = {
@@ -43,14 +42,17 @@ class Sampling:
                 raise UserError(f"{message}, not {getattr(self, message.split()[0])}")
 
 
+DEFAULT_SAMPLING = Sampling(temperature=0.8, top_p=0.95)  # generate.py's defaults
+
+
 def next_distribution(
     logits: Tensor, previous: Tensor | None, sampling: Sampling
 ) -> tuple[Tensor, Tensor | None]:
-    """Probabilities (B, K) of the next token after all filters, from logits (B, V), and the K tokens' ids (B, K).
+    """Probabilities (B, K) of the next token after all filters, and the K tokens' ids (B, K), from logits (B, V).
 
-    The ids are None where the K = V probabilities stand in the order of the vocabulary, otherwise the likeliest
-    comes first and all others have no probability. `previous` (B, V) is True where a token has occurred;
-    None: nowhere. Temperature 0 gives the likeliest token all.
+    The ids are None if the K = V probabilities are in vocabulary order; otherwise the most likely token comes first,
+    and tokens not listed have probability 0. `previous` (B, V) is True for tokens that have occurred; None: none
+    have. Temperature 0 gives the most likely token probability 1.
     """
     if sampling.repetition_penalty != 1 and previous is not None:
         penalised = torch.where(
@@ -60,25 +62,28 @@ def next_distribution(
     if sampling.temperature == 0:
         likeliest = logits.argmax(-1, keepdim=True)
         return torch.ones_like(likeliest, dtype=logits.dtype), likeliest
-    # differences first, and no divisor that float32 flushes to 0: so any temperature gives probabilities
+    # Subtract the maximum first, and avoid a divisor that float32 flushes to 0: then any temperature works.
     logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)
     everything = logits.softmax(-1)
     vocabulary = logits.size(-1)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
         return everything, None
-    # Sorting a whole vocabulary costs a CPU more than the model does. A few of the likeliest are nearly always enough
-    # to hold all that the filters leave; a GPU sorts fast, but would have to wait for the answer.
+    # On a CPU, sorting the whole vocabulary costs more than the model. The top few nearly always include all that
+    # the filters keep. A GPU sorts fast, but checking this would force it to synchronise.
     count = vocabulary if logits.is_cuda else sampling.top_k or 64
     while True:
         count = min(count, vocabulary)
-        probabilities, ids = everything.topk(count)
+        if count == vocabulary:
+            probabilities, ids = everything.sort(descending=True)
+        else:
+            probabilities, ids = everything.topk(count)
         outside = torch.zeros_like(probabilities, dtype=torch.bool)
         if sampling.top_k:
             outside[:, sampling.top_k :] = True
             probabilities = probabilities.masked_fill(outside, 0)
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         if sampling.top_p < 1:
-            # A token stays where those before it do not hold top_p yet, so the likeliest always does.
+            # Keep a token if those before it hold less than top_p; the most likely one is always kept.
             outside |= probabilities.cumsum(-1) - probabilities >= sampling.top_p
         if sampling.min_p > 0:
             outside |= probabilities < sampling.min_p * probabilities[:, :1]
@@ -89,15 +94,15 @@ def next_distribution(
 
 
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Indices (B,) drawn from probabilities (B, K) by numbers in [0, 1) (B,): inverse of the distribution."""
+    """Sample indices (B,) from probabilities (B, K) by inverse transform, one uniform number in [0, 1) per row."""
     cumulative = probabilities.cumsum(-1)
-    # scaled by the sum and kept below it, so that rounding cannot point past the last with any probability
+    # Scale by the sum and stay below it, so that rounding cannot select past the last nonzero probability.
     targets = uniforms.type_as(cumulative).clamp(max=1 - 2**-22)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, targets, right=True)[:, 0]
 
 
 class Batch:
-    """Sequences that are written side by side: tensors on the decoder's device, and a step that never waits for it."""
+    """Sequences decoded together: tensors on the decoder's device, and a step that never synchronises with it."""
 
     def __init__(
         self,
@@ -117,7 +122,7 @@ class Batch:
         streams = [torch.rand(max_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
         self.tokens, self.uniforms = tokens.to(device), torch.stack(streams).to(device)
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.position = self.lengths.min()[None].clone()  # (1,), where the next tokens will stand
+        self.position = self.lengths.min()[None].clone()  # (1,), of the next tokens
         self.occurred = None
         if sampling.repetition_penalty != 1:
             self.occurred = torch.zeros(count, decoder.config.vocab_size, dtype=torch.bool, device=device)
@@ -125,9 +130,9 @@ class Batch:
         self.cache = KVCache(decoder, count, min(decoder.config.block_size, self.total))
 
     def write(self, logits: Tensor) -> None:
-        """Choose each sequence's next token from logits (B, V); those still in their prompt keep its token."""
+        """Sample each sequence's next token from logits (B, V); sequences still in their prompt keep its token."""
         if self.occurred is not None and 0 <= self.eot_id < logits.size(1):
-            self.occurred[:, self.eot_id] = False  # every story begins with it, and should still end
+            self.occurred[:, self.eot_id] = False  # every story starts with it, and must still be able to end
         probabilities, ids = next_distribution(logits, self.occurred, self.sampling)
         turn = (self.position - self.lengths).clamp(0, self.uniforms.size(1) - 1)[:, None]
         new = draw(probabilities, self.uniforms.gather(1, turn)[:, 0])[:, None]
@@ -140,25 +145,25 @@ class Batch:
             self.occurred.scatter_(1, new, True)
         self.position += 1
 
-    def read_anew(self, first: int, position: int) -> None:
-        """Read the tokens from `first` on into an empty cache, and write the next."""
+    def refill(self, first: int, position: int) -> None:
+        """Prefill an empty cache with the tokens from `first` on, and write the next ones."""
         self.cache.clear()
         self.write(self.decoder(self.tokens[:, first:position], self.cache))
 
     def step(self, graph: bool = False) -> None:
-        """Read the latest tokens and write the next ones."""
+        """Feed the latest tokens to the model and write the next ones."""
         latest = self.tokens.index_select(1, self.position - 1)
         self.write(self.decoder(latest, self.cache, graph))
 
     def advance(self) -> None:
-        """step(), where the decoder allows it as one CUDA graph, so that only the GPU itself takes time."""
+        """step(), as a single CUDA graph if the decoder allows it, to remove launch overhead."""
         if self.decoder.graphs and self.graph is None:
             state = [t for t in (self.position, self.cache.next, self.tokens, self.occurred) if t is not None]
             before, length = [t.clone() for t in state], self.cache.length
             try:
                 self.capture(state, before, length)
             except RuntimeError as error:
-                warn(f"a step cannot be recorded as a CUDA graph, going on without: {first_line(error)}")
+                warn(f"CUDA graph capture failed, continuing without it: {first_line(error)}")
                 self.decoder.graphs, self.graph = False, None
                 self.restore(state, before, length)
         if self.graph is None:
@@ -167,7 +172,7 @@ class Batch:
         self.cache.length += 1
 
     def capture(self, state: list[Tensor], before: list[Tensor], length: int) -> None:
-        """Record a step. Whatever its rehearsals wrote is written again by the first replay."""
+        """Capture a step. The first replay overwrites whatever the warm-up steps wrote."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -176,8 +181,12 @@ class Batch:
                 self.restore(state, before, length)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.step(graph=True)
+        current = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.step(graph=True)
+        finally:
+            torch.cuda.set_stream(current)  # a failed capture leaves its own stream set
         self.restore(state, before, length)
 
     def restore(self, state: list[Tensor], before: list[Tensor], length: int) -> None:
@@ -186,7 +195,7 @@ class Batch:
         self.cache.length = length
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all sequences but these (ascending)."""
+        """Keep only these sequences (ascending)."""
         self.tokens, self.uniforms, self.lengths = (
             t[rows] for t in (self.tokens, self.uniforms, self.lengths)
         )
@@ -207,27 +216,27 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Continue each prompt (token ids, at least one) by up to max_tokens tokens.
 
-    Yields once per position: a list with each sequence's new token, or None where it is still reading
-    its prompt or has ended. A sequence ends with eot_id, which is not yielded. All sequences walk
-    through the same positions in one batch, longer prompts feeding their own tokens where shorter ones
-    already write. Sequence k draws from a stream of its own (seeds[k]), so it does not depend on
-    the others. Whenever the context is full, only its last block_size // 2 tokens stay; that happens at the
-    same positions for every sequence, also within a prompt that exceeds the context.
+    Yields once per position: a list with each sequence's new token, or None if it is still in its prompt or has
+    ended. A sequence ends with eot_id, which is not yielded. All sequences advance through the same positions in
+    one batch; longer prompts feed their own tokens while shorter ones already generate. Sequence k has its own
+    random stream (seeds[k]), so it does not depend on the others. Whenever the context is full, only its last
+    block_size // 2 tokens are kept; this happens at the same positions for every sequence, even within a prompt
+    that exceeds the context.
     """
     for seed in seeds:
         require_seed(seed)
     block_size, lengths = decoder.config.block_size, [len(prompt) for prompt in prompts]
     batch = Batch(decoder, prompts, max_tokens, eot_id, sampling, seeds)
-    ahead = 16 if decoder.graphs else 1  # positions written before anyone looks at them
-    rows = list(range(len(prompts)))  # the sequence that each row of the batch holds
+    ahead = 16 if decoder.graphs else 1  # positions decoded between checks
+    rows = list(range(len(prompts)))  # the sequence in each row of the batch
     ended: set[int] = set()
-    begin = 0  # of the window that the model reads
+    begin = 0  # first position in the model's context
     shown = min(lengths)  # positions yielded
     for position in range(shown, batch.total):
         if position - begin > block_size or position == min(lengths):
             while position - begin > block_size:
                 begin += block_size + 1 - max(1, block_size // 2)
-            batch.read_anew(begin, position)
+            batch.refill(begin, position)
         else:
             batch.advance()
         if position + 1 - shown < ahead and position + 1 < batch.total:
@@ -246,7 +255,8 @@ def generate(
                 return
         shown = position + 1
         going = [k for k, row in enumerate(rows) if row not in ended]
-        if len(going) <= 3 * len(rows) // 4:  # dropping a few would cost more than writing on
+        # dropping only a few costs more than it saves, especially if a new graph must be captured
+        if len(going) <= len(rows) // 2 or (len(going) <= 3 * len(rows) // 4 and not decoder.graphs):
             batch.keep(going)
             rows = [rows[k] for k in going]
 
@@ -264,7 +274,7 @@ def generate_all(decoder: Decoder, prompts: list[list[int]], *arguments) -> list
 def continue_text(
     model: GPT, tokenizer: Tokenizer, eot_id: int, prompt: str, max_tokens: int, seed: int
 ) -> str:
-    """The prompt as the beginning of a story, and how the model goes on, sampled with a seed."""
+    """The prompt as the start of a story, with the model's continuation, sampled with a seed."""
     ids = [eot_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    written = generate_all(Decoder(model), [ids], max_tokens, eot_id, Sampling(top_p=0.95), [seed])[0]
+    written = generate_all(Decoder(model), [ids], max_tokens, eot_id, DEFAULT_SAMPLING, [seed])[0]
     return tokenizer.decode(ids[1:] + written, skip_special_tokens=False)

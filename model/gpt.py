@@ -1,8 +1,8 @@
-"""The network: a decoder-only transformer in two block families.
+"""The network: a decoder-only transformer with two block families.
 
 `modern` is Qwen3's dense architecture: RMSNorm, rotary positions, RMS-normalised queries and keys,
 SwiGLU, no biases. `gpt2` is GPT-2's: LayerNorm, learned positions, GELU, biases. With the same
-weights they give the logits of transformers' Qwen3ForCausalLM and GPT2LMHeadModel.
+weights, the logits equal those of transformers' Qwen3ForCausalLM and GPT2LMHeadModel.
 
 Shapes: B sequences, T tokens each, C = n_embd, H heads of size D, V = vocab_size.
 """
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import GPTConfig
+from model.config import NORM_EPS, GPTConfig
 
-# Longest context whose (T, T) scores are trained on as a whole on a CPU
+# Longest context for which CPU training uses plain_attention
 PLAIN_UP_TO = 512
 
 
@@ -28,41 +28,41 @@ def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[d], x[d + D/2]) of a (B, H, T, D) tensor by its position's angle."""
+    """Rotate each pair (x[d], x[d + D/2]) of a (B, H, T, D) tensor by its position's angle."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), in the type of x."""
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), in the dtype of x."""
 
     def __init__(self, size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), eps=1e-6)
+        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), eps=NORM_EPS["modern"])
 
 
 def causal(T: int, device: torch.device) -> Tensor:
-    """Whether the token at a position (row) sees another (column): itself and what stands before it, (T, T) bool."""
+    """Causal mask (T, T), bool: True where the row's token may attend to the column's."""
     return torch.ones(T, T, dtype=torch.bool, device=device).tril()
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
-    """Attention over all (T, T) scores at once, with a softmax in float32, (B, H, T, D) -> (B, H, T, D).
+    """Attention that materialises the (T, T) scores, with a float32 softmax, (B, H, T, D) -> (B, H, T, D).
 
-    On a CPU it trains twice as fast as the fused kernel, whose backward pass is slow there.
+    On a CPU this trains twice as fast as the fused kernel, whose backward pass is slow there.
     """
     if seen is None:
         seen = causal(q.size(2), q.device)
     scores = (q * q.size(-1) ** -0.5) @ k.mT
-    scores = scores + torch.where(seen, 0.0, -math.inf)  # adding float32 makes it float32
+    scores = scores + torch.where(seen, 0.0, -math.inf)  # promotes the scores to float32
     return scores.softmax(dim=-1).type_as(v) @ v
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention to what is `seen` (B, 1, T, T), or to all earlier tokens, (B, T, C) -> (B, T, C)."""
+    """Multi-head self-attention, (B, T, C) -> (B, T, C), with the mask `seen` (B, 1, T, T) or a causal one."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -77,18 +77,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, seen: Tensor | None = None) -> Tensor:
         B, T, _ = x.shape
-        # q is (B, H, T, D); k and v have as many heads, or fewer
+        # q is (B, H, T, D); k and v may have fewer heads
         q, k, v = self.qkv(x).view(B, T, -1, self.config.head_dim).transpose(1, 2).split(self.heads, dim=1)
         if rotary is not None:
             q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, *rotary).type_as(v), rotate(k, *rotary).type_as(v)
         dropout = self.config.dropout if self.training else 0.0
-        grouped = k.size(1) < q.size(1)
-        if self.training and x.device.type == "cpu" and not (dropout or grouped) and T <= PLAIN_UP_TO:
+        if k.size(1) < q.size(1):  # not every attention kernel supports grouped-query attention
+            k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
+        if self.training and x.device.type == "cpu" and not dropout and T <= PLAIN_UP_TO:
             y = plain_attention(q, k, v, seen)
         else:
-            how = {"dropout_p": dropout, "is_causal": seen is None, "enable_gqa": grouped}
-            y = F.scaled_dot_product_attention(q, k, v, seen, **how)
+            y = F.scaled_dot_product_attention(q, k, v, seen, dropout_p=dropout, is_causal=seen is None)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -117,7 +117,7 @@ class SwiGLU(nn.Module):
 
 def make_norm(config: GPTConfig) -> nn.Module:
     if config.blocks == "gpt2":
-        return nn.LayerNorm(config.n_embd, eps=1e-5)
+        return nn.LayerNorm(config.n_embd, eps=NORM_EPS["gpt2"])
     return RMSNorm(config.n_embd)
 
 
@@ -155,7 +155,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """GPT-2's initialisation: std 0.02, the matrices that write to the residual stream 1/sqrt(2 L) of it."""
+        """GPT-2's initialisation: std 0.02, times 1/sqrt(2 L) for matrices that write to the residual stream."""
         for name, parameter in self.named_parameters():
             if name.endswith(("proj.weight", "down.weight")):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -170,7 +170,7 @@ class GPT(nn.Module):
         return self.token_embedding.weight if self.config.tie_weights else self.head.weight
 
     def hidden(self, idx: Tensor, stories: Tensor | None = None) -> Tensor:
-        """Token ids (B, T) -> final normalised states (B, T, C)."""
+        """Token ids (B, T) -> hidden states after the final norm (B, T, C)."""
         T = idx.shape[1]
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens exceed the context of {self.config.block_size}")
@@ -191,7 +191,7 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None, stories: Tensor | None = None) -> Tensor:
         """Logits (B, T, V), or with targets (B, T) the mean cross-entropy in nats per token (float32).
 
-        With `stories` (B, T), the number of each token's story, a token sees nothing of other stories.
+        With `stories` (B, T), the index of each token's story, a token attends only within its own story.
         """
         logits = F.linear(self.hidden(idx, stories), self.head_weight)
         if targets is None:
@@ -202,10 +202,10 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self) -> float:
-        """Floating-point operations to train on one token: 6 per weight in a matrix product, and attention.
+        """Floating-point operations to train on one token: 6 per weight in a matrix product, plus attention.
 
-        The formula of PaLM's appendix B (Chowdhery et al. 2022); the embedding look-up counts nothing,
-        the output head does. Attention is counted in full, though half of it is masked.
+        The formula of PaLM's appendix B (Chowdhery et al. 2022), which counts the output head but not the
+        embedding look-up, and attention in full, although half of it is masked.
         """
         matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and "embedding" not in n)
         matrices += self.head_weight.numel() if self.config.tie_weights else 0

@@ -1,7 +1,7 @@
-"""Models in Hugging Face's format: our weights under transformers' names, and back.
+"""Convert models to and from Hugging Face's format.
 
-A folder there holds config.json (the shape), *.safetensors (the weights) and tokenizer.json. Modern blocks
-are Qwen3's and become a Qwen3ForCausalLM, gpt2 blocks a GPT2LMHeadModel.
+A folder holds config.json (the shape), *.safetensors (the weights) and tokenizer.json. Modern blocks are Qwen3's
+and become a Qwen3ForCausalLM, gpt2 blocks a GPT2LMHeadModel.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.checkpoint import load_checkpoint
-from model.config import GPTConfig
+from model.config import NORM_EPS, GPTConfig
 from model.gpt import GPT
 from model.settings import UserError, first_line, require
 
-# Our modules -> theirs, {} being the layer. Where theirs are several, ours is one matrix of their rows.
+# Our modules -> theirs, {} is the layer. If there are several, ours is one matrix with the rows of all.
 MODULES = {
     "gpt2": {
         "token_embedding": ["transformer.wte"],
@@ -50,15 +50,15 @@ MODULES = {
     },
 }
 
-# GPT-2's matrices are stored (in, out) there
+# transformers stores GPT-2's matrices as (in, out)
 TRANSPOSED = re.compile(r".*\.c_(attn|proj|fc)\.weight")
 
-# Constants and masks that older files carry beside the weights
-NO_WEIGHTS = re.compile(r".*(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)")
+# Constants and masks that older files store with the weights
+NOT_WEIGHTS = re.compile(r".*(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)")
 
 
 def needs(package: str, purpose: str) -> ModuleType:
-    """Import a package that only this needs. Raises UserError with the command that installs it."""
+    """Import an optional package. Raises UserError with the command that installs it."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -71,7 +71,7 @@ def needs(package: str, purpose: str) -> ModuleType:
 
 def our_tensors(config: GPTConfig) -> Iterator[tuple[str, torch.Size, list[str]]]:
     """Each of our tensors: its name, its shape, and transformers' names for it."""
-    with torch.device("meta"):  # shapes without memory
+    with torch.device("meta"):  # shapes only, no memory
         model = GPT(config)
     for name, tensor in model.state_dict().items():
         module, _, kind = name.rpartition(".")
@@ -81,7 +81,7 @@ def our_tensors(config: GPTConfig) -> Iterator[tuple[str, torch.Size, list[str]]
 
 
 def to_huggingface(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Our weights under transformers' names and in its shapes."""
+    """Our weights with transformers' names and shapes."""
     tensors = {}
     for name, _, theirs in our_tensors(config):
         rows = len(weights[name]) // len(theirs)
@@ -94,24 +94,24 @@ def to_huggingface(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, T
 
 
 def from_huggingface(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """The inverse of to_huggingface, in float32. Raises UserError where a tensor is missing or odd."""
-    if config.blocks == "gpt2":  # the hub's gpt2 has the names of the model without its head
+    """The inverse of to_huggingface, in float32. Raises UserError if a tensor is missing or unexpected."""
+    if config.blocks == "gpt2":  # the hub's gpt2 uses the names of the headless model
         tensors = {
             name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
             for name, tensor in tensors.items()
         }
-    tensors = {name: tensor for name, tensor in tensors.items() if not NO_WEIGHTS.fullmatch(name)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not NOT_WEIGHTS.fullmatch(name)}
     if config.tie_weights:
         tensors.pop("lm_head.weight", None)
     weights = {}
     for name, shape, theirs in our_tensors(config):
         missing = [their for their in theirs if their not in tensors]
-        require(not missing, f"the weights lack {', '.join(missing)}")
+        require(not missing, f"missing tensors in the weights: {', '.join(missing)}")
         parts = [tensors.pop(their).float() for their in theirs]
         weights[name] = torch.cat([parts[0].T] if TRANSPOSED.fullmatch(theirs[0]) else parts)
         found = tuple(weights[name].shape)
-        require(found == shape, f"{theirs[0]} has {found} where config.json means {tuple(shape)}")
-    require(not tensors, f"the weights hold {', '.join(list(tensors)[:3])}, for which there is no place here")
+        require(found == shape, f"{theirs[0]} has shape {found}, but config.json implies {tuple(shape)}")
+    require(not tensors, f"unexpected tensors in the weights: {', '.join(list(tensors)[:3])}")
     return weights
 
 
@@ -119,7 +119,7 @@ def from_huggingface(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str,
 
 
 def to_config_json(config: GPTConfig, eot_id: int) -> dict:
-    """What config.json says of a model of ours."""
+    """The content of config.json for one of our models."""
     common = {
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_weights,
@@ -138,7 +138,7 @@ def to_config_json(config: GPTConfig, eot_id: int) -> dict:
             "n_embd": config.n_embd,
             "n_inner": config.n_hidden,
             "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5,
+            "layer_norm_epsilon": NORM_EPS["gpt2"],
             "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
             **{f"{place}_pdrop": config.dropout for place in ("embd", "attn", "resid")},
@@ -155,17 +155,17 @@ def to_config_json(config: GPTConfig, eot_id: int) -> dict:
         "hidden_size": config.n_embd,
         "intermediate_size": config.n_hidden,
         "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
+        "rms_norm_eps": NORM_EPS["modern"],
         "attention_bias": False,
         "attention_dropout": config.dropout,
         "use_sliding_window": False,
-        "rope_theta": config.rope_base,  # where transformers before 5 looks
+        "rope_theta": config.rope_base,  # for transformers before 5
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
         **common,
     }
 
 
-# What config.json calls GPTConfig's fields
+# config.json's names for GPTConfig's fields
 FIELDS = {
     "gpt2": {"block_size": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd"},
     "qwen3": {
@@ -178,32 +178,32 @@ FIELDS = {
         "n_inner": "intermediate_size",
     },
 }
-# What may differ from our own config.json, because it is no part of what the network computes
-FREE = re.compile("architectures|dtype|initializer_range|.*_token_id|.*_(dropout|pdrop)")
+# Keys that may differ from our own config.json, because they do not affect what the network computes
+MAY_DIFFER = re.compile("architectures|dtype|initializer_range|.*_token_id|.*_(dropout|pdrop)")
 
 
 def from_config_json(theirs: dict) -> GPTConfig:
-    """The shape in a config.json, without its dropout. Raises UserError where our blocks have no such shape."""
+    """The shape in a config.json, without its dropout. Raises UserError if our blocks do not support it."""
     kind = theirs.get("model_type")
-    require(kind in FIELDS, f"it is a {kind} model, and only gpt2 and qwen3 models have these blocks")
+    require(kind in FIELDS, f"it is a {kind} model, but only gpt2 and qwen3 models are supported")
     names = {"vocab_size": "vocab_size", **FIELDS[kind]}
     missing = [name for name in names.values() if name not in theirs]
     require(not missing, f"config.json lacks {', '.join(missing)}")
     fields = {ours: theirs[name] for ours, name in names.items()}
     if kind == "gpt2":
         fields |= {"blocks": "gpt2", "n_inner": theirs.get("n_inner")}
-    else:  # transformers has moved the base
+    else:  # its place varies between transformers versions
         rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
         fields["rope_base"] = float(rope.get("rope_theta") or theirs.get("rope_theta", 10_000.0))
         rotary = rope.get("rope_type", rope.get("type", "default"))
-        require(rotary == "default", f"its rotary positions are of the kind {rotary}")
+        require(rotary == "default", f"its rotary positions are of type {rotary}, which is not supported")
     config = GPTConfig(**fields, tie_weights=theirs.get("tie_word_embeddings", kind == "gpt2"))
     odd = [
         f"{name} {theirs[name]} (not {value})"
         for name, value in to_config_json(config, eot_id=0).items()
-        if theirs.get(name) not in (None, value) and not FREE.fullmatch(name) and "rope" not in name
+        if theirs.get(name) not in (None, value) and not MAY_DIFFER.fullmatch(name) and "rope" not in name
     ]
-    require(not odd, f"it differs from the blocks here in {', '.join(odd)}")
+    require(not odd, f"unsupported values in config.json: {', '.join(odd)}")
     return config
 
 
@@ -212,59 +212,59 @@ def from_config_json(theirs: dict) -> GPTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A model from elsewhere, to begin a run with."""
+    """An existing model that a run can start from."""
 
     config: GPTConfig
     weights: dict[str, Tensor]
     tokenizer_json: str
 
     def with_context(self, block_size: int) -> "Pretrained":
-        """The same with another context: rotary positions have no end, learned ones can only be cut."""
+        """The same with another context: rotary positions are unlimited, learned ones can only be cut."""
         learned = self.config.block_size
         fits = self.config.blocks == "modern" or block_size <= learned
-        require(fits, f"--block-size {block_size} exceeds the {learned} positions that it has learned")
+        require(fits, f"--block-size {block_size} exceeds the {learned} positions that the model has learned")
         name, config = "position_embedding.weight", dataclasses.replace(self.config, block_size=block_size)
         cut = {name: self.weights[name][:block_size]} if name in self.weights else {}
         return dataclasses.replace(self, config=config, weights=self.weights | cut)
 
 
 def find_pretrained(name: str, *patterns: str) -> Path:
-    """The folder that a path or a hub name means; from the hub, the files of these patterns are downloaded."""
+    """The folder of a path or hub name; from the hub, files that match these patterns are downloaded."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not folder.exists()
-    require(bool(hub_name), f"{name} is neither a folder nor the name of a model on the Hugging Face hub")
+    require(bool(hub_name), f"{name} is not a folder or the name of a model on the Hugging Face hub")
     from huggingface_hub import snapshot_download
 
-    from data.hub import reach_hub
+    from data.hub import why_offline
 
-    offline = reach_hub()
+    offline = why_offline()
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as error:  # of the hub's client or of its HTTP library
+    except Exception as error:  # of the hub's client or its HTTP library
         reason = offline or first_line(error)
         raise UserError(
-            f"there is no folder {name}, and from the hub it cannot be loaded: {reason}"
+            f"there is no folder {name}, and it cannot be loaded from the hub: {reason}"
         ) from None
 
 
 def load_tokenizer_json(name: str) -> str:
-    """The tokenizer of what load_pretrained takes."""
+    """The tokenizer of anything that load_pretrained accepts."""
     if Path(name).is_file():
         return load_checkpoint(Path(name))["tokenizer"]
     path = find_pretrained(name, "tokenizer.json") / "tokenizer.json"
     require(path.is_file(), f"{name} has no tokenizer.json")
     try:
         return plain_tokenizer(path.read_text(encoding="utf-8")).to_str(pretty=True)
-    except Exception as error:  # the tokenizers library raises the bare class
+    except Exception as error:  # tokenizers raises plain Exception
         raise UserError(f"{path} is not a tokenizer: {first_line(error)}") from None
 
 
 def load_pretrained(name: str) -> Pretrained:
-    """Read a GPT-2 or Qwen3 model from a folder or the hub, or a checkpoint of ours.
+    """Load a GPT-2 or Qwen3 model from a folder or the hub, or one of our checkpoints.
 
-    Raises UserError where there is none, or where it does not fit.
+    Raises UserError if it is missing or not supported.
     """
     if Path(name).is_file():
         checkpoint = load_checkpoint(Path(name))
@@ -273,7 +273,7 @@ def load_pretrained(name: str) -> Pretrained:
     folder = find_pretrained(name, "config.json", "tokenizer.json", "model*.safetensors")
     files = sorted(folder.glob("model*.safetensors"))
     require((folder / "config.json").is_file(), f"{name} has no config.json")
-    require(bool(files), f"{name} has no model.safetensors; weights in other formats are not read")
+    require(bool(files), f"{name} has no model.safetensors; other weight formats are not supported")
     try:
         config = from_config_json(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         tensors = {}
@@ -281,14 +281,14 @@ def load_pretrained(name: str) -> Pretrained:
             tensors |= load_file(file)
         weights = from_huggingface(tensors, config)
     except UserError as error:
-        raise UserError(f"{name} does not fit: {error}") from None
-    except Exception as error:  # of json and of safetensors
+        raise UserError(f"{name} cannot be used: {error}") from None
+    except Exception as error:  # of json or safetensors
         raise UserError(f"{name} does not load: {first_line(error)}") from None
     return Pretrained(config, weights, load_tokenizer_json(name))
 
 
 def plain_tokenizer(tokenizer_json: str) -> Tokenizer:
-    """A tokenizer without what it adds around a text: it only cuts and numbers."""
+    """The tokenizer without added special tokens, truncation or padding."""
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.post_processor = None
     tokenizer.no_truncation()
@@ -297,7 +297,7 @@ def plain_tokenizer(tokenizer_json: str) -> Tokenizer:
 
 
 def token_table(tokenizer_json: str) -> tuple:
-    """What decides which ids a text becomes: tokenizers with an equal one are the same."""
+    """Everything that determines a text's token ids: tokenizers are the same if theirs are equal."""
     parts = json.loads(Tokenizer.from_str(tokenizer_json).to_str())
     cut = {key: value for key, value in (parts["pre_tokenizer"] or {}).items() if key != "trim_offsets"}
     added = {token["content"]: token["id"] for token in parts["added_tokens"]}

@@ -1,4 +1,4 @@
-"""A model as one GGUF file, the format of llama.cpp and of what is built on it (ollama, LM Studio)."""
+"""Export a model as a GGUF file, the format of llama.cpp and tools built on it (ollama, LM Studio)."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,13 @@ from types import ModuleType
 
 from torch import Tensor
 
-from model.config import GPTConfig
+from model.config import NORM_EPS, GPTConfig
 from model.huggingface import TRANSPOSED, needs
 from model.settings import require
 
-SPACE = "\u2581"  # how llama.cpp's tables write a space where tokens are characters
+SPACE = "\u2581"  # llama.cpp's spelling of a space if tokens are characters
 BLOCK = 32  # weights that share a scale in q8_0
-# Matrices that llama.cpp takes in float32 only
+# Matrices that llama.cpp accepts only in float32
 ALWAYS_FLOAT32 = ("position_embd.weight",)
 
 
@@ -25,9 +25,9 @@ def write_gguf(
     name: str,
     description: str,
 ) -> None:
-    """Write a model to a file. `tensors` are to_huggingface's; biases and norms stay in float32.
+    """Write a model to a file. `tensors` come from to_huggingface; biases and norms stay in float32.
 
-    Raises UserError where llama.cpp has no place for the tokenizer or the shape, or gguf is not installed.
+    Raises UserError if llama.cpp does not support the tokenizer or the shape, or gguf is not installed.
     """
     gguf = needs("gguf", "--format gguf")
     kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
@@ -41,7 +41,7 @@ def write_gguf(
         packs = dtype != "q8_0" or length % BLOCK == 0
         require(
             packs,
-            f"q8_0 packs {BLOCK} weights at a time, which do not divide {what} {length}: use --dtype float16",
+            f"q8_0 needs a multiple of {BLOCK}, which {what} {length} is not: use --dtype float16",
         )
     arch = gguf.MODEL_ARCH.GPT2 if config.blocks == "gpt2" else gguf.MODEL_ARCH.QWEN3
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
@@ -56,9 +56,9 @@ def write_gguf(
     writer.add_head_count(config.n_head)
     writer.add_head_count_kv(config.kv_heads)
     if config.blocks == "gpt2":
-        writer.add_layer_norm_eps(1e-5)
+        writer.add_layer_norm_eps(NORM_EPS["gpt2"])
     else:
-        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_layer_norm_rms_eps(NORM_EPS["modern"])
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
         writer.add_rope_freq_base(config.rope_base)
@@ -78,7 +78,7 @@ def write_gguf(
 
 
 def add_tokenizer(writer: object, gguf: ModuleType, tokenizer: dict, vocab_size: int, eot_id: int) -> None:
-    """Write the vocabulary, how text is cut into words, and that every story begins and ends with eot_id."""
+    """Write the vocabulary, how text is split into words, and eot_id as the start and end of every story."""
     model, cut = tokenizer["model"], tokenizer["pre_tokenizer"]
     tokens = {number: token for token, number in model["vocab"].items()}
     tokens |= {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
@@ -88,7 +88,7 @@ def add_tokenizer(writer: object, gguf: ModuleType, tokenizer: dict, vocab_size:
     holds = tokenizer["normalizer"] is None and (words or characters) and not model.get("ignore_merges")
     require(
         bool(holds),
-        "llama.cpp cannot cut text as this tokenizer does; GPT-2's and the bpe and char kinds it can",
+        "llama.cpp cannot split text as this tokenizer does: use one of kind bpe, gpt2 or char",
     )
     if words:
         writer.add_tokenizer_model("gpt2")
@@ -98,7 +98,7 @@ def add_tokenizer(writer: object, gguf: ModuleType, tokenizer: dict, vocab_size:
     else:
         require(
             SPACE not in model["vocab"],
-            f"llama.cpp takes {SPACE!r}, a character of these stories, for a space",
+            f"llama.cpp would read {SPACE!r}, a character of these stories, as a space",
         )
         tokens = {number: token if token != " " else SPACE for number, token in tokens.items()}
         writer.add_tokenizer_model("llama")
@@ -107,7 +107,7 @@ def add_tokenizer(writer: object, gguf: ModuleType, tokenizer: dict, vocab_size:
         writer.add_add_space_prefix(False)
     types = []
     for number in range(vocab_size):
-        if number not in tokens:  # a vocabulary made larger than its tokenizer
+        if number not in tokens:  # a vocabulary larger than its tokenizer
             types.append(gguf.TokenType.UNUSED)
         elif number in special:
             types.append(gguf.TokenType.CONTROL)

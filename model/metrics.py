@@ -1,17 +1,18 @@
-"""What a run leaves to look at: metrics.jsonl, and the loss curve and samples drawn from it alone."""
+"""A run's metrics.jsonl, and the loss curve and samples drawn from it alone."""
 
 import json
+import re
 from pathlib import Path
 
 from model.files import atomic_write
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, in the order of the steps.
+    """metrics.jsonl: one JSON object per line, in step order.
 
     A training row has step, train_loss (nats per token of that step's batch), learning_rate,
     gradient_norm, tokens, seconds (of training) and tokens_per_second. An evaluation row has step,
-    validation_loss, bits_per_byte, sample, tokens and seconds.
+    tokens, validation_loss, bits_per_byte and sample.
     """
 
     def __init__(self, folder: Path, step: int, last_evaluation: int):
@@ -31,13 +32,13 @@ class Metrics:
             file.write(json.dumps(row) + "\n")
 
     def draw(self) -> None:
-        """Write loss_curve.png and samples.md anew."""
+        """Rewrite loss_curve.png and samples.md."""
         draw_loss_curve(self.rows, self.folder / "loss_curve.png")
         write_samples(self.rows, self.folder / "samples.md")
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, without a last line that was cut short."""
+    """The rows of a metrics.jsonl, without broken lines, such as a truncated last one."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -51,8 +52,8 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Exponential moving average over about a fortieth of the values, corrected for its start."""
-    weight = 1 - 1 / max(1, len(values) / 40)
+    """Bias-corrected exponential moving average over about a fortieth of the values, at least four."""
+    weight = 1 - 1 / max(4, len(values) / 40)
     average, total, smoothed = 0.0, 0.0, []
     for value in values:
         average, total = weight * average + (1 - weight) * value, weight * total + (1 - weight)
@@ -61,7 +62,7 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def draw_loss_curve(rows: list[dict], path: Path) -> None:
-    """Training loss (each logged batch, and smoothed) and validation loss against steps."""
+    """Training loss (each logged batch, and smoothed) and validation loss by step."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -73,7 +74,7 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
         steps, losses = [row["step"] for row in train], [row["train_loss"] for row in train]
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
         axes.plot(steps, smooth(losses), color="tab:blue", label="train (smoothed)")
-        # the first steps fall from ln(vocabulary) and would press the rest flat
+        # the first losses fall from ln(vocabulary) and would flatten the rest
         low = min(losses + [row["validation_loss"] for row in validation])
         high = max(losses[len(losses) // 20 :])
         axes.set_ylim(low - 0.05 * (high - low) - 0.02, high + 0.05 * (high - low) + 0.02)
@@ -97,14 +98,13 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
 
 
 def write_samples(rows: list[dict], path: Path) -> None:
-    """The story that each evaluation wrote, latest first."""
-    parts = [
-        "# A story at each evaluation\n\nThe same beginning and the same seed each time; latest first.\n"
-    ]
+    """Write the story of each evaluation, latest first."""
+    parts = ["# A story at each evaluation\n\nThe same prompt and seed each time; latest first.\n"]
     for row in reversed(rows):
         if row.get("sample"):
+            story = re.sub(r"\n+", "\n\n", row["sample"])  # Markdown needs a blank line between paragraphs
             parts.append(
-                f"## Step {row['step']:,}, validation loss {row['validation_loss']:.3f}\n\n{row['sample']}\n"
+                f"## Step {row['step']:,}, validation loss {row['validation_loss']:.3f}\n\n{story}\n"
             )
     with atomic_write(path) as temporary:
         temporary.write_text("\n".join(parts), encoding="utf-8")

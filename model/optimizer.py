@@ -1,4 +1,4 @@
-"""Which parameters are trained how, and the learning rate of each step."""
+"""Optimizers, which parameters each trains, and the learning-rate schedule."""
 
 import math
 from collections import defaultdict
@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 from model.config import GPTConfig, Recipe
 
-# Quintic Newton-Schulz iteration (Jordan et al. 2024), the coefficients that torch.optim.Muon uses too
+# Coefficients of the quintic Newton-Schulz iteration (Jordan et al. 2024), as in torch.optim.Muon
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-# Steps over which AdamW's rate rises beside Muon where embedding and head already know bigrams, and the blocks nothing
+# Warm-up steps of AdamW alongside Muon after a bigram start: embedding and head are ahead of the untrained blocks
 BIGRAM_WARMUP = 200
 
 
 @torch.no_grad()
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest (semi-)orthogonal matrices, roughly: (N, rows, columns) -> the same shape.
+    """Approximately the nearest (semi-)orthogonal matrices, (N, rows, columns) -> the same shape.
 
-    Singular values come out between about 0.7 and 1.2, which training does not mind.
+    Singular values end up between about 0.7 and 1.2, which is close enough for training.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.size(-2) > matrices.size(-1)
@@ -33,12 +33,11 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum for matrices (Jordan et al. 2024).
 
-    A group's `parts` says how many equal matrices lie above each other in its parameters (3 in a joint
-    query-key-value matrix); each is orthogonalised by itself, all of one shape in one batch. An update
-    has root mean square 0.2 like AdamW's (Liu et al. 2025), so learning rate and weight decay
-    carry over. Products are in bfloat16 where `low_precision`, as in torch.optim.Muon. Where `found_inf` is
-    set to a tensor that holds 1, a step changes nothing (and the GPU need not be waited for), as in
-    PyTorch's fused optimizers.
+    A group's `parts` is the number of equal matrices stacked in each of its parameters (3 in a joint
+    query-key-value matrix); each part is orthogonalised separately, batched with all others of its shape. An update
+    has RMS 0.2, like AdamW's (Liu et al. 2025), so learning rate and weight decay carry over. With
+    `low_precision`, products are in bfloat16, as in torch.optim.Muon. If the tensor `found_inf` is 1, a step
+    changes nothing, without waiting for the GPU, as in PyTorch's fused optimizers.
     """
 
     found_inf: Tensor | None = None
@@ -57,7 +56,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        kept = 1.0 if self.found_inf is None else 1 - self.found_inf  # 0 for a step that changes nothing
+        kept = 1.0 if self.found_inf is None else 1 - self.found_inf  # 0 if the step must change nothing
         same_shape = defaultdict(list)  # shape of a part -> (parameter, update, group)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -85,7 +84,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def parts_of(name: str, config: GPTConfig) -> int:
-    """How many matrices of equal size lie in one joint parameter: of queries as many as share their keys."""
+    """Number of equal matrices stacked in a parameter: for qkv, n_head / n_kv_head of queries, plus keys and values."""
     if name.endswith("qkv.weight"):
         return config.n_head // config.kv_heads + 2
     return 2 if name.endswith("gate_up.weight") else 1
@@ -94,7 +93,7 @@ def parts_of(name: str, config: GPTConfig) -> int:
 def make_optimizers(model: nn.Module, recipe: Recipe, low_precision: bool) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest.
 
-    Weight decay acts on matrices and embeddings only.
+    Weight decay applies to matrices and embeddings only.
     """
     muon: dict[int, list] = defaultdict(list)
     decayed, undecayed = [], []
@@ -112,7 +111,7 @@ def make_optimizers(model: nn.Module, recipe: Recipe, low_precision: bool) -> li
             {"params": undecayed, "weight_decay": 0.0, "warmup": warmup},
         ],
         lr=recipe.learning_rate,
-        betas=(0.9, 0.99 if muon else 0.95),  # beside Muon the longer memory is better, measured
+        betas=(0.9, 0.99 if muon else 0.95),  # alongside Muon, 0.99 measured better
         fused=True,
     )
     if not muon:
@@ -122,16 +121,16 @@ def make_optimizers(model: nn.Module, recipe: Recipe, low_precision: bool) -> li
 
 
 def momentum(step: int) -> float:
-    """Muon's momentum at a step (counted from 0): it rises in a line from 0.85 to 0.95 over 300 steps.
+    """Muon's momentum at a step (counted from 0): it rises linearly from 0.85 to 0.95 over 300 steps.
 
-    What the first steps see, when every gradient is large, should soon be forgotten (Jordan et al. 2024).
+    The large gradients of the first steps should soon be forgotten (Jordan et al. 2024).
     """
     return 0.85 + 0.1 * min(1.0, step / 300)
 
 
 def set_rates(optimizers: list[torch.optim.Optimizer], rate: float, step: int) -> None:
-    """Give all groups this learning rate, in the first steps a part of it to those with a warm-up of their own,
-    and Muon the momentum of this step (counted from 0)."""
+    """Set all groups' learning rate, reduced during a group's own warm-up, and Muon's momentum for this step
+    (counted from 0)."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / group.get("warmup", 1))
@@ -142,8 +141,8 @@ def set_rates(optimizers: list[torch.optim.Optimizer], rate: float, step: int) -
 def learning_rate(recipe: Recipe, step: int, progress: float) -> float:
     """The learning rate of a step (counted from 0) at `progress` (0 to 1) through the run.
 
-    It rises linearly over warmup_steps, stays, and over the last decay_fraction of the run falls to
-    final_learning_rate of its peak: in a line or along a half cosine.
+    It rises linearly over warmup_steps, stays constant, and over the last decay_fraction of the run falls to
+    final_learning_rate times its peak, linearly or along a half cosine.
     """
     warmup = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
     fallen = min(1.0, max(0.0, (progress - (1 - recipe.decay_fraction)) / max(recipe.decay_fraction, 1e-9)))

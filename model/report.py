@@ -1,4 +1,4 @@
-"""The page that evaluate.py --report writes: one file that needs nothing else, in light and in dark."""
+"""The page that evaluate.py --report writes: one self-contained file, in light and dark mode."""
 
 import html
 import io
@@ -9,23 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 TEMPLATE = Path(__file__).with_name("report.html")
-# One for each model, legible on white and on black
+# One per model, legible on white and on black
 COLOURS = ("#3b82d6", "#e07b1f", "#2f9e64", "#a367dc", "#d64550", "#129ba3")
-# Drawn in this colour, then given the page's own
+# Placeholder, replaced by the page's text colour
 INK = "#010203"
 
-SCORE_NOTE = """Every story scored from its own beginning to its own end, each token once. Lower bits per byte are
-better, and can be compared between tokenizers. Intervals: 95 %, by bootstrap over stories; differences are
-those on the same stories."""
-QUALITY_NOTE = """Real stories: as many of the validation stories. They share stock phrases with the training stories
-too; what goes beyond them is copied. 8-grams and spans count tokens, the given beginnings included. distinct-n:
-different n-grams among all n-grams of words."""
+SCORE_NOTE = """Every story is scored from its own beginning to its end, each token once. Lower bits per byte are
+better, and comparable between tokenizers. Intervals: 95 %, by bootstrap over stories; differences are paired, on
+the same stories."""
+QUALITY_NOTE = """Real stories: the same number of validation stories. They share stock phrases with the training
+stories too; what exceeds them is copied. 8-grams and spans count tokens, including the prompts. distinct-n: the
+share of distinct word n-grams."""
 
 Columns = list[tuple[str, Callable[[dict], str]]]
 
 
 def number(name: str, form: str) -> Callable[[dict], str]:
-    """A cell with a row's figure, – where it has none."""
+    """A cell with a row's figure, or – if it has none."""
     return lambda row: "–" if row.get(name) is None else format(row[name], form)
 
 
@@ -48,10 +48,10 @@ SCORE_COLUMNS: Columns = [
     ("accuracy", number("accuracy", ".2%")),
 ]
 QUALITY_COLUMNS: Columns = [
-    ("what the stories are like", lambda row: row["name"]),
+    ("story quality", lambda row: row["name"]),
     ("stories", number("stories", ",")),
     ("ended by themselves", number("ended", ".1%")),
-    ("words in a story", number("words", ".0f")),
+    ("words per story", number("words", ".0f")),
     ("distinct-1", number("distinct_1", ".3f")),
     ("distinct-2", number("distinct_2", ".3f")),
     ("distinct-3", number("distinct_3", ".3f")),
@@ -59,26 +59,26 @@ QUALITY_COLUMNS: Columns = [
     ("words in no training story", number("unseen_words", ".2%")),
     ("8-grams found in training", number("copied_8grams", ".1%")),
     ("  beyond real stories", number("copied_8grams_beyond_real", "+.1%")),
-    ("longest copied span, tokens, mean", number("mean_longest_copy", ".1f")),
+    ("mean longest copied span, tokens", number("mean_longest_copy", ".1f")),
     ("  beyond real stories", number("mean_longest_copy_beyond_real", "+.1f")),
-    ("longest copied span of all", number("longest_copy", "d")),
+    ("longest copied span overall", number("longest_copy", "d")),
 ]
 
 
 def cells(columns: Columns, rows: list[dict]) -> list[list[str]]:
-    """A table as text, its header first; without columns that no row fills."""
+    """A table as text, header first, without columns that are empty in every row."""
     table = [[header for header, _ in columns], *([cell(row) for _, cell in columns] for row in rows)]
     filled = [k for k in range(len(columns)) if any(row[k] not in ("", "–") for row in table[1:])]
     return [[row[k] for k in filled] for row in table]
 
 
-def on_its_side(rows: list[list[str]]) -> list[list[str]]:
+def transposed(rows: list[list[str]]) -> list[list[str]]:
     """A column for each row, so that long lists of figures fit on narrow screens."""
     return list(map(list, zip(*rows, strict=True)))
 
 
 def render(report: dict, prompts: int) -> str:
-    """The whole page, from what evaluate.py --output writes too."""
+    """The whole page, from the same report that evaluate.py --output writes."""
     results, quality = report["results"], report["quality"]
     rows = [{"name": name, **figures} for name, figures in quality.items()]
     figures = [figure for figure in (draw_positions(results), draw_curves(results)) if figure]
@@ -90,20 +90,23 @@ def render(report: dict, prompts: int) -> str:
         "seed": report["seed"],
     }
     sections = [
-        section("", SCORE_NOTE, table(on_its_side(cells(SCORE_COLUMNS, results))) if results else ""),
+        section("", SCORE_NOTE, table(transposed(cells(SCORE_COLUMNS, results))) if results else ""),
         section("", "", "".join(f"<figure>{figure}</figure>" for figure in figures), "figures"),
         section(
-            "What the stories are like",
+            "Story quality",
             QUALITY_NOTE,
-            table(on_its_side(cells(QUALITY_COLUMNS, rows))) + copies(quality) if rows else "",
+            table(transposed(cells(QUALITY_COLUMNS, rows))) + copies(quality) if rows else "",
         ),
-        section("Stories with the same beginnings", "", "".join(map(beginning, report["written"][:prompts]))),
+        section("Stories from the same prompts", "", "".join(map(beginning, report["written"][:prompts]))),
         section("Settings", "", table(compare_settings(results)) if results else ""),
         section(
-            "This page", "", table([["", ""], *([key, str(value)] for key, value in about.items())]), "text"
+            "About this page",
+            "",
+            table([["", ""], *([key, str(value)] for key, value in about.items())]),
+            "text",
         ),
     ]
-    title = headline(results) or "What the stories are like"
+    title = headline(results) or "Story quality"
     when = f"{report['date'][:16].replace('T', ' ')} UTC"
     page = string.Template(TEMPLATE.read_text(encoding="utf-8"))
     about_stories = f"{html.escape(report['source'])} · {when}" if results else when
@@ -111,7 +114,7 @@ def render(report: dict, prompts: int) -> str:
 
 
 def section(heading: str, note: str, body: str, kind: str = "") -> str:
-    """A part of the page; nothing where its body is empty."""
+    """A section of the page; empty if its body is empty."""
     if not body:
         return ""
     title = f"<h2>{heading}</h2>\n" * bool(heading)
@@ -142,17 +145,19 @@ def table(rows: list[list[str]]) -> str:
 
 
 def copies(quality: dict[str, dict]) -> str:
-    """The longest copied span of each group and its unseen words, where training stories were at hand."""
-    rows = [["", "longest span that stands in a training story", "words in no training story, some"]]
+    """Each group's longest copied span and unseen words, if training stories were available."""
+    rows = [["", "longest span found in a training story", "examples of words in no training story"]]
     for name, figures in quality.items():
         if "longest_copy_text" in figures:
             text = figures["longest_copy_text"].strip()
-            rows.append([name, text or "none of 8 tokens", ", ".join(figures["unseen_examples"]) or "none"])
+            rows.append(
+                [name, text or "none of 8 tokens or more", ", ".join(figures["unseen_examples"]) or "none"]
+            )
     return f'<div class="text">{table(rows)}</div>' if len(rows) > 1 else ""
 
 
 def beginning(row: dict) -> str:
-    """Stories with one beginning, side by side."""
+    """Stories from one prompt, side by side."""
     prompt = html.escape(row["prompt"])
     stories = []
     for name, text in row["stories"].items():
@@ -162,7 +167,7 @@ def beginning(row: dict) -> str:
 
 
 def compare_settings(results: list[dict]) -> list[list[str]]:
-    """A row for each setting of any model; those that differ first."""
+    """A row for each setting of any model, those that differ first."""
     names = list(dict.fromkeys(name for result in results for name in result["settings"]))
     rows = [[name, *(str(result["settings"].get(name, "–")) for result in results)] for name in names]
     rows.sort(key=lambda row: len(set(row[1:])) == 1)
@@ -170,7 +175,7 @@ def compare_settings(results: list[dict]) -> list[list[str]]:
 
 
 def draw_positions(results: list[dict]) -> str:
-    """Bits per byte along the story, tokens counted at their mean length so that tokenizers compare."""
+    """Bits per byte along the story; positions use the mean token length, so that tokenizers compare."""
     lines = []
     for result in results:
         bytes_per_token = result["bytes"] / result["tokens"]
@@ -182,7 +187,7 @@ def draw_positions(results: list[dict]) -> str:
 
 
 def draw_curves(results: list[dict]) -> str:
-    """Bits per byte of the validation windows during training, against tokens seen."""
+    """Bits per byte on the validation windows during training, by tokens seen."""
     runs = [result for result in results if len(result["curve"]) > 1]
     lines = []
     for result in runs:
@@ -190,11 +195,11 @@ def draw_curves(results: list[dict]) -> str:
         at = [k for k, row in enumerate(result["curve"]) if row["step"] == result["step"]]
         lines.append((*map(list, zip(*points, strict=True)), {"marker": "o", "markevery": at}))
     labels = [result["checkpoint"] for result in runs]
-    return draw(labels, lines, "million tokens seen (dot: this checkpoint)", "Bits per byte while learning")
+    return draw(labels, lines, "million tokens seen (dot: this checkpoint)", "Bits per byte during training")
 
 
 def draw(labels: list[str], lines: list[tuple], x_label: str, title: str, log: bool = False) -> str:
-    """A line chart as SVG in the page's own ink; empty where there is nothing to draw."""
+    """A line chart as SVG in the page's text colour; empty if there is nothing to draw."""
     if not lines:
         return ""
     import matplotlib
@@ -220,6 +225,6 @@ def draw(labels: list[str], lines: list[tuple], x_label: str, title: str, log: b
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
     svg = buffer.getvalue().replace(INK, "currentColor")
-    svg = re.sub(r' id="\w+_\d+"', "", svg[svg.index("<svg") :])  # the same in every figure
-    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg)  # the page decides how large
-    return svg.replace("fill: #ffffff", "fill: none")  # and what lies below
+    svg = re.sub(r' id="\w+_\d+"', "", svg[svg.index("<svg") :])  # not unique across figures
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg)  # the page sets the size
+    return svg.replace("fill: #ffffff", "fill: none")  # and the background

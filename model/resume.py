@@ -1,9 +1,8 @@
-"""Settling what a run is: from the preset where it begins, from the checkpoint where it goes on."""
+"""A run's settings and state: a new run takes them from its preset, a resumed one from its checkpoint."""
 
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import math
 import os
 import shutil
@@ -15,15 +14,15 @@ from types import SimpleNamespace
 
 import torch
 
-from model.batches import Data
+from model.batches import Data, fingerprints
 from model.checkpoint import BEFORE_DECAY, list_checkpoints, load_checkpoint, step_of
 from model.config import CONFIG_FIELDS, LEARNING_RATES, RECIPE_FIELDS, GPTConfig, Recipe, find_preset
-from model.files import remove_leftovers, shown
+from model.files import command, remove_leftovers, shown
 from model.gpt import GPT
 from model.huggingface import Pretrained, token_table
 from model.settings import UserError, require
 
-# What makes a run this run and not another; the rest may change when it goes on.
+# Settings that identify a run; the others may change when it resumes.
 FIXED = ("preset", "init_from", *CONFIG_FIELDS, "seed", "batch_tokens", "optimizer")
 KEPT = (
     *dict.fromkeys((*FIXED, *RECIPE_FIELDS)),
@@ -38,29 +37,29 @@ KEPT = (
     "sample_tokens",
 )
 
-# A pretrained model's context, which may be very long, is cut to this unless BLOCK_SIZE says otherwise.
+# A pretrained model's context, which may be very long, is cut to this unless BLOCK_SIZE is set.
 CONTEXT_LIMIT = 1_024
-# Of the preset's learning rate: a pretrained model is to be changed, not shaken.
+# Fraction of the preset's learning rate used for a pretrained model, which should change gently
 PRETRAINED_SHARE = 0.1
 
 
 @dataclass
 class TrainingState:
-    """All that changes during training. There is no random state: data order and dropout follow from
+    """Everything that changes during training. There is no RNG state: data order and dropout are derived from
     the seed and the step."""
 
     model: GPT
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     step: int = 0  # optimizer steps done
-    seconds: float = 0.0  # spent in them
+    seconds: float = 0.0  # training time in them
     best_loss: float = math.inf  # lowest validation loss so far
-    last_evaluation: int = -1  # the step of the latest evaluation
+    last_evaluation: int = -1  # step of the latest evaluation
 
     COUNTERS = ("step", "seconds", "best_loss", "last_evaluation")
 
     def snapshot(self, settings: SimpleNamespace, data: Data) -> dict:
-        """The checkpoint of this state: it suffices to go on, generate, evaluate and export."""
+        """This state as a checkpoint, enough to resume, generate, evaluate and export."""
         return {
             "config": dataclasses.asdict(self.model.config),
             "settings": {name: getattr(settings, name) for name in KEPT},
@@ -77,21 +76,12 @@ class TrainingState:
     def restore(self, checkpoint: dict) -> None:
         self.model.load_state_dict(checkpoint["weights"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
-            # the groups' options, such as weight decay, follow from the settings, which may have changed
+            # the groups' options, such as weight decay, come from the settings, which may have changed
             optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
         if checkpoint["scaler"]:
             self.scaler.load_state_dict(checkpoint["scaler"])
         for name in self.COUNTERS:
             setattr(self, name, checkpoint[name])
-
-
-def fingerprints(data: Data) -> dict[str, str]:
-    """What must be the same when a run goes on: the SHA-256 of both splits and of the tokenizer."""
-    return {
-        "training stories": data.train.sha256,
-        "validation stories": data.validation.sha256,
-        "tokenizer": hashlib.sha256(data.tokenizer_json.encode()).hexdigest(),
-    }
 
 
 def settle(
@@ -103,9 +93,9 @@ def settle(
 ) -> tuple[GPTConfig, Recipe]:
     """Fill in every setting that was left open; return the model's shape and the recipe.
 
-    A new run takes them from its preset, and its shape from a pretrained model where it begins with one.
-    A run that goes on keeps its own, but for what the user set by a flag, or edited in the script since it
-    began. Raises UserError with the list of what may not differ.
+    A new run takes them from its preset, and its shape from the pretrained model, if any. A resumed run keeps its
+    own, except those set by a flag or edited in the script since it started. Raises UserError, listing the
+    settings that may not change, if any did.
     """
     asked = settings.bigram_start
     if checkpoint is None:
@@ -118,15 +108,14 @@ def settle(
     if checkpoint is None and settings.bigram_start and (pretrained or not config.can_hold_bigrams):
         require(
             not asked,
-            "--bigram-start is for modern blocks, with an output head of their own (--no-tie-weights), "
-            "that do not begin with the weights of another model",
+            "--bigram-start needs modern blocks with an untied output head (--no-tie-weights), and no --init-from",
         )
         settings.bigram_start = False
     return config, Recipe(**{name: getattr(settings, name) for name in RECIPE_FIELDS})
 
 
 def left_open(settings: SimpleNamespace, name: str) -> bool:
-    """Whether a setting takes another's value; `--max-minutes none`, though, means no limit."""
+    """Whether a setting is to be filled in; `--max-minutes none`, though, means no limit."""
     return getattr(settings, name) is None and not (name == "max_minutes" and name in settings.given)
 
 
@@ -155,9 +144,9 @@ def fill_from_preset(
 
 
 def shape_of(pretrained: Pretrained, settings: SimpleNamespace, data: Data) -> dict[str, object]:
-    """The shape that a pretrained model has, whatever the preset; only its context may be chosen, and dropout.
+    """A pretrained model's shape, whatever the preset; only context length and dropout may be chosen.
 
-    Raises UserError where a flag asks for another shape, or the stories were packed with another tokenizer.
+    Raises UserError if the settings ask for another shape, or the stories were packed with another tokenizer.
     """
     shape = {name: value for name, value in vars(pretrained.config).items() if name != "dropout"}
     shape["block_size"] = min(shape["block_size"], CONTEXT_LIMIT)
@@ -167,8 +156,8 @@ def shape_of(pretrained: Pretrained, settings: SimpleNamespace, data: Data) -> d
         require(fits, f"{settings.init_from} has {name} {value}, which --init-from cannot change to {asked}")
     require(
         token_table(pretrained.tokenizer_json) == token_table(data.tokenizer_json),
-        f"the stories are packed with another tokenizer than that of {settings.init_from}: run "
-        f"python data/train_tokenizer.py --kind {settings.init_from}, then python data/prepare_data.py",
+        f"the stories were packed with another tokenizer than that of {settings.init_from}: run "
+        f"{command('data/train_tokenizer.py')} --kind {settings.init_from}, then {command('data/prepare_data.py')}",
     )
     return shape
 
@@ -176,17 +165,11 @@ def shape_of(pretrained: Pretrained, settings: SimpleNamespace, data: Data) -> d
 def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data) -> None:
     saved, then = checkpoint["settings"], checkpoint["defaults"]
     edited = {name for name, value in settings.defaults.items() if name in then and value != then[name]}
-    saved = {
-        "init_from": None,
-        "mask_stories": False,
-        "bigram_start": False,
-        "dtype": "auto",
-        "compile": "auto",
-        "deterministic": False,
-        "micro_batch": 0,
-        **vars(GPTConfig()),
-        **saved,
-    }  # as before there were these settings
+    require(
+        set(KEPT) <= saved.keys(),
+        f"the run in {shown(settings.checkpoint_dir)} was started by an earlier version of this repository: "
+        "resume it with that version, or start a new run with --fresh (it moves the old one aside)",
+    )
     differences = []
     for name in KEPT:
         value = getattr(settings, name)
@@ -195,23 +178,24 @@ def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data
         elif name in FIXED and value != saved[name]:
             differences.append(f"{name} {saved[name]} is now {value}")
     current = fingerprints(data)
-    differences += [f"other {name}" for name, value in checkpoint["data"].items() if value != current[name]]
+    differences += [f"changed {name}" for name, value in checkpoint["data"].items() if value != current[name]]
     if differences:
         raise UserError(
-            f"the run in {shown(settings.checkpoint_dir)} cannot go on with: {'; '.join(differences)}. "
-            "Change that back, or begin a new run with --fresh (it moves the old one aside) "
+            f"the run in {shown(settings.checkpoint_dir)} cannot be resumed with: {'; '.join(differences)}. "
+            "Change that back, or start a new run with --fresh (it moves the old one aside) "
             "or another --checkpoint-dir"
         )
 
 
 def rewind(folder: Path, path: Path, checkpoint: dict, recipe: Recipe, first: bool) -> tuple[Path, dict]:
-    """Where a run that has begun its final decay is made longer: the state from before the decay.
+    """If an extended run had already started its final decay, return the checkpoint from before the decay;
+    otherwise return the arguments unchanged.
 
-    From there it is the run that it would have been, had it been begun with the greater length. What came
-    after is kept in the folder under other names. Otherwise returns what it was given.
+    From there the run continues as if it had been started with the greater length. The files of the shorter run are
+    kept under other names.
     """
     saved, earlier = checkpoint["settings"], folder / BEFORE_DECAY
-    shorter = Recipe(**{name: saved[name] for name in RECIPE_FIELDS if name in saved})
+    shorter = Recipe(**{name: saved[name] for name in RECIPE_FIELDS})
     then, now = (r.progress(checkpoint["step"], checkpoint["seconds"]) for r in (shorter, recipe))
     longer, decaying = now < min(then, 1), then > 1 - shorter.decay_fraction
     if not longer or not decaying or not earlier.exists():
@@ -222,7 +206,7 @@ def rewind(folder: Path, path: Path, checkpoint: dict, recipe: Recipe, first: bo
     step = checkpoint["step"]
     if first:
         print(
-            f"longer now: going back to before the learning rate's decay; step {step:,} is kept as shorter_*"
+            f"extended run: going back to before the learning-rate decay; step {step:,} is kept as shorter_*"
         )
         for file in [path, folder / "metrics.jsonl", folder / "loss_curve.png", folder / "samples.md"]:
             if file.exists():
@@ -235,10 +219,10 @@ def rewind(folder: Path, path: Path, checkpoint: dict, recipe: Recipe, first: bo
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Hold a checkpoint folder for this process; make it where there is none, remove it if it stays empty.
+    """Lock a checkpoint folder for this process; create it if missing, remove it if it stays empty.
 
-    Raises UserError while another process holds it. The system lets go of it when a process ends,
-    however it ends. What a killed process left half-written is removed.
+    Raises UserError if another process holds the lock. The system releases it when a process ends, however it
+    ends. Deletes partially written files left by a killed process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -247,7 +231,7 @@ def only_one(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"another train.py is at work in {shown(folder)}: wait for it, stop it, or use another --checkpoint-dir"
+                f"another train.py is running in {shown(folder)}: wait for it, stop it, or use another --checkpoint-dir"
             ) from None
         remove_leftovers(folder)
         yield
@@ -258,7 +242,7 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Move an earlier run's folder out of the way; return where it went, None where there was none."""
+    """Move an earlier run's folder out of the way; return its new path, or None if there was none."""
     if not list_checkpoints(folder) and not (folder / "best.pt").exists():
         return None
     with only_one(folder):

@@ -1,10 +1,10 @@
-"""Where and how to compute: device, precision, compilation, processes. Each choice says its reason."""
+"""Device, precision, compilation and processes; each automatic choice comes with its reason."""
 
 import ctypes
 import os
 import platform
+import re
 import shutil
-import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +14,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.gpt import GPT
-from model.settings import REPO, UserError, first_line
+from model.settings import REPO, UserError, first_line, require, warn
 
-# Dense bfloat16 (float16 on the T4 and V100) peak in FLOP/s, from the makers' data sheets
+# Dense bfloat16 (float16 on the T4 and V100) peak in FLOP/s, from the vendors' data sheets
 PEAK_FLOPS = {
     "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "T4": 65e12,
     "V100": 125e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 4080": 97e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
+# Tokens in one forward pass of an evaluation. A CPU is fastest while the logits stay in its caches.
+CPU_TOKENS, GPU_TOKENS = 2_048, 65_536
+GPU_LOGITS = 1 << 27  # 1.3 GB when held once in bfloat16 and twice in float32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train together; one without torchrun."""
+    """The processes that train together; just one without torchrun."""
 
     rank: int = 0
     count: int = 1
@@ -59,10 +62,10 @@ def start_processes(device: str) -> Processes:
     if cuda:
         if processes.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"{torch.cuda.device_count()} GPUs here: start torchrun with that --nproc_per_node or lower"
+                f"there are only {torch.cuda.device_count()} GPUs here: lower torchrun's --nproc_per_node to that"
             )
         torch.cuda.set_device(processes.local_rank)
-    # torchrun keeps one store over its restarts, in which a new worker must not find a dead one's address.
+    # torchrun keeps one store across restarts; the prefix hides the addresses of dead workers from new ones.
     store, rank, count = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -90,17 +93,22 @@ def same_everywhere(number: int, processes: Processes) -> bool:
 
 
 def total_over(value: Tensor, processes: Processes) -> float:
-    """The sum over all processes of a number on the device."""
+    """Sum of a scalar tensor over all processes."""
     if processes.count > 1:
         dist.all_reduce(value)
     return value.item()
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA, else Apple's MPS, else the CPU. Raises UserError where the device is not there."""
+    """`auto` takes CUDA, else Apple's MPS, else the CPU. Raises UserError if the device is not available."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        if name == "cpu" and torch.version.cuda and Path("/proc/driver/nvidia/version").exists():
+            warn(
+                f"using the CPU: this PyTorch (CUDA {torch.version.cuda}) cannot use the GPU here, probably because "
+                "its driver is older. Update the driver, or install a PyTorch build for an older CUDA"
+            )
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -112,10 +120,20 @@ def choose_device(name: str) -> torch.device:
             )
         if (device.index or 0) >= torch.cuda.device_count():
             raise UserError(
-                f"there is no {name}: {torch.cuda.device_count()} GPUs are here, counted from cuda:0"
+                f"there is no {name}: this machine has {torch.cuda.device_count()} GPUs, numbered from cuda:0"
             )
         device = torch.device("cuda", device.index or torch.cuda.current_device())
-        torch.cuda.set_device(device)  # streams and graphs are made on the current one
+        major, minor = torch.cuda.get_device_capability(device)
+        built_for = [arch[3:].rstrip("af") for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+        if 10 * major + minor < min(map(int, built_for), default=0):
+            raise UserError(
+                f"this PyTorch has no kernels for {torch.cuda.get_device_name(device)} (compute capability "
+                f"{major}.{minor}): install a PyTorch build for an older CUDA, or use --device cpu"
+            )
+        torch.cuda.set_device(device)  # streams and graphs are created on the current device
+        # With a mask, cuDNN's attention compiles a plan for every new shape, and some of its kernels give wrong
+        # results for lengths that are not multiples of 128. Training has fixed shapes and may turn it on.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("this PyTorch finds no MPS device: use --device cpu")
     if device.type not in ("cpu", "cuda", "mps"):
@@ -137,15 +155,15 @@ def device_name(device: torch.device) -> str:
 
 
 def choose_dtype(device: torch.device, name: str) -> tuple[torch.dtype, str]:
-    """The precision of matrix products and activations, and why. Master weights are always float32."""
+    """The dtype of matrix products and activations, and the reason. Master weights are always float32."""
     if name != "auto":
-        return DTYPES[name], "as asked"
+        return DTYPES[name], "as requested"
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
-            return torch.bfloat16, "this GPU has it in hardware"
+            return torch.bfloat16, "supported by this GPU"
         return torch.float16, "this GPU has no bfloat16; gradients are scaled"
     if device.type == "cpu":
-        found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        found = torch.cpu.get_capabilities()
         unit = next((u for u in ("amx_bf16", "avx512_bf16") if found.get(u)), None)
         if unit:
             return torch.bfloat16, f"this CPU has {unit.upper().replace('_', '-')}"
@@ -154,13 +172,13 @@ def choose_dtype(device: torch.device, name: str) -> tuple[torch.dtype, str]:
 
 
 def choose_compile(device: torch.device, name: str) -> tuple[bool, str]:
-    """Whether to torch.compile, and why."""
+    """Whether to use torch.compile, and the reason."""
     if name != "auto":
-        return name == "on", "as asked"
+        return name == "on", "as requested"
     if device.type == "mps":
         return False, "not on MPS"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
-        return False, "this GPU is too old for it"
+        return False, "this GPU is too old"
     if device.type == "cpu":
         if not any(shutil.which(c) for c in ("g++", "clang++", "c++")):
             return False, "no C++ compiler here"
@@ -170,9 +188,10 @@ def choose_compile(device: torch.device, name: str) -> tuple[bool, str]:
 
 
 def keep_freed_memory() -> None:
-    """Keep what a step frees for the next one, instead of giving it back to the system (Linux with glibc).
+    """Keep freed memory for the next step instead of returning it to the system (Linux with glibc).
 
-    Activations are large blocks, which glibc maps anew each time: 100,000 page faults in a step of stories-9m.
+    Activations are large blocks, which glibc would otherwise map again each time: 100,000 page faults per step of
+    stories-9m.
     """
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
@@ -181,24 +200,22 @@ def keep_freed_memory() -> None:
 
 
 def choose_runtime(
-    device_setting: str, dtype_setting: str, compile_setting: str, deterministic: bool = False
+    device: torch.device, dtype_setting: str, compile_setting: str, deterministic: bool = False
 ) -> Runtime:
-    """Settle device, precision and compilation from settings that may say auto."""
-    device = choose_device(device_setting)
+    """Choose precision and compilation from settings that may be auto."""
     dtype, dtype_reason = choose_dtype(device, dtype_setting)
     compiled, compile_reason = choose_compile(device, compile_setting)
-    # A compiled step is found again by the next run; torch's own default is a folder under /tmp.
+    # So that the next run finds the compiled code; torch's default is a folder under /tmp.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(REPO / ".cache" / "inductor"))
-    # On a CPU it costs nothing that can be measured, and without it compiled code adds the embedding's
-    # gradients in whatever order the threads come: a run would not repeat itself to the last bit.
+    # On a CPU this costs nothing measurable; without it, compiled code adds the embedding's gradients in thread
+    # order, and a run would not repeat bit for bit.
     if deterministic or device.type == "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # On CUDA a warning is not enough: attention would keep its non-deterministic kernels.
+        torch.use_deterministic_algorithms(True, warn_only=device.type == "cpu")
         torch.utils.deterministic.fill_uninitialized_memory = False
     if device.type == "cpu":
         keep_freed_memory()
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     reasons = (
         f"{device_name(device)}; {str(dtype).removeprefix('torch.')} ({dtype_reason}); "
         f"torch.compile {'on' if compiled else 'off'} ({compile_reason})"
@@ -207,19 +224,15 @@ def choose_runtime(
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense half-precision peak in FLOP/s, where it is known."""
+    """The device's dense half-precision peak in FLOP/s, if known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def guess_micro_batch(model: GPT, runtime: Runtime) -> int:
-    """Windows that should fit: on a GPU by its free memory, on a CPU as many as still get faster."""
+    """Windows per forward pass: on a GPU what should fit in free memory, on a CPU what is fastest."""
     config = model.config
     tokens = 4_096
     if runtime.device.type == "cuda":
@@ -228,38 +241,44 @@ def guess_micro_batch(model: GPT, runtime: Runtime) -> int:
     return max(1, min(tokens, 131_072) // config.block_size)
 
 
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU ran out of memory; the compiler and cuBLAS report this as other errors."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text
+
+
 def prepare_forward(
     model: GPT, runtime: Runtime, wanted: int, windows: int, with_stories: bool = False
 ) -> tuple[nn.Module, int]:
-    """The function (idx, targets, stories) -> loss, compiled where that works, and the windows it takes at once.
+    """The function (idx, targets, stories) -> loss, compiled if possible, and the micro-batch in windows.
 
-    Tries it, so that what fails does so before the first step: where memory runs out it takes half as
-    many windows, where compilation fails it goes on without.
+    Runs it once, so that failures come before the first step: if memory runs out, it halves the micro-batch; if
+    compilation fails, it falls back to eager mode.
     """
     micro_batch = min(wanted or guess_micro_batch(model, runtime), windows)
-    if not wanted:  # equal micro-batches, so that only one size is compiled
-        micro_batch = -(-windows // -(-windows // micro_batch))
+    if not wanted:  # prefer slightly smaller but equal micro-batches, so that only one size is compiled
+        fewest = -(-windows // micro_batch)
+        count = next((n for n in range(fewest, 2 * fewest) if windows % n == 0), fewest)
+        micro_batch = -(-windows // count)
     forward = torch.compile(model, dynamic=False) if runtime.compile else model
     while True:
-        # cut out of longer rows as the windows of a step are: other strides would be compiled once more
+        # sliced from longer rows like the windows of a step: other strides would trigger a recompilation
         rows = torch.zeros(micro_batch, model.config.block_size + 1, dtype=torch.long, device=runtime.device)
         try:
             with runtime.autocast():
                 inputs, targets = rows[:, :-1], rows[:, 1:]
                 loss = forward(inputs, targets, inputs.int() if with_stories else None)
             loss.backward()
-        except torch.OutOfMemoryError:
-            if micro_batch == 1:
-                raise UserError(
-                    "not even one window fits into the GPU's memory: use a smaller model"
-                ) from None
-            micro_batch //= 2
-            loss = None  # lets go of what the attempt that failed holds
-        except Exception as error:  # compilation has many ways to fail, and each leaves eager mode
-            if forward is model:
+        except Exception as error:  # compilation can fail in many ways; eager mode still works
+            loss = None  # frees the memory held by the failed attempt
+            if ran_out_of_memory(error):
+                require(micro_batch > 1, "not even one window fits in the GPU's memory: use a smaller model")
+                micro_batch //= 2
+            elif forward is model:
                 raise
-            warn(f"torch.compile does not work here, going on without: {first_line(error)}")
-            forward = model
+            else:
+                warn(f"torch.compile does not work here, continuing without it: {first_line(error)}")
+                forward = model
         else:
             return forward, micro_batch
         finally:

@@ -1,8 +1,8 @@
-"""The protocol by which models are compared: every story from its own beginning, each token once.
+"""The protocol for comparing models: every story is scored from its own beginning, each token once.
 
-A story stands after its start token, and its end counts as a token. Beyond the model's context a window
-slides by half of it; each token is scored in the first window that reaches it. Bits per byte (summed
-loss / ln 2 / UTF-8 bytes) can be compared between tokenizers, loss per token and perplexity cannot.
+A story follows its start token, and its end counts as a token. Beyond the model's context, a window slides by
+half of it; each token is scored in the first window that reaches it. Bits per byte (summed loss / ln 2 / UTF-8
+bytes) are comparable between tokenizers; loss per token and perplexity are not.
 """
 
 import itertools
@@ -17,31 +17,30 @@ from tqdm import tqdm
 
 from model.batches import to_device
 from model.candidates import Candidate
-from model.runtime import Runtime
+from model.runtime import CPU_TOKENS, GPU_LOGITS, GPU_TOKENS, Runtime
 from model.settings import UserError, require
 
-# Tokens in one forward pass, and logits at once. A CPU is fastest where they stay in its caches.
-CPU_TOKENS, GPU_TOKENS = 2_048, 65_536
-CPU_LOGITS, GPU_LOGITS = 256 * 10_000, 1 << 27
+# Logits computed at once. A CPU is fastest while they fit in its caches.
+CPU_LOGITS = 256 * 10_000
 RESAMPLES = 1_000
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What each of n stories cost, arrays (n,)."""
+    """Scores of n stories, arrays (n,)."""
 
     loss: np.ndarray  # nats, summed over the story's tokens
-    right: np.ndarray  # tokens whose prediction was right
-    tokens: np.ndarray  # the end of the story included
+    right: np.ndarray  # tokens predicted correctly
+    tokens: np.ndarray  # including the end of the story
     bytes: np.ndarray  # of its UTF-8 text
-    position_loss: np.ndarray  # (longest,) nats, summed over stories, by token of the story
+    position_loss: np.ndarray  # (longest,) nats by position in the story, summed over stories
 
     def summary(self) -> dict[str, float]:
         tokens, size = self.tokens.sum().item(), self.bytes.sum().item()
         loss = self.loss.sum().item() / tokens
         return {
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),  # beyond, a float has no room
+            "perplexity": math.exp(min(loss, 700.0)),  # larger would overflow a float
             "bits_per_byte": bits_per_byte(self.loss.sum(), max(1, size)).item(),
             "accuracy": self.right.sum().item() / tokens,
             "stories": len(self.loss),
@@ -50,7 +49,7 @@ class Scores:
         }
 
     def by_position(self) -> list[dict[str, float]]:
-        """Mean loss in nats of the tokens first to end - 1 of the stories, in ranges that widen."""
+        """Mean loss in nats of story tokens first to end - 1, in widening ranges."""
         edges = np.unique(np.round(1.25 ** np.arange(80)).astype(int)) - 1
         edges = [*edges[edges < len(self.position_loss)].tolist(), len(self.position_loss)]
         ranges = []
@@ -66,7 +65,7 @@ def bits_per_byte(nats: np.ndarray, size: np.ndarray) -> np.ndarray:
 
 
 def sliding_windows(length: int, block_size: int) -> list[tuple[int, int, int]]:
-    """(first, end, scored from) of each window over a sequence, so that each position is scored once."""
+    """(first, end, scored from) for each window over a sequence, so that each position is scored once."""
     windows, end = [], 0
     while end < length:
         first = len(windows) * max(1, block_size // 2)
@@ -76,23 +75,23 @@ def sliding_windows(length: int, block_size: int) -> list[tuple[int, int, int]]:
 
 
 def encode_stories(candidate: Candidate, stories: list[str]) -> list[np.ndarray]:
-    """Each story's token ids between the start and the end token."""
+    """Each story's token ids, enclosed in the start and end tokens."""
     sequences = []
-    for first in range(0, len(stories), 1_000):  # the tokenizer's own lists take ten times the memory
+    for first in range(0, len(stories), 1_000):  # tokenizer output takes ten times the memory
         part = stories[first : first + 1_000]
         for encoding in candidate.tokenizer.encode_batch_fast(part, add_special_tokens=False):
             sequences.append(np.array([candidate.start_id, *encoding.ids, candidate.end_id], np.int32))
     largest = max(int(ids.max()) for ids in sequences)
     require(
         largest < candidate.vocab_size,
-        f"{candidate.name}: its tokenizer gives token {largest}, its model knows {candidate.vocab_size}",
+        f"{candidate.name}: its tokenizer produces token {largest}, but its model has only {candidate.vocab_size}",
     )
     return sequences
 
 
 @torch.no_grad()
 def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, batch_size: int = 0) -> Scores:
-    """Score at least one story, `batch_size` windows at a time (0: as many as suit the device)."""
+    """Score one or more stories, `batch_size` windows at a time (0: as many as suit the device)."""
     sequences = encode_stories(candidate, stories)
     tokens = np.array([len(ids) - 1 for ids in sequences])
     windows = [
@@ -100,7 +99,7 @@ def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, ba
         for story, length in enumerate(tokens.tolist())
         for window in sliding_windows(length, candidate.block_size)
     ]
-    windows.sort(key=lambda w: w[1] - w[2])  # longest first, so that a batch has windows of one length
+    windows.sort(key=lambda w: w[1] - w[2])  # longest first, so that windows in a batch have similar lengths
     loss, right = np.zeros(len(stories)), np.zeros(len(stories), int)
     position_loss = np.zeros(tokens.max())
 
@@ -110,7 +109,7 @@ def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, ba
         np.add.at(right, story, hits)
         np.add.at(position_loss, position, losses)
 
-    waiting = None  # a GPU computes a batch while the results of the one before are added up
+    waiting = None  # a GPU computes a batch while the previous results are accumulated
     with tqdm(total=len(windows), unit="window", disable=None, delay=1, leave=False) as bar:
         for batch in pack(windows, batch_size, tokens_at_once(candidate, runtime)):
             story, position, inputs, rows, targets = lay_out(batch, sequences, candidate.end_id)
@@ -118,7 +117,7 @@ def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, ba
                 results = score_tokens(candidate, inputs, rows, targets, runtime)
             except torch.OutOfMemoryError:
                 fewer = max(1, len(batch) // 2)
-                raise UserError(f"the GPU's memory ran out: --batch-size {fewer}, or fewer") from None
+                raise UserError(f"out of GPU memory: use --batch-size {fewer} or lower") from None
             if waiting:
                 add(*waiting)
             waiting = story, position, results
@@ -139,7 +138,7 @@ def tokens_at_once(candidate: Candidate, runtime: Runtime) -> int:
 
 
 def pack(windows: list[tuple], batch_size: int, tokens: int) -> Iterator[list[tuple]]:
-    """Windows, longest first, in batches of `batch_size`, or of about so many tokens."""
+    """Group windows, longest first, in batches of `batch_size`, or of about `tokens` tokens."""
     first = 0
     while first < len(windows):
         longest = windows[first][2] - windows[first][1]
@@ -151,8 +150,7 @@ def pack(windows: list[tuple], batch_size: int, tokens: int) -> Iterator[list[tu
 def lay_out(
     batch: list[tuple], sequences: list[np.ndarray], pad: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The tokens that N scored positions need, padded to (B, T), and for each of these positions its
-    story, its place in the story, its index in the flattened (B * T,) and its target."""
+    """For N scored positions: story, position in the story, inputs padded to (B, T), index in (B * T,), target."""
     width = max(end - first for _, first, end, _ in batch)
     inputs = np.full((len(batch), width), pad)
     story, position, rows, targets = [], [], [], []
@@ -170,7 +168,7 @@ def lay_out(
 def score_tokens(
     candidate: Candidate, inputs: np.ndarray, rows: np.ndarray, targets: np.ndarray, runtime: Runtime
 ) -> tuple[Tensor, Tensor]:
-    """Loss in nats of each of N positions, and whether its target was the likeliest token, both (N,)."""
+    """Loss in nats at each of N positions, and whether the target was the most likely token, both (N,)."""
     idx, at, wanted = (to_device(array, runtime.device) for array in (inputs, rows, targets))
     logits_at_once = CPU_LOGITS if runtime.device.type == "cpu" else GPU_LOGITS
     losses, hits = [], []
@@ -181,7 +179,7 @@ def score_tokens(
             logits = candidate.head(states[chunk])
             if logits.dtype in (torch.bfloat16, torch.float16):
                 logits = logits.float()
-            # Cross-entropy in place, because a copy of the logits costs more than the exponentials
+            # In-place cross-entropy: copying the logits would cost more than the exponentials
             largest, likeliest = logits.max(1)
             wanted_logits = logits.gather(1, target[:, None])[:, 0]
             sums = logits.sub_(largest[:, None]).exp_().sum(1)
@@ -193,8 +191,8 @@ def score_tokens(
 def bootstrap(scores: list[Scores], seed: int) -> np.ndarray:
     """Bits per byte of every model on the same 1,000 resamples of the stories, (models, 1,000).
 
-    The percentile bootstrap (Efron 1979), with stories, not tokens, drawn with replacement: the tokens of
-    a story are not independent. The same draws for all models make differences paired.
+    Percentile bootstrap (Efron 1979) over stories, not tokens, because the tokens of a story are not independent.
+    All models share the resamples, which makes differences paired.
     """
     rng = np.random.default_rng(seed)
     count = len(scores[0].loss)

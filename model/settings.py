@@ -1,12 +1,12 @@
-"""The constants at the top of a script are also its command line.
+"""The constants at the top of a script are also its command-line flags.
 
-A setting is one line, an UPPER_CASE name with a literal value and a trailing comment:
+A setting is one line: an UPPER_CASE name with a literal value and a trailing comment:
 
     BATCH_TOKENS = 65_536  # tokens per optimizer step
-    LEARNING_RATE: float | None = None  # peak learning rate; None takes the preset's
+    LEARNING_RATE: float | None = None  # peak learning rate; None: the preset's
 
-The same lines are the flags --batch-tokens and --learning-rate, with type, default and help taken
-from there. A value that may be None, or a list, says its type in an annotation.
+These lines also define the flags --batch-tokens and --learning-rate, with their type, default and help.
+A value that may be None, or a list, needs a type annotation.
 """
 
 import argparse
@@ -27,29 +27,32 @@ from types import SimpleNamespace
 
 REPO = Path(__file__).resolve().parent.parent
 
-TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+# Errors that the user can fix: a missing file, a full disk, a folder that is not writable
+FILE_ERRORS = "ENOENT ENOSPC ENOTDIR EISDIR EEXIST ENAMETOOLONG EDQUOT EFBIG EACCES EROFS EPERM".split()
+
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, short enough for a line of ours."""
+    """The first line of a library's error, short enough for a one-line message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return textwrap.shorten(lines[0], 300, placeholder="...").rstrip(".")
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text is one line: what is wrong, and what to do."""
+    """An error that the user can fix. Its text is one line: what is wrong, and what to do."""
 
 
 class NoSuchSetting(UserError, AttributeError):
-    """A setting whose line was deleted from the script, or has lost its comment."""
+    """A setting whose line was deleted from the script or lost its comment."""
 
 
 class Settings(SimpleNamespace):
     """What read_settings returns."""
 
-    def __getattr__(self, name: str) -> object:  # called for what is not there
+    def __getattr__(self, name: str) -> object:  # called for missing attributes
         raise NoSuchSetting(
-            f"the script has no setting {name.upper()}: that is a line of its own with a value and a comment behind it"
+            f"the script has no setting {name.upper()}: restore its line, with a value and a trailing comment"
         )
 
 
@@ -57,10 +60,24 @@ class Settings(SimpleNamespace):
 class Constant:
     name: str  # lower case, as in the namespace that read_settings returns
     value: object
-    kind: type  # of the value, or of one element where many
+    kind: type  # of the value, or of each element of a list
     optional: bool  # may be None
     many: bool  # a list: the flag takes several values and may be repeated
     help: str
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value in the script has the type that its line declares."""
+        if value is None:
+            return self.optional
+        if value is ... or isinstance(value, list) != self.many:
+            return False
+        allowed = (int, float) if self.kind is float else (self.kind,)
+        return all(type(one) in allowed for one in (value if self.many else [value]))
+
+    def type_name(self) -> str:
+        """The type in words: "a list of numbers or None"."""
+        name = TYPE_NAMES.get(self.kind, "a literal")
+        return (f"a list of {name.removeprefix('a ')}s" if self.many else name) + " or None" * self.optional
 
 
 def read_constants(script: str | Path) -> list[Constant]:
@@ -79,28 +96,21 @@ def read_constants(script: str | Path) -> list[Constant]:
         if not (isinstance(target, ast.Name) and target.id.isupper() and node.end_lineno in comments):
             continue
         value = literal(node.value)
-        many = isinstance(value, list)
         words = annotation.replace("[", " ").replace("]", " ").split()
-        kind = next((k for k in (int, float, bool, str) if k.__name__ in words), None)
-        kind = kind or (str if many else type(value))
-        optional = "None" in words
-        fits = value is not ... and many == ("list" in words)
-        fits = fits and all(
-            type(one) in ((int, float) if kind is float else (kind,)) for one in (value if many else [value])
-        )
-        wanted = TYPE_NAMES.get(kind, "a plain value")
-        wanted = f"a list of {wanted.removeprefix('a ')}s" if "list" in words else wanted
+        kind = next((k for k in (int, float, bool, str) if k.__name__ in words), type(value))
+        optional, many = "None" in words, "list" in words
+        constant = Constant(target.id.lower(), value, kind, optional, many, comments[node.end_lineno])
         require(
-            fits or (optional and value is None),
-            f"{Path(script).name} line {node.lineno}: {target.id} takes {wanted}{' or None' * optional}, "
+            constant.accepts(value),
+            f"{Path(script).name} line {node.lineno}: {target.id} takes {constant.type_name()}, "
             f"not {ast.unparse(node.value)}",
         )
-        constants.append(Constant(target.id.lower(), value, kind, optional, many, comments[node.end_lineno]))
+        constants.append(constant)
     return constants
 
 
 def literal(node: ast.expr) -> object:
-    """The value of a literal, or of arithmetic with numbers (64 * 1024); Ellipsis where it is neither."""
+    """The value of a literal, or of arithmetic with numbers (64 * 1024); Ellipsis if it is neither."""
     parts = (ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop)
     try:
         if isinstance(node, ast.BinOp) and all(isinstance(part, parts) for part in ast.walk(node)):
@@ -111,7 +121,7 @@ def literal(node: ast.expr) -> object:
 
 
 def parse_value(text: str, constant: Constant) -> object:
-    """One command-line word as the constant's type. Raises ValueError where it is not one."""
+    """One command-line word as the constant's type. Raises ValueError, KeyError or OverflowError if it is not one."""
     if constant.optional and text.lower() == "none":
         return None
     if constant.kind is bool:
@@ -138,7 +148,7 @@ def make_parser(constants: list[Constant], prog: str, description: str) -> Parse
             try:
                 return parse_value(text, constant)
             except (ValueError, KeyError, OverflowError):
-                flag = "--" + constant.name.replace("_", "-")
+                flag = flag_name(constant.name)
                 raise UserError(f"{flag} takes {TYPE_NAMES[constant.kind]}, not {text!r}") from None
 
         options = {"type": convert, "default": None, "metavar": constant.kind.__name__.upper()}
@@ -146,13 +156,14 @@ def make_parser(constants: list[Constant], prog: str, description: str) -> Parse
             options |= {"nargs": "?", "const": True}
         if constant.many:
             options |= {"nargs": "+", "action": "extend"}
-        shown = constant.help.replace("%", "%%") + f" [{constant.value}]".replace("%", "%%")
-        parser.add_argument("--" + constant.name.replace("_", "-"), help=shown, **options)
+        default = "" if constant.value is None else f" [{constant.value}]"
+        text = (constant.help + default).replace("%", "%%")
+        parser.add_argument(flag_name(constant.name), help=text, **options)
     return parser
 
 
 def normalise(argv: list[str], switches: set[str], aliases: dict[str, str]) -> list[str]:
-    """Spell flags in the one way that the parser knows: --batch_tokens, aliases, --no-fresh for a switch."""
+    """Rewrite flags to the form that the parser knows: --batch_tokens, aliases, --no-fresh for a switch."""
     words = []
     for word in argv:
         if word.startswith("--") and len(word) > 2:
@@ -175,10 +186,10 @@ def read_settings(
 ) -> SimpleNamespace:
     """A script's constants, overridden by its command line, as a namespace of lower-case names.
 
-    `choices` lists the allowed words of a setting, `aliases` maps further flag names to settings.
-    Two more attributes: `given`, the names set on the command line, and `defaults`, the values in
-    the file. A setting that ends in _dir becomes an absolute Path: a default is relative to the
-    repository, a flag to the current directory. Raises UserError for an unknown flag or bad value.
+    `choices` lists the allowed values of a setting, `aliases` maps additional flag names to settings. The namespace
+    also has `given`, the names set on the command line, and `defaults`, the values in the file. A setting whose name
+    ends in _dir becomes an absolute Path: a default is relative to the repository, a flag to the current directory.
+    Raises UserError for an unknown flag or bad value.
     """
     constants = read_constants(script)
     flags = {constant.name.replace("_", "-") for constant in constants}
@@ -203,7 +214,7 @@ def read_settings(
             settings.given.add(constant.name)
         allowed = (choices or {}).get(constant.name)
         if allowed and value not in allowed and not (value is None and constant.optional):
-            flag = "--" + constant.name.replace("_", "-")
+            flag = flag_name(constant.name)
             raise UserError(f"{flag} takes {', '.join(allowed[:-1])} or {allowed[-1]}, not {value!r}")
         if constant.name.endswith("_dir"):
             value = (Path.cwd() if given else REPO) / str(value)
@@ -217,13 +228,28 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def require_at_least(least: int, settings: SimpleNamespace, *names: str) -> None:
+    """Raise UserError if one of these settings is below `least` (and not None)."""
+    for name in names:
+        value = getattr(settings, name)
+        require(value is None or value >= least, f"{flag_name(name)} must be {least} or more, not {value}")
+
+
 def require_seed(seed: int) -> None:
-    """Raise UserError where torch's or numpy's random generators would not take the seed."""
+    """Raise UserError if torch's or numpy's random generators would reject the seed."""
     require(0 <= seed < 2**63, f"seed must be 0 or more and below 2**63, not {seed}")
 
 
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def stop_again(failure: object) -> None:
-    """Send a signal once more whose exception came up in the garbage collector, where Python drops it."""
+    """Re-send SIGINT/SIGTERM if its exception was raised inside a finalizer, where Python discards it."""
     again = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(failure.exc_type)
     if again:
         threading.Timer(0.01, signal.pthread_kill, [threading.main_thread().ident, again]).start()
@@ -232,8 +258,8 @@ def stop_again(failure: object) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main(): what the user can mend ends in one line and exit status 2."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that clean-up code runs
+    """Run a script's main(). Errors that the user can fix end in one line and exit status 2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that cleanup code runs
     sys.unraisablehook = stop_again
     try:
         main()
@@ -243,25 +269,13 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+    except BrokenPipeError:  # the reader of our output, such as `head`, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        if error.errno not in (
-            errno.ENOENT,
-            errno.ENOSPC,
-            errno.ENOTDIR,
-            errno.EISDIR,
-            errno.EEXIST,
-            errno.ENAMETOOLONG,
-            errno.EDQUOT,
-            errno.EFBIG,
-            errno.EACCES,
-            errno.EROFS,
-            errno.EPERM,
-        ):
+        if errno.errorcode.get(error.errno) not in FILE_ERRORS:
             raise
-        message = f"cannot write or read {error.filename or 'a file'}: {error.strerror}"
+        message = f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
     else:
         return
     print("error: " + " ".join(message.split()), file=sys.stderr)

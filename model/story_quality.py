@@ -1,59 +1,59 @@
-"""What written stories are like: do they end, do they repeat themselves, do they copy?
+"""Quality of generated stories: do they end, do they repeat themselves, do they copy?
 
-The TinyStories paper (Eldan and Li 2023, section 4) looked by hand and with Rouge for stories that are
-copied; here every span of a story is looked up among all training stories. Stock phrases ("Once upon a
-time there was") occur in new stories too, so real validation stories get the same figures, to compare with.
+The TinyStories paper (Eldan and Li 2023, section 4) looked for copied stories by hand and with Rouge; here every
+span of a story is looked up in all training stories. Stock phrases ("Once upon a time there was") occur in new
+stories too, so real validation stories get the same figures, for comparison.
 """
 
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from model.batches import Data
+from model.files import read_text
+from model.generation import text_tokenizer
 from model.settings import UserError, require
 
 # Shortest span, in tokens, that counts as copied; a power of two
 SPAN = 8
-# Training tokens looked at in one piece, which bounds the memory
+# Training tokens processed at once, to bound memory
 CHUNK = 1 << 20
-# Spans are compared by polynomial hashes modulo 2**64: this odd number is the base
+# Base (odd) of the polynomial hashes modulo 2**64 that identify spans
 BASE = 0x9E3779B97F4A7C15
-# The first bits of a hash choose an entry of a table of this many bits, the first and fastest test
+# Leading hash bits that index the filter table, the first and fastest test
 FILTER_BITS = 22
-# A run of letters and digits, apostrophes within it
+# A run of letters and digits, with inner apostrophes
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 EXAMPLES = 8
 
 
 @dataclass(frozen=True)
 class Story:
-    text: str  # its beginning included
-    prompt: str = ""  # the beginning that was given
-    ended: bool = True  # by itself, and was not cut
+    text: str  # including the prompt
+    prompt: str = ""  # the given beginning
+    ended: bool = True  # by itself, not cut off
 
 
 def words_in(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def describe(
-    groups: dict[str, list[Story]], data: Data | None, tokenizer: Tokenizer | None
-) -> dict[str, dict]:
-    """Figures of each group of stories. With `data`, compared with its training stories; `tokenizer` is its.
+def describe(groups: dict[str, list[Story]], data: Data | None) -> dict[str, dict]:
+    """Figures for each group of stories; with `data`, compared with its training stories.
 
-    The groups go through the training stories together: that is two passes over the packed tokens.
+    All groups share the two passes over the packed training tokens.
     """
     figures = {name: describe_text([story.text for story in stories]) for name, stories in groups.items()}
     for name, stories in groups.items():
         figures[name]["ended"] = sum(story.ended for story in stories) / len(stories)
     if data is None:
         return figures
+    tokenizer = text_tokenizer(data.tokenizer_json)
     words = {name: [words_in(story.text) for story in stories] for name, stories in groups.items()}
     known = {word for lists in words.values() for list_ in lists for word in list_}
     unseen = unseen_words(known, data, tokenizer)
@@ -73,9 +73,9 @@ def describe(
 def describe_text(texts: list[str]) -> dict[str, float]:
     """Words per story, distinct-n and repeated 4-grams.
 
-    distinct-n (Li et al. 2016): different n-grams of words / all of them, over the whole group; it falls as
-    a group grows, so compare groups of one size. repeated_4grams: the share of a story's 4-grams of words
-    that stood in it before.
+    distinct-n (Li et al. 2016): distinct word n-grams / all of them, over the whole group; it falls as a group
+    grows, so compare groups of equal size. repeated_4grams: the share of a story's word 4-grams that occurred
+    in it before.
     """
     words = [words_in(text) for text in texts]
     figures = {"stories": len(texts), "words": sum(map(len, words)) / len(texts)}
@@ -92,7 +92,7 @@ def n_grams(words: list[str], n: int) -> Iterator[tuple[str, ...]]:
 
 
 def describe_copies(stories: list[tuple[np.ndarray, "Copies"]], tokenizer: Tokenizer) -> dict[str, object]:
-    """Of the stories' spans of eight tokens, the share found in training; and the longest spans found."""
+    """The share of the stories' eight-token spans found in training, and the longest spans found."""
     spans = sum(copies.spans for _, copies in stories)
     ids, longest = max(stories, key=lambda pair: pair[1].longest)
     span = ids[longest.start : longest.start + longest.longest].tolist()
@@ -106,16 +106,16 @@ def describe_copies(stories: list[tuple[np.ndarray, "Copies"]], tokenizer: Token
 
 @dataclass(frozen=True)
 class Copies:
-    """What of one story stands in the training stories too, in tokens."""
+    """What a story shares with the training stories, in tokens."""
 
-    spans: int  # of SPAN tokens
-    found: int  # of these in training
-    longest: int  # span found; 0 where none of SPAN is
-    start: int  # of that span in the story
+    spans: int  # number of spans of SPAN tokens
+    found: int  # of these, in training
+    longest: int  # longest span found; 0 if none of SPAN tokens
+    start: int  # its start in the story
 
 
 class SpansOfOneLength:
-    """All spans of `length` tokens in the written stories, as hashes, and which were found in training."""
+    """All spans of `length` tokens in the generated stories, as hashes, and which were found in training."""
 
     def __init__(self, length: int, starts: np.ndarray, hashes: np.ndarray):
         self.length, self.starts, self.hashes = length, starts, hashes
@@ -123,7 +123,7 @@ class SpansOfOneLength:
         self.found = np.zeros(len(self.known), bool)
 
     def look_up(self, hashes: np.ndarray) -> np.ndarray:
-        """Mark the spans with these hashes as found; return which of the hashes are of a span here."""
+        """Mark the spans with these hashes as found; return which hashes match a span."""
         if not len(self.known):
             return np.zeros(len(hashes), bool)
         place = np.searchsorted(self.known, hashes).clip(max=len(self.known) - 1)
@@ -132,19 +132,19 @@ class SpansOfOneLength:
         return hits
 
     def longer(self, tokens: np.ndarray, left: np.ndarray) -> "SpansOfOneLength":
-        """The spans of one token more; `left` says how many tokens a story has from a position on."""
+        """The spans one token longer; `left` is the number of story tokens from each position on."""
         inside = left[self.starts] > self.length
         starts, hashes = self.starts[inside], self.hashes[inside]
         return SpansOfOneLength(self.length + 1, starts, extend(hashes, tokens[starts + self.length]))
 
 
 def extend(hashes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Hashes of spans with one more token at their ends."""
+    """Hashes of spans extended by one token."""
     return hashes * np.uint64(BASE) + tokens.astype(np.uint64)
 
 
 def span_hashes(tokens: np.ndarray) -> np.ndarray:
-    """The hash of the SPAN tokens from each position on: those of 2, 4 and 8 tokens in turn."""
+    """The hash of the SPAN tokens from each position on, by doubling: 2, 4, then 8 tokens."""
     hashes, width = tokens.astype(np.uint64), 1
     while width < SPAN:
         hashes = hashes[:-width] * np.uint64(pow(BASE, width, 2**64)) + hashes[width:]
@@ -153,11 +153,11 @@ def span_hashes(tokens: np.ndarray) -> np.ndarray:
 
 
 def copied_spans(stories: list[np.ndarray], training: np.ndarray) -> list[Copies]:
-    """For each story (token ids), which of its spans stand somewhere in the training tokens.
+    """For each story (token ids), which of its spans occur anywhere in the training tokens.
 
-    There is no index of the training tokens: they pass by once, in pieces, and what is looked up are the
-    spans of the stories. Where 8 tokens agree, 9 are compared, then 10, and so on. Memory depends on the
-    stories and the size of a piece, not on the training tokens. Exact but for equal hashes of 64 bits.
+    The training tokens are not indexed: they are streamed once, in chunks, and looked up in the stories' spans.
+    If 8 tokens match, 9 are compared, then 10, and so on. Memory depends on the stories and the chunk size, not on
+    the training tokens. Exact except for collisions of 64-bit hashes.
     """
     tokens = np.concatenate([np.zeros(0, int), *stories])
     lengths = np.array([len(story) for story in stories])
@@ -196,7 +196,7 @@ def copied_spans(stories: list[np.ndarray], training: np.ndarray) -> list[Copies
 
 
 def unseen_words(words: set[str], data: Data, tokenizer: Tokenizer) -> set[str]:
-    """Those of the words that no training story has. Reads the packed stories in pieces of whole ones."""
+    """The words that no training story has. Reads the packed tokens in chunks of whole stories."""
     unseen, training, begin = set(words), data.train.tokens, 0
     with tqdm(total=len(training), desc="words", unit_scale=True, disable=None, delay=2, leave=False) as bar:
         while unseen and begin < len(training):
@@ -207,7 +207,7 @@ def unseen_words(words: set[str], data: Data, tokenizer: Tokenizer) -> set[str]:
             texts = tokenizer.decode_batch(
                 [part.tolist() for part in np.split(piece, ends[99:-1:100])], skip_special_tokens=False
             )
-            # pieces between blanks first: they repeat, and the pattern is slower than a split
+            # deduplicate whitespace-separated pieces first: the pattern is slower than a split
             unseen -= set(words_in(" ".join({piece for text in texts for piece in text.split()})))
             begin += len(piece)
             bar.update(len(piece))
@@ -215,22 +215,16 @@ def unseen_words(words: set[str], data: Data, tokenizer: Tokenizer) -> set[str]:
 
 
 def read_written(path: str) -> list[Story]:
-    """The stories in a .jsonl that generate.py wrote. Raises UserError naming the line that is not one."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
+    """The stories in a .jsonl that generate.py wrote. Raises UserError naming a line that is not a story."""
     stories = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             prompt, story = str(row["prompt"]), str(row["story"])
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} line {number} is no story as generate.py --output writes them") from None
+            raise UserError(f"{path} line {number} is not a story written by generate.py --output") from None
         stories.append(Story(prompt + story, prompt, row.get("finish_reason") != "length"))
     require(bool(stories), f"{path} holds no stories")
     return stories

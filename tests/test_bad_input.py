@@ -97,7 +97,7 @@ def test_a_checkpoint_of_another_vocabulary(run, data, trained, tmp_path):
     run("data/train_tokenizer.py", "--vocab-size", 300, "--data-dir", data, check=0)
     run("data/prepare_data.py", "--data-dir", data, check=0)
     result = run("train.py", *TINY, "--max-steps", 4, "--data-dir", data, "--checkpoint-dir", folder)
-    assert_one_line_error(result, "other tokenizer", "--fresh")
+    assert_one_line_error(result, "changed tokenizer", "--fresh")
     assert contents(folder) == before
 
 

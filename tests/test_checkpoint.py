@@ -213,7 +213,7 @@ DAMAGES = {
     flip_a_bit_of_a_tensor: "is damaged",
     garbage: "does not load",
     a_folder: "does not load",
-    other_format: f"has format 99, this version reads {module.FORMAT}",
+    other_format: f"has format 99; this version reads {module.FORMAT}",
     bare_weights: "is not a checkpoint of this project",
     a_list: "is not a checkpoint of this project",
     without_config: "lacks config, eot_id",

@@ -270,7 +270,7 @@ def test_an_exported_model_scores_as_before(tmp_path, tokenizer, blocks):
     model = make_model(blocks)
     folder = save_transformers(tmp_path, as_transformers(model), tokenizer)
     exported = TransformersModel(str(folder), CPU)
-    exported.read_into(STORIES)
+    exported.adapt_to(STORIES)
     assert exported.block_size == 16
     runtime = SimpleNamespace(device=CPU, autocast=torch.no_grad)
     scores = score_stories(exported, STORIES, runtime)
@@ -303,7 +303,7 @@ def test_the_end_token_is_the_one_that_the_model_expects(tmp_path, tokenizer):
         names = {"bos_token": "<|endoftext|>", "eos_token": "</s>"}
         folder = save_transformers(tmp_path / str(expected), model, tokenizer, **names)
         candidate = TransformersModel(str(folder), CPU)
-        candidate.read_into(["The cat sat.", "A dog."])
+        candidate.adapt_to(["The cat sat.", "A dog."])
         assert (candidate.start_id, candidate.end_id) == (EOT, expected)
 
 
@@ -334,11 +334,11 @@ def break_folder(folder, damage):
     [
         ("weights", "does not load"),
         ("tokenizer", "does not load"),
-        ("no tokenizer", "does not give stories back"),
+        ("no tokenizer", "does not reproduce stories"),
         ("config", "does not load"),
         ("kind", "does not load"),
         ("end", "has no end-of-text token"),
-        ("missing", "lacks 1 of its weights, transformer.h.1.mlp.c_fc.weight"),
+        ("missing", "lacks 1 of its weights, including transformer.h.1.mlp.c_fc.weight"),
         ("context", "has a context of 1 token"),
     ],
 )
@@ -439,7 +439,7 @@ def test_what_the_user_got_wrong_is_one_line(evaluate, tmp_path, tokenizer, flag
 def test_an_error_ends_the_script_with_status_two(run, tmp_path, checkpoint, data_dir):
     places = ["--checkpoint-dir", checkpoint, "--data-dir", data_dir]
     result = run("evaluate.py", *places, "--checkpoint", "who/what", cwd=tmp_path)
-    assert_one_line_error(result, "there is no checkpoint of that name here", "who/what does not load")
+    assert_one_line_error(result, "there is no such checkpoint here", "who/what does not load")
 
 
 @pytest.mark.parametrize("facts", [None, {"tokens": 0, "stories": 0, "bytes": 0, "sha256": "-"}])

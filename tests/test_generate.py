@@ -94,14 +94,14 @@ def test_interactive_continues_each_line_until_the_end_of_input(trained):
     result = subprocess.run(
         list(map(str, command)), input="A cat\nTwo dogs\n", capture_output=True, text=True, timeout=60
     )
-    assert result.returncode == 0 and "Ctrl-D or Ctrl-C leaves" in result.stderr
+    assert result.returncode == 0 and "Ctrl-D or Ctrl-C quits" in result.stderr
     assert result.stdout.startswith("A cat") and "\nTwo dogs" in result.stdout
     assert "\x1b[" not in result.stdout  # nothing meant for a terminal
 
 
 def test_a_beginning_beyond_the_context_is_noted_and_continued(generate):
     result = generate("--prompt", "a big dog " * 30, "--max-tokens", 5, "--seed", 1, check=0)
-    assert "its last part is read" in result.stderr and result.stdout.startswith("a big dog a big dog")
+    assert "only its end is used" in result.stderr and result.stdout.startswith("a big dog a big dog")
 
 
 def test_interactive_in_a_terminal(trained):
@@ -113,7 +113,7 @@ def test_interactive_in_a_terminal(trained):
     os.close(other_side)
     try:
         shown = read_until(terminal, b"> ")
-        assert b"Ctrl-D or Ctrl-C leaves" in shown and b"Traceback" not in shown
+        assert b"Ctrl-D or Ctrl-C quits" in shown and b"Traceback" not in shown
         os.write(terminal, b"A cat\n")
         story = read_until(terminal, b"\n> ")
         assert story.count(b"A cat") == 2  # as typed, and as the story's beginning

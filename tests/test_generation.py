@@ -122,7 +122,7 @@ def test_where_no_cuda_graph_can_be_recorded_it_warns_once_and_goes_on(monkeypat
     decoder.graphs = True
     assert generate_all(*arguments) == expected
     assert capsys.readouterr().err == (
-        "warning: a step cannot be recorded as a CUDA graph, going on without: "
+        "warning: CUDA graph capture failed, continuing without it: "
         "operation not permitted when stream is capturing\n"
     )
 

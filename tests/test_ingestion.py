@@ -206,12 +206,12 @@ BROKEN = {
     "column.jsonl": (b'{"title": "b"}', "line 1 has no column 'text': it has title"),
     "column.csv": (b"title,story\na,b\n", "line 1 has no column 'text': it has title, story"),
     "quote.csv": (b'text\n"one"\n"two\n', "line 3 is not CSV"),
-    "number.jsonl": (b'{"text": "a"}\n{"text": 4}', "line 2: a story is text, not int"),
-    "list.json": (b'[["a"]]', "line 1: a story is text, not list"),
-    "half.jsonl": (b'{"text": "\\ud83d"}', "line 1: the story holds half of a surrogate pair"),
+    "number.jsonl": (b'{"text": "a"}\n{"text": 4}', "line 2: a story must be text, not int"),
+    "list.json": (b'[["a"]]', "line 1: a story must be text, not list"),
+    "half.jsonl": (b'{"text": "\\ud83d"}', "line 1: the story contains half of a surrogate pair"),
     "bad.parquet": (b"PAR1 and no more", "is not a readable parquet file"),
     "column.parquet": (parquet(["a"], "story"), "has no column 'text': it has id, story"),
-    "number.parquet": (parquet([1, 2]), "row 1: a story is text, not int"),
+    "number.parquet": (parquet([1, 2]), "row 1: a story must be text, not int"),
 }
 
 
@@ -335,7 +335,7 @@ def test_near_duplicates_are_counted(run, tmp_path):
     words = ("--source", tmp_path / "train.jsonl", "--validation-source", tmp_path / "valid.jsonl")
     for _ in range(2):  # and said again where nothing is to be done
         result = run("data/ingestion.py", *words, "--data-dir", tmp_path / "data", check=0)
-        assert "leak: 3 of 5 validation stories share half of their sentences or more" in result.stdout
+        assert "leak: 3 of 5 validation stories share at least half of their sentences" in result.stdout
     assert manifest(tmp_path / "data")["splits"]["validation"]["near_duplicates"] == 3
 
 
@@ -391,7 +391,7 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
     monkeypatch.setattr(
         "sys.argv", ["ingestion.py", "--source", str(path), "--data-dir", str(tmp_path / "d")]
     )
-    with pytest.raises(UserError, match=r"too little space .* 4\.0 kB needed, 1\.5 kB free"):
+    with pytest.raises(UserError, match=r"not enough disk space .* 4\.0 kB needed, 1\.5 kB free"):
         ingestion.main()
     assert not list((tmp_path / "d").iterdir())
 

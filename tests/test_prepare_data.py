@@ -231,7 +231,7 @@ def test_what_does_not_belong_together_is_made_again(finished, tmp_path, harm, m
 def test_too_little_space_is_said_before_anything_is_written(data_dir, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1_500))
     monkeypatch.setattr("sys.argv", ["prepare_data.py", "--data-dir", str(data_dir)])
-    with pytest.raises(UserError, match=r"too little space .* kB needed, 1\.5 kB free"):
+    with pytest.raises(UserError, match=r"not enough disk space .* kB needed, 1\.5 kB free"):
         prepare_data.main()
     assert not (data_dir / "processed").exists()
 

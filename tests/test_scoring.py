@@ -244,7 +244,7 @@ def test_weights_that_are_not_finite_are_named(tokenizer):
 
 def test_a_tokenizer_of_another_model_is_named(tokenizer):
     model = GPT(GPTConfig(40, BLOCK_SIZE, n_layer=1, n_head=1, n_embd=16)).eval()
-    with pytest.raises(UserError, match="its tokenizer gives token .* its model knows 40"):
+    with pytest.raises(UserError, match="its tokenizer produces token .* its model has only 40"):
         score(model, tokenizer)
 
 

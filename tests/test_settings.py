@@ -207,10 +207,10 @@ def test_a_bad_flag_ends_in_one_line_and_status_2(script, tmp_path):
             ["DEPTH takes a whole number", "True"],
         ),
         ("SIZES: list[int] = [1, 2]", "SIZES: list[int] = 1", ["SIZES takes a list of whole numbers, not 1"]),
-        ("PROMPT: list[str] = []", 'PROMPT: list[str] = ["a", 1]', ["PROMPT takes a list of texts"]),
-        ('NAME = "cat"', "NAME = NAMES[1]", ["NAME takes a plain value, not NAMES[1]"]),
+        ("PROMPT: list[str] = []", 'PROMPT: list[str] = ["a", 1]', ["PROMPT takes a list of strings"]),
+        ('NAME = "cat"', "NAME = NAMES[1]", ["NAME takes a literal, not NAMES[1]"]),
         ('NAME = "cat"', 'NAME = "c" * 3', None),
-        ("STEPS = 65_536  #", "STEPS = 1 // 0  #", ["STEPS takes a plain value"]),
+        ("STEPS = 65_536  #", "STEPS = 1 // 0  #", ["STEPS takes a literal"]),
     ],
 )
 def test_an_edited_constant_is_checked_as_a_flag_is(script, line, edited, needles):
@@ -311,7 +311,8 @@ def test_help_lists_every_setting_with_its_comment(run, tmp_path, name):
     assert constants
     for constant in constants:
         flag = "--" + constant.name.replace("_", "-")
-        shown = f"{constant.help} [{constant.value}]"
+        default = "" if constant.value is None else f" [{constant.value}]"
+        shown = constant.help + default
         assert flag in text and "".join(shown.split()) in text, flag
 
 

@@ -117,7 +117,7 @@ def data():
     ids = [(*tokenizer.encode(story).ids, EOT) for story in stories]
     tokens = np.array([token for story in ids for token in story], "<u2")
     split = Split(tokens, len(stories), sum(len(s.encode()) for s in stories), "-")
-    return Data(split, split, 300, EOT, ""), tokenizer, stories
+    return Data(split, split, 300, EOT, tokenizer.to_str()), tokenizer, stories
 
 
 @pytest.mark.parametrize("chunk", [7, 30, 50, 1_000])
@@ -132,12 +132,12 @@ def test_unseen_words_are_in_no_training_story(data, monkeypatch, chunk):
 
 
 def test_a_group_of_training_stories_is_all_copied(data):
-    packed, tokenizer, stories = data
+    packed, _, stories = data
     groups = {
         "copies": [Story(story, ended=k > 0) for k, story in enumerate(stories)],
         "new": [Story("Big bad zebras"), Story("")],
     }
-    figures = describe(groups, packed, tokenizer)
+    figures = describe(groups, packed)
     assert figures["copies"]["copied_8grams"] == 1 and figures["copies"]["unseen_words"] == 0
     assert figures["copies"]["longest_copy"] == len(stories[1].encode())
     assert figures["copies"]["longest_copy_text"] == stories[1]
@@ -148,7 +148,7 @@ def test_a_group_of_training_stories_is_all_copied(data):
 
 
 def test_without_training_stories_nothing_is_said_of_them():
-    assert "copied_8grams" not in describe({"a": [Story("A cat.")]}, None, None)["a"]
+    assert "copied_8grams" not in describe({"a": [Story("A cat.")]}, None)["a"]
 
 
 # Files
@@ -168,9 +168,9 @@ def test_stories_of_generate_are_read(tmp_path):
     ("content", "needle"),
     [
         (b"", "holds no stories"),
-        (b'{"prompt": "a", "story": "b"}\n{"text": "c"}\n', "line 2 is no story"),
-        (b"Once upon\n", "line 1 is no story"),
-        (b"[1]\n", "line 1 is no story"),
+        (b'{"prompt": "a", "story": "b"}\n{"text": "c"}\n', "line 2 is not a story"),
+        (b"Once upon\n", "line 1 is not a story"),
+        (b"[1]\n", "line 1 is not a story"),
         (b"\xff\xfe", "is not UTF-8 text"),
         (None, "there is no file"),
     ],

@@ -20,10 +20,19 @@ from model.checkpoint import list_checkpoints, load_checkpoint
 from model.config import PRESETS, GPTConfig, Recipe
 from model.console import StopRequest, print_end
 from model.gpt import GPT
+from model.metrics import smooth, write_samples
 from model.resume import rewind, settle
-from model.runtime import Processes, choose_runtime
+from model.runtime import (
+    Processes,
+    Runtime,
+    choose_runtime,
+    peak_flops,
+    prepare_forward,
+    ran_out_of_memory,
+)
 from model.settings import UserError, read_settings
-from train import evaluate, main
+from model.validation import validate
+from train import main
 
 TINY = (
     "--preset quickstart --n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --batch-tokens 512 --max-steps 12 "
@@ -136,7 +145,7 @@ def test_losses_are_those_of_a_plain_loop(train, packed, mask):
 
 def test_validation_keeps_to_the_story_too(packed):
     """Against each story's part of each window read by itself."""
-    data, runtime = load_data(packed), choose_runtime("cpu", "float32", "off")
+    data, runtime = load_data(packed), choose_runtime(torch.device("cpu"), "float32", "off")
     torch.manual_seed(0)
     model = GPT(GPTConfig(400, 64, 2, 2, 32))
     for parameter in model.parameters():  # so that what a token sees matters
@@ -148,14 +157,14 @@ def test_validation_keeps_to_the_story_too(packed):
         for begin, end in zip(begins, [*begins[1:], 64], strict=True):
             ids = torch.tensor([window[begin : end + 1]])
             total += model(ids[:, :-1], ids[:, 1:]).item() * (end - begin)
-    losses = [evaluate(model, windows, data, runtime, mask)["validation_loss"] for mask in (True, False)]
+    losses = [validate(model, windows, data, runtime, mask)["validation_loss"] for mask in (True, False)]
     assert losses[0] == pytest.approx(total / (64 * len(windows)), rel=1e-5)
     assert losses[1] != pytest.approx(losses[0], rel=1e-4)
 
 
 def test_a_run_begins_as_a_bigram_model(train, packed):
     folder, result = train("run", "--max-steps", 1, "--dtype", "float32")
-    assert "beginning    as a bigram model of the stories, counted in" in result.out
+    assert "initialised  as a bigram model of the stories, counted in" in result.out
     data = load_data(packed)
     torch.manual_seed(1337)
     model = GPT(GPTConfig(400, 32, 2, 2, 32, tie_weights=False))
@@ -170,7 +179,7 @@ def test_a_run_begins_as_a_bigram_model(train, packed):
         assert losses(folder) == pytest.approx(np.log(400), rel=0.01)
         assert load_checkpoint(folder / "ckpt_1.pt")["settings"]["bigram_start"] is False
     for flags in (["--tie-weights"], ["--blocks", "gpt2"]):
-        with pytest.raises(UserError, match="--bigram-start is for modern blocks"):
+        with pytest.raises(UserError, match="--bigram-start needs modern blocks"):
             train("never", "--bigram-start", *flags)
 
 
@@ -195,7 +204,7 @@ def test_an_interrupted_run_goes_on_exactly(train, packed, tmp_path, dtype, how)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == (-9 if how == signal.SIGKILL else 128 + how), errors
     if how != signal.SIGKILL:
-        assert "go on with: python" in output
+        assert "resume with: python" in output
     assert load_checkpoint(list_checkpoints(broken)[0])["step"] < 12
     train(
         "broken", "--dtype", dtype, "--micro-batch", "5", tiny=["--compile", "off"]
@@ -256,7 +265,7 @@ def test_torchrun_restarts_a_killed_worker_and_the_losses_stay_the_same(train, p
     os.kill(int(workers[1]), signal.SIGKILL)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "going on" in output
+    assert "resuming" in output
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(one), rtol=1e-5)
 
 
@@ -296,7 +305,7 @@ def test_max_minutes_ends_the_run_with_the_schedule(train):
 
 def test_a_run_too_short_for_a_step_leaves_what_it_began_with(train):
     folder, result = train("run", "--max-minutes", 1e-9)
-    assert "finished already" not in result.out and "steps: 0\n" in result.out
+    assert "already finished" not in result.out and "steps: 0\n" in result.out
     assert load_checkpoint(folder / "best.pt")["step"] == 0
 
 
@@ -304,7 +313,7 @@ def test_a_finished_run_says_so(train):
     folder, _ = train("run")
     before = metrics(folder)
     _, result = train("run")
-    assert "finished already" in result.out and metrics(folder) == before
+    assert "already finished" in result.out and metrics(folder) == before
 
 
 def test_a_finished_run_made_longer_is_the_longer_run(train):
@@ -360,14 +369,26 @@ def test_fresh_moves_nothing_where_the_new_run_cannot_begin(train):
     ]
 
 
-@pytest.mark.parametrize("fresh", [["--fresh"], ["--fresh=true"], ["--fresh", "true"]])
-def test_the_command_to_go_on_does_not_begin_anew(train, monkeypatch, capsys, fresh):
-    state, settings = SimpleNamespace(step=3), SimpleNamespace(checkpoint_dir="my run", given=set())
-    monkeypatch.setattr(sys, "argv", ["train.py", "--max-steps", "9", *fresh, "--checkpoint-dir", "my run"])
-    print_end(state, settings, 512, finished=False)
-    assert capsys.readouterr().out.endswith(
-        "go on with: python train.py --max-steps 9 --checkpoint-dir 'my run'\n"
-    )
+def test_the_command_to_resume_has_the_flags_that_no_checkpoint_remembers(monkeypatch, capsys):
+    monkeypatch.chdir(REPO)
+    flags = [
+        "--max-steps",
+        "9",
+        "--fresh",
+        "--checkpoint-dir",
+        "my run",
+        "--no-bigram-start",
+        "--device",
+        "cpu",
+    ]
+    settings = read_settings(REPO / "train.py", flags)
+    print_end(SimpleNamespace(step=3), settings, 512, finished=False)
+    wanted = "resume with: python train.py --device cpu --checkpoint-dir 'my run'\n"
+    assert capsys.readouterr().out.endswith(wanted)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    print_end(SimpleNamespace(step=3), read_settings(REPO / "train.py", []), 512, finished=False)
+    assert capsys.readouterr().out.endswith("resume with: torchrun --nproc_per_node=2 train.py\n")
 
 
 def test_how_it_computes_is_remembered(train):
@@ -384,7 +405,7 @@ def test_a_run_that_ended_by_the_clock_needs_more_time(train):
     before = metrics(folder)
     _, result = train("run", "--max-steps", 2_000_000)
     assert (
-        "finished already: a larger --max-minutes extends this run" in result.out
+        "already finished: a larger --max-minutes extends this run" in result.out
         and metrics(folder) == before
     )
 
@@ -523,7 +544,7 @@ def test_where_memory_runs_out_it_takes_half_or_says_what_to_take(train, monkeyp
 
     monkeypatch.setattr(GPT, "forward", too_large)
     _, result = train("run", "--max-steps", 2)
-    assert "micro-batch  4 windows, 4 to a step" in result.out
+    assert "micro-batch  4 windows, 4 per step" in result.out
 
     calls = []
 
@@ -536,6 +557,34 @@ def test_where_memory_runs_out_it_takes_half_or_says_what_to_take(train, monkeyp
     monkeypatch.setattr(GPT, "forward", sudden)
     with pytest.raises(UserError, match="--micro-batch 8"):
         train("other")
+
+
+@pytest.mark.parametrize(("windows", "fits", "chosen"), [(64, 13, 8), (128, 14, 8), (8, 16, 8), (17, 5, 5)])
+def test_micro_batches_are_equal_if_slightly_smaller_ones_are(monkeypatch, windows, fits, chosen):
+    monkeypatch.setattr("model.runtime.guess_micro_batch", lambda model, runtime: fits)
+    model = GPT(GPTConfig(vocab_size=16, block_size=4, n_layer=1, n_head=1, n_embd=4))
+    runtime = Runtime(torch.device("cpu"), torch.float32, False, "")
+    assert prepare_forward(model, runtime, 0, windows)[1] == chosen
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried", "CUBLAS_STATUS_ALLOC_FAILED when calling"])
+def test_memory_that_runs_out_inside_a_library_is_known_too(message):
+    assert ran_out_of_memory(RuntimeError(message))
+    assert not ran_out_of_memory(RuntimeError("Triton Error"))
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA L40", None),
+    ],
+)
+def test_only_a_gpu_of_that_name_has_that_peak(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
 
 
 def test_a_second_ctrl_c_stops_at_once():
@@ -576,7 +625,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(run, packed
     try:
         wait_for_checkpoint(tmp_path / "run", first)
         for flags in ([], ["--fresh"]):
-            assert_one_line_error(run("train.py", *TINY, *places, *flags), "another train.py is at work")
+            assert_one_line_error(run("train.py", *TINY, *places, *flags), "another train.py is running")
     finally:
         first.kill()
         first.communicate()
@@ -620,3 +669,15 @@ def test_every_preset_is_a_sound_model(name):
     with torch.device("meta"):
         logits = GPT(config)(torch.zeros(1, 8, dtype=torch.long))
     assert logits.shape == (1, 8, config.vocab_size)
+
+
+def test_a_samples_paragraphs_stay_apart_in_markdown(tmp_path):
+    row = {"step": 2, "validation_loss": 1.0, "sample": "Once upon a time.\nThe end.\n\nOr not."}
+    write_samples([row], tmp_path / "samples.md")
+    assert "Once upon a time.\n\nThe end.\n\nOr not.\n" in (tmp_path / "samples.md").read_text()
+
+
+def test_the_smoothed_loss_of_a_short_run_is_a_mean_of_its_neighbours():
+    assert smooth([2.0]) == [2.0]
+    jagged = [3.0, 1.0] * 10
+    assert all(1.5 < value < 2.5 for value in smooth(jagged)[4:])
