@@ -1,0 +1,176 @@
+"""What only a GPU can show: run where one is, skipped elsewhere. The CPU's results are the reference."""
+
+import json
+import signal
+import sys
+
+import pytest
+import torch
+
+import train as train_script
+from model.checkpoint import load_checkpoint
+from model.config import GPTConfig
+from model.decoder import Decoder
+from model.generation import Batch, Sampling, generate_all
+from model.gpt import GPT
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+DEVICE = "cuda"
+
+TINY = """--preset quickstart --n-layer 2 --n-head 2 --n-embd 64 --block-size 64 --batch-tokens 1024 --warmup-steps 2
+--eval-interval 4 --eval-tokens 1024 --log-interval 1 --sample-tokens 8 --max-minutes none""".split()
+
+
+@pytest.fixture
+def train(run, packed, tmp_path):
+    """train("name", flags...) trains in tmp_path/name and returns that folder."""
+
+    def train(name, *flags):
+        places = ["--data-dir", packed, "--checkpoint-dir", tmp_path / name]
+        run("train.py", *TINY, *places, *flags, check=0)
+        return tmp_path / name
+
+    return train
+
+
+def losses(folder, key="train_loss"):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows if key in row]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "dtype", "compiled", "tolerance"),
+    [
+        ("modern", "float32", "off", 2e-3),
+        ("modern", "bfloat16", "on", 2e-2),
+        ("modern", "float16", "on", 1e-2),
+        ("gpt2", "bfloat16", "off", 2e-2),
+    ],
+)
+def test_a_gpu_learns_as_the_cpu_does(train, blocks, dtype, compiled, tolerance):
+    shape = ["--blocks", blocks, "--max-steps", 12]
+    exact = train("cpu", *shape, "--device", "cpu", "--dtype", "float32", "--compile", "off")
+    found = train("gpu", *shape, "--device", DEVICE, "--dtype", dtype, "--compile", compiled)
+    for key in ("train_loss", "validation_loss"):
+        assert losses(found, key) == pytest.approx(losses(exact, key), rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compiled", "dropout"),
+    [("float32", "off", 0.1), ("bfloat16", "on", 0.1), ("float16", "on", 0)],
+)
+def test_a_deterministic_run_resumes_exactly(train, dtype, compiled, dropout):
+    flags = [
+        "--device",
+        DEVICE,
+        "--dtype",
+        dtype,
+        "--compile",
+        compiled,
+        "--dropout",
+        dropout,
+        "--deterministic",
+    ]
+    whole = train("whole", *flags, "--max-steps", 12, "--save-interval", 6)
+    broken = train("broken", *flags, "--max-steps", 12, "--save-interval", 6)
+    (broken / "ckpt_12.pt").unlink()  # so that it resumes from step 6
+    (broken / "before_decay.pt").unlink()
+    train("broken", "--device", DEVICE)
+    assert losses(broken) == losses(whole)
+    one, other = (load_checkpoint(folder / "ckpt_12.pt")["weights"] for folder in (whole, broken))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "heads", [{"n_head": 4}, {"n_head": 4, "n_kv_head": 2}, {"n_head": 1, "head_size": 48}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradients_with_a_story_mask(heads, dtype):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=97, block_size=64, n_layer=2, n_embd=64, **heads))
+    ids = torch.randint(97, (3, 65))
+    stories = (ids[:, :-1] < 5).cumsum(1)
+    results = []
+    for device, precision in (("cpu", torch.float32), (DEVICE, dtype)):
+        model = model.to(device).train()
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device, precision, enabled=precision != torch.float32):
+            loss = model(ids[:, :-1].to(device), ids[:, 1:].to(device), stories.to(device))
+        loss.backward()
+        results.append((loss.item(), [parameter.grad.cpu() for parameter in model.parameters()]))
+    (exact, wanted), (found, gradients) = results
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    assert found == pytest.approx(exact, rel=tolerance)
+    for one, other in zip(wanted, gradients, strict=True):
+        assert (one - other).norm() <= 3 * tolerance * one.norm()
+
+
+SAMPLINGS = [
+    Sampling(temperature=0),
+    Sampling(temperature=0, repetition_penalty=1.6),
+    Sampling(temperature=0.8, top_k=12, top_p=0.9, min_p=0.02, repetition_penalty=1.2),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "penalised", "filtered"])
+@pytest.mark.parametrize("blocks", ["modern", "gpt2"])
+def test_a_graph_writes_what_plain_steps_write(blocks, sampling, monkeypatch):
+    """And greedily what a CPU writes."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(vocab_size=97, block_size=32, n_layer=2, n_head=2, n_embd=64, blocks=blocks)).eval()
+    for parameter in model.parameters():  # weights large enough that no two tokens are nearly as likely
+        torch.nn.init.normal_(parameter, std=0.3)
+    prompts = [[0], [0, 5, 9], [0, *range(1, 20)], [0, *range(1, 60)]]
+    arguments = (prompts, 50, 0, sampling, list(range(4)))
+    reference = generate_all(Decoder(model), *arguments)
+    model = model.to(DEVICE)
+    plain = generate_all(Decoder(model), *arguments)
+    captures = []
+    capture = Batch.capture
+    monkeypatch.setattr(Batch, "capture", lambda self, *state: captures.append(capture(self, *state)))
+    decoder = Decoder(model, graphs=True)
+    assert generate_all(decoder, *arguments) == plain
+    assert captures and decoder.graphs  # a failed capture turns graphs off
+    if sampling.temperature == 0:
+        assert plain == reference
+
+
+def test_scores_are_those_of_the_cpu(run, packed, tmp_path, train):
+    folder = train("model", "--device", DEVICE, "--max-steps", 4)
+    bits = []
+    for device in ("cpu", DEVICE):
+        flags = ["--data-dir", packed, "--checkpoint-dir", folder, "--device", device, "--max-samples", 20]
+        run("evaluate.py", *flags, "--output", tmp_path / "scores.json", check=0)
+        bits.append(json.loads((tmp_path / "scores.json").read_text())["results"][0]["bits_per_byte"])
+    assert bits[1] == pytest.approx(bits[0], rel=1e-5)
+
+
+def test_no_step_between_two_logged_ones_waits_for_the_gpu(packed, tmp_path, monkeypatch):
+    """PyTorch raises an error at whatever synchronises."""
+
+    def agree(state, *_):  # at the end of each step
+        torch.cuda.set_sync_debug_mode("error" if 2 <= state.step < 8 else "default")
+
+    places = ["--data-dir", packed, "--checkpoint-dir", tmp_path / "run"]
+    flags = [
+        *TINY,
+        "--device",
+        DEVICE,
+        "--max-steps",
+        10,
+        "--log-interval",
+        100,
+        "--eval-interval",
+        100,
+        *places,
+    ]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    monkeypatch.setattr(train_script, "agree", agree)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train_script.main()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert len(losses(tmp_path / "run")) == 1
