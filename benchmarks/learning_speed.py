@@ -1,14 +1,14 @@
-"""How soon train.py's default recipe reaches what nanoGPT's recipe reaches, on the same stories.
+"""How soon train.py's default recipe reaches the score of nanoGPT's recipe, on the same stories.
 
-python benchmarks/learning_speed.py                 8 minutes of training for each, on data/
+python benchmarks/learning_speed.py                 8 minutes of training for each recipe, on data/
 python benchmarks/learning_speed.py --minutes 2
 
-Both are trained by train.py, so the reference gains from its speed, too. The reference is the recipe that nanoGPT
-ships, in the shape 8/8/256: GPT-2's blocks, AdamW (0.9, 0.95) with weight decay 0.1, a learning rate of 1e-3 after
-5 % of warm-up, along a cosine to a tenth, gradients clipped at 1, 2,048 tokens a step, float32 on a CPU. Only
-training time counts; compiling, saving and evaluating do not, for either (what the user waits in all is printed
-too). Scores are evaluate.py's. The default recipe is trained once more with a small part of the time, because a
-run that is short from the start lowers its learning rate in time.
+Both are trained by train.py, so the reference benefits from its speed too. The reference is the recipe that nanoGPT
+ships, with shape 8/8/256: GPT-2's blocks, AdamW (0.9, 0.95) with weight decay 0.1, a learning rate of 1e-3 after
+5 % warm-up, cosine decay to a tenth, gradients clipped at 1, 2,048 tokens per step, float32 on a CPU. Only
+training time counts, not compilation, saving and evaluation (the total time is printed too). Scores are
+evaluate.py's. The default recipe is also trained with a small fraction of the time, because a run planned to be
+short decays its learning rate in time.
 """
 
 import itertools
@@ -28,15 +28,15 @@ from model.checkpoint import list_checkpoints, load_checkpoint  # noqa: E402
 from model.runtime import choose_device  # noqa: E402
 from model.settings import UserError, read_settings, require, run_script  # noqa: E402
 
-MINUTES = 8.0  # of training, for each recipe
-SHORT = 0.05  # of these minutes, for the default recipe once more; 0 leaves that out
-POINTS = 10  # checkpoints of each that are scored
+MINUTES = 8.0  # minutes of training per recipe
+SHORT = 0.05  # fraction of MINUTES for a second run of the default recipe; 0 skips it
+POINTS = 10  # checkpoints scored per recipe
 MAX_SAMPLES = 300  # validation stories to score them on; 0 is all
-PRESET = "stories-9m"  # of our arm
-SEED = 1337  # of both runs
+PRESET = "stories-9m"  # preset of the default recipe
+SEED = 1337  # for all runs
 DEVICE = "auto"  # auto, cpu, cuda or mps
-DATA_DIR = "data"  # holds tokenizer/ and processed/
-PLOT = "learning_speed.png"  # where the curves go
+DATA_DIR = "data"  # folder with tokenizer/ and processed/
+PLOT = "learning_speed.png"  # image file for the curves
 
 OURS, REFERENCE = "default recipe", "nanoGPT's recipe"
 
@@ -44,7 +44,7 @@ OURS, REFERENCE = "default recipe", "nanoGPT's recipe"
 def main() -> None:
     settings = read_settings(__file__)
     require(settings.minutes > 0, f"--minutes must be above 0, not {settings.minutes:g}")
-    require(0 <= settings.short < 1, f"--short is a part of --minutes, from 0 to 1, not {settings.short:g}")
+    require(0 <= settings.short < 1, f"--short must be at least 0 and below 1, not {settings.short:g}")
     require(settings.points >= 2, f"--points must be at least 2, not {settings.points}")
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -58,22 +58,23 @@ def main() -> None:
     print(f"{REFERENCE} reached {goal['bits_per_byte']:.4f} bits per byte after {goal['seconds']:.0f} s")
     passed = when(curves[OURS], goal["bits_per_byte"])
     if passed is None:
-        print(f"the {OURS} did not reach that")
+        print(f"the {OURS} did not reach this score")
     else:
-        print(f"the {OURS} passed that {soon(passed, goal)}")
+        print(f"the {OURS} reached this score {soon(passed, goal)}")
     if settings.short:
         end = short[-1]
         reached = end["bits_per_byte"] <= goal["bits_per_byte"]
         print(
-            f"given only {end['seconds']:.0f} s in all, it reached {end['bits_per_byte']:.4f}"
-            + (f": that {soon(end['seconds'], goal)}" if reached else "")
+            f"given only {end['seconds']:.0f} s in total, it reached {end['bits_per_byte']:.4f}"
+            + (f": this score {soon(end['seconds'], goal)}" if reached else "")
         )
+        curves[f"{OURS}, {end['seconds']:.0f} s in total"] = short[-1:]
     draw(curves, settings.plot)
-    print(f"curves in {settings.plot}")
+    print(f"curves written to {settings.plot}")
 
 
 def learn(arm: str, folder: Path, settings: SimpleNamespace, minutes: float, points: int) -> list[dict]:
-    """Train one arm, score its checkpoints and print them; a few steps beforehand tell how long one takes."""
+    """Train one arm, then score and print its checkpoints; a short run beforehand measures the time per step."""
     step_seconds = train(arm, folder, settings, "--max-steps", 12, "--warmup-steps", 1)
     shutil.rmtree(folder)
     steps = max(points, round(60 * minutes / step_seconds))
@@ -104,12 +105,12 @@ def learn(arm: str, folder: Path, settings: SimpleNamespace, minutes: float, poi
             f"{score['loss']:.4f} nats per token  {score['bits_per_byte']:.4f} bits per byte",
             flush=True,
         )
-    print(f"{arm:17s} took {waited:.0f} s from start to end, compiling and saving included", flush=True)
+    print(f"{arm:17s} took {waited:.0f} s from start to end, including compilation and saving", flush=True)
     return curve
 
 
 def train(arm: str, folder: Path, settings: SimpleNamespace, *limits: object) -> float:
-    """Run train.py; returns the median seconds of a step, the first left out."""
+    """Run train.py; return the median seconds per step, without the first."""
     preset = "tinystories-gpt" if arm == REFERENCE else settings.preset
     flags = ["--preset", preset, "--data-dir", settings.data_dir, "--checkpoint-dir", folder]
     flags += ["--device", settings.device, "--seed", settings.seed, "--keep", 10**6, "--log-interval", 1]
@@ -135,7 +136,7 @@ def script(name: str, *words: object) -> None:
 
 
 def when(curve: list[dict], goal: float) -> float | None:
-    """The second at which a curve, straight between its points, first comes down to the goal."""
+    """The time in seconds at which a curve, linear between its points, first reaches the goal."""
     if curve[0]["bits_per_byte"] <= goal:
         return curve[0]["seconds"]
     for before, after in itertools.pairwise(curve):
@@ -146,26 +147,27 @@ def when(curve: list[dict], goal: float) -> float | None:
 
 
 def soon(seconds: float, goal: dict) -> str:
-    return f"after at most {seconds:.0f} s, {goal['seconds'] / seconds:.1f} times as soon"
+    return f"after at most {seconds:.0f} s, {goal['seconds'] / seconds:.1f} times as fast"
 
 
 def draw(curves: dict[str, list[dict]], path: str) -> None:
-    import matplotlib
+    """Bits per byte against seconds and against tokens; a star is a short run of its own."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for axis, across in zip(axes, ("seconds", "tokens"), strict=True):
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, across, unit in zip(axes, ("seconds", "tokens"), (60, 1e6), strict=True):
         for arm, points in curves.items():
-            axis.plot(
-                [p[across] for p in points], [p["bits_per_byte"] for p in points], marker="o", label=arm
-            )
-        axis.set_xlabel("seconds of training" if across == "seconds" else "tokens seen")
+            x, y = [point[across] / unit for point in points], [point["bits_per_byte"] for point in points]
+            whole = arm in (OURS, REFERENCE)
+            axis.plot(x, y, marker="o" if whole else "*", markersize=4 if whole else 10, label=arm)
+        axis.set_xlim(left=0)
+        axis.set_xlabel("minutes of training" if across == "seconds" else "million tokens seen")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("bits per byte of validation stories")
     axes[0].legend()
-    figure.savefig(path, dpi=120)
+    FigureCanvasAgg(figure).print_png(path)
 
 
 if __name__ == "__main__":
