@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model.config import PRESETS, GPTConfig, find_preset
-from model.gpt import GPT
+from model.gpt import GPT, plain_attention
 from model.huggingface import to_config_json, to_huggingface
 from model.settings import UserError
 
@@ -97,7 +97,7 @@ def test_training_attention_has_the_gradients_of_the_fused_kernel(blocks, dtype,
         assert (fast - exact).norm() <= tolerance * exact.norm()
 
 
-@pytest.mark.parametrize("sizes", [{}, QWEN3_SIZES, {"dropout": 1e-9}])  # each takes another kernel
+@pytest.mark.parametrize("sizes", [{}, QWEN3_SIZES, {"dropout": 1e-9}])
 @pytest.mark.parametrize("training", [True, False])
 def test_stories_in_one_window_are_read_as_if_alone(training, sizes):
     model = make_model(**sizes).double().train(training)
@@ -336,3 +336,15 @@ def test_the_defaults_are_the_default_preset():
     assert find_preset("stories-9m") is PRESETS["stories-9m"]
     with pytest.raises(UserError, match=r"'stories'.*stories-9m"):
         find_preset("stories")
+
+
+def test_plain_attention_drops_its_weights_and_scales_the_rest():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 8, 4).unbind()
+    exact = plain_attention(q, k, v, None)
+    draws = [plain_attention(q, k, v, None, dropout=0.5) for _ in range(3_000)]
+    torch.testing.assert_close(torch.stack(draws).mean(0), exact, atol=0.1, rtol=0)
+    first = torch.stack(draws)[
+        :, 0, 0, 0
+    ]  # the first token sees itself alone: all of it, doubled, or nothing
+    assert 0.45 < (first == 0).all(-1).float().mean() < 0.55
