@@ -46,8 +46,9 @@ def factors(tokens: np.ndarray, vocab_size: int, rank: int) -> tuple[Tensor, Ten
     values = np.log1p(counts / (PRIOR * frequency[second])) * weight[first] * weight[second]
     values, weight, log_p = (torch.from_numpy(x).float() for x in (values, weight, np.log(frequency)))
     places, shape = np.stack((first, second)), (vocab_size, vocab_size)
-    matrix = torch.sparse_coo_tensor(places, values, shape, check_invariants=False)
-    U, S, V = torch.svd_lowrank(matrix, q=min(rank, vocab_size), niter=1)
+    with torch.sparse.check_sparse_tensor_invariants(False):  # PyTorch warns unless told explicitly
+        matrix = torch.sparse_coo_tensor(places, values, shape)
+        U, S, V = torch.svd_lowrank(matrix, q=min(rank, vocab_size), niter=1)
     A, B = (X * S.sqrt() / weight[:, None] for X in (U, V))
     return A, B, log_p
 
