@@ -20,6 +20,8 @@ from model.resume import KEPT, TrainingState
 from model.runtime import Processes, Runtime, peak_flops
 from model.settings import flag_name
 
+# Up to about four epochs are nearly as good as new data (Muennighoff et al. 2023)
+MANY_EPOCHS = 4
 QUIET_SECONDS = 20  # between progress lines when not on a terminal
 
 
@@ -49,6 +51,10 @@ def print_plan(
         f"{epochs:.1f} epochs); {recipe.optimizer}, learning rate {recipe.learning_rate:g}, {recipe.schedule} decay\n"
         f"results      in {shown(settings.checkpoint_dir)}"
     )
+    if epochs > MANY_EPOCHS and not (recipe.max_minutes or config.dropout or state.step):
+        print(
+            f"note         with stories read more than {MANY_EPOCHS} times, --dropout 0.1 prevents overfitting"
+        )
 
 
 class ProgressBar:

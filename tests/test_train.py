@@ -14,14 +14,14 @@ import pytest
 import torch
 from conftest import REPO, assert_one_line_error
 
-from model.batches import Batches, load_data, validation_windows
+from model.batches import Batches, Data, Split, load_data, validation_windows
 from model.bigrams import begin_as_bigrams
 from model.checkpoint import list_checkpoints, load_checkpoint
 from model.config import PRESETS, GPTConfig, Recipe
-from model.console import StopRequest, print_end
+from model.console import StopRequest, print_end, print_plan
 from model.gpt import GPT
 from model.metrics import smooth, write_samples
-from model.resume import rewind, settle
+from model.resume import TrainingState, rewind, settle
 from model.runtime import (
     Processes,
     Runtime,
@@ -681,3 +681,20 @@ def test_the_smoothed_loss_of_a_short_run_is_a_mean_of_its_neighbours():
     assert smooth([2.0]) == [2.0]
     jagged = [3.0, 1.0] * 10
     assert all(1.5 < value < 2.5 for value in smooth(jagged)[4:])
+
+
+@pytest.mark.parametrize(
+    ("steps", "minutes", "dropout", "hinted"),
+    [(41, None, 0.0, True), (40, None, 0.0, False), (41, None, 0.1, False), (41, 5.0, 0.0, False)],
+)
+def test_many_epochs_without_dropout_get_a_hint(capsys, steps, minutes, dropout, hinted):
+    config = GPTConfig(vocab_size=16, block_size=4, n_layer=1, n_head=1, n_embd=4, dropout=dropout)
+    split = Split(np.zeros(1_000, np.uint16), stories=10, bytes=4_000, sha256="")
+    settings = SimpleNamespace(init_from=None, preset="quickstart", checkpoint_dir="runs")
+    recipe = Recipe(max_steps=steps, max_minutes=minutes, batch_tokens=100)
+    state, runtime = (
+        TrainingState(GPT(config), [], None),
+        Runtime(torch.device("cpu"), torch.float32, False, ""),
+    )
+    print_plan(settings, recipe, Data(split, split, 16, 0, ""), state, runtime, Processes())
+    assert ("--dropout 0.1 prevents overfitting" in capsys.readouterr().out) == hinted
