@@ -21,8 +21,8 @@ from evaluate import read_stories
 from model.batches import load_data
 from model.candidates import OwnModel
 from model.checkpoint import find_checkpoint
-from model.runtime import Runtime, choose_device, choose_runtime
-from model.scoring import score_stories, tokens_at_once
+from model.runtime import Runtime, choose_device, choose_runtime, tokens_at_once
+from model.scoring import score_stories
 from model.settings import read_settings, run_script
 
 CHECKPOINT: str | None = None  # as for evaluate.py
@@ -42,7 +42,7 @@ def main() -> None:
     wanted = SimpleNamespace(**vars(settings), split="validation", text=[])
     stories, source = read_stories(wanted, load_data(settings.data_dir))
     print(f"{source}; {candidate.facts['parameters']:,} parameters; {runtime.reasons}")
-    sizes = [tokens_at_once(candidate, runtime) * factor // 2 for factor in (1, 2, 4, 16)]
+    sizes = [tokens_at_once(runtime.device, 1) * factor // 2 for factor in (1, 2, 4, 16)]
     speeds = {f"forward, {size:,} tokens at once": [] for size in sizes} | {"scoring": []}
     for turn in range(settings.rounds + 1):
         for name, size in zip(speeds, [*sizes, 0], strict=True):

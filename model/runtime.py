@@ -241,6 +241,11 @@ def guess_micro_batch(model: GPT, runtime: Runtime) -> int:
     return max(1, min(tokens, 131_072) // config.block_size)
 
 
+def tokens_at_once(device: torch.device, logits_per_token: int) -> int:
+    """Tokens in one forward pass of an evaluation that keeps so many logits for each."""
+    return CPU_TOKENS if device.type == "cpu" else min(GPU_TOKENS, GPU_LOGITS // logits_per_token)
+
+
 def ran_out_of_memory(error: Exception) -> bool:
     """Whether a GPU ran out of memory; the compiler and cuBLAS report this as other errors."""
     text = str(error)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from model.batches import to_device
 from model.candidates import Candidate
-from model.runtime import CPU_TOKENS, GPU_LOGITS, GPU_TOKENS, Runtime
+from model.runtime import GPU_LOGITS, Runtime, tokens_at_once
 from model.settings import UserError, require
 
 # Logits computed at once. A CPU is fastest while they fit in its caches.
@@ -109,9 +109,10 @@ def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, ba
         np.add.at(right, story, hits)
         np.add.at(position_loss, position, losses)
 
+    tokens_per_batch = tokens_at_once(runtime.device, candidate.vocab_size if candidate.whole_logits else 1)
     waiting = None  # a GPU computes a batch while the previous results are accumulated
     with tqdm(total=len(windows), unit="window", disable=None, delay=1, leave=False) as bar:
-        for batch in pack(windows, batch_size, tokens_at_once(candidate, runtime)):
+        for batch in pack(windows, batch_size, tokens_per_batch):
             story, position, inputs, rows, targets = lay_out(batch, sequences, candidate.end_id)
             try:
                 results = score_tokens(candidate, inputs, rows, targets, runtime)
@@ -129,12 +130,6 @@ def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, ba
         f"{candidate.name} gives a loss that is not finite: its weights are bad",
     )
     return Scores(loss, right, tokens, sizes, position_loss)
-
-
-def tokens_at_once(candidate: Candidate, runtime: Runtime) -> int:
-    if runtime.device.type == "cpu":
-        return CPU_TOKENS
-    return min(GPU_TOKENS, GPU_LOGITS // candidate.vocab_size) if candidate.whole_logits else GPU_TOKENS
 
 
 def pack(windows: list[tuple], batch_size: int, tokens: int) -> Iterator[list[tuple]]:

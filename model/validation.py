@@ -9,7 +9,7 @@ import torch
 from model.batches import Data, number_stories, to_device
 from model.generation import continue_text, text_tokenizer
 from model.gpt import GPT
-from model.runtime import CPU_TOKENS, GPU_LOGITS, GPU_TOKENS, Runtime
+from model.runtime import Runtime, tokens_at_once
 
 
 @torch.no_grad()
@@ -19,9 +19,8 @@ def validate(
     """Mean loss over the validation windows, in nats per token and in bits per byte of text."""
     model.eval()
     total = 0.0
-    config, on_cpu = model.config, runtime.device.type == "cpu"
-    tokens = CPU_TOKENS if on_cpu else min(GPU_TOKENS, GPU_LOGITS // config.vocab_size)
-    chunk = max(1, tokens // config.block_size)
+    config = model.config
+    chunk = max(1, tokens_at_once(runtime.device, config.vocab_size) // config.block_size)
     for first in range(0, len(validation), chunk):
         windows = to_device(validation[first : first + chunk], runtime.device)
         inputs, targets = windows[:, :-1], windows[:, 1:]

@@ -344,7 +344,6 @@ def test_plain_attention_drops_its_weights_and_scales_the_rest():
     exact = plain_attention(q, k, v, None)
     draws = [plain_attention(q, k, v, None, dropout=0.5) for _ in range(3_000)]
     torch.testing.assert_close(torch.stack(draws).mean(0), exact, atol=0.1, rtol=0)
-    first = torch.stack(draws)[
-        :, 0, 0, 0
-    ]  # the first token sees itself alone: all of it, doubled, or nothing
+    # the first token sees itself alone: all of it, doubled, or nothing
+    first = torch.stack(draws)[:, 0, 0, 0]
     assert 0.45 < (first == 0).all(-1).float().mean() < 0.55
