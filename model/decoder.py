@@ -49,8 +49,10 @@ def matrix(weight: Tensor, bias: Tensor | None, kind: str) -> Function:
     if kind == "int8":  # one scale per row; the kernel's input and output are bfloat16
         scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
         rounded, scale = (weight / scale[:, None]).round().to(torch.int8), scale.bfloat16()
-        multiply, offset = torch._weight_int8pack_mm, 0 if bias is None else bias
-        return lambda x: multiply(x.bfloat16(), rounded, scale).type_as(x) + offset
+        multiply = torch._weight_int8pack_mm
+        if bias is None:
+            return lambda x: multiply(x.bfloat16(), rounded, scale).type_as(x)
+        return lambda x: multiply(x.bfloat16(), rounded, scale).type_as(x) + bias
     if kind == "float16" and weight.device.type == "cpu":
         packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
         multiply = torch.ops.quantized.linear_dynamic_fp16.default

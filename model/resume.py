@@ -37,6 +37,11 @@ KEPT = (
     "sample_tokens",
 )
 
+STARTED_EARLIER = (
+    "this run was started by an earlier version of this repository: resume it with that version, or start a new "
+    "run with --fresh (it moves the old one aside)"
+)
+
 # A pretrained model's context, which may be very long, is cut to this unless BLOCK_SIZE is set.
 CONTEXT_LIMIT = 1_024
 # Fraction of the preset's learning rate used for a pretrained model, which should change gently
@@ -76,12 +81,19 @@ class TrainingState:
     def restore(self, checkpoint: dict) -> None:
         self.model.load_state_dict(checkpoint["weights"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+            groups = optimizer.state_dict()["param_groups"]
+            require(arrangement(groups) == arrangement(state["param_groups"]), STARTED_EARLIER)
             # the groups' options, such as weight decay, come from the settings, which may have changed
-            optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.load_state_dict({**state, "param_groups": groups})
         if checkpoint["scaler"]:
             self.scaler.load_state_dict(checkpoint["scaler"])
         for name in self.COUNTERS:
             setattr(self, name, checkpoint[name])
+
+
+def arrangement(groups: list[dict]) -> list[tuple]:
+    """What an optimizer's state depends on: the parameters in each group, and how Muon cuts them."""
+    return [(group["params"], group.get("pieces")) for group in groups]
 
 
 def settle(
@@ -165,11 +177,7 @@ def shape_of(pretrained: Pretrained, settings: SimpleNamespace, data: Data) -> d
 def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data) -> None:
     saved, then = checkpoint["settings"], checkpoint["defaults"]
     edited = {name for name, value in settings.defaults.items() if name in then and value != then[name]}
-    require(
-        set(KEPT) <= saved.keys(),
-        f"the run in {shown(settings.checkpoint_dir)} was started by an earlier version of this repository: "
-        "resume it with that version, or start a new run with --fresh (it moves the old one aside)",
-    )
+    require(set(KEPT) <= saved.keys(), STARTED_EARLIER)
     differences = []
     for name in KEPT:
         value = getattr(settings, name)

@@ -94,19 +94,24 @@ def test_muon_in_float32_is_its_formula():
         torch.testing.assert_close(parameter.detach().double(), wanted, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("parts", [2, 3])
-def test_joint_matrices_are_trained_as_if_each_stood_alone(parts):
-    (joint,) = make_parameters([(parts * 32, 24)])
-    alone = [nn.Parameter(part.detach().clone()) for part in joint.split(32)]
-    together = Muon([{"params": [joint], "parts": parts}], lr=0.02, low_precision=False)
-    apart = Muon([{"params": [part]} for part in alone], lr=0.02, low_precision=False)
+@pytest.mark.parametrize("rows, columns", [(3, 1), (1, 2), (2, 3)])
+def test_each_piece_of_a_matrix_is_trained_as_if_it_stood_alone(rows, columns):
+    (whole,) = make_parameters([(rows * 32, columns * 24)])
+
+    def cut(matrix):
+        return [piece for band in matrix.split(32) for piece in band.split(24, dim=1)]
+
+    alone = [nn.Parameter(piece.detach().clone()) for piece in cut(whole)]
+    together = Muon([{"params": [whole], "pieces": (rows, columns)}], lr=0.02, low_precision=False)
+    apart = Muon([{"params": [piece]} for piece in alone], lr=0.02, low_precision=False)
     for step in range(4):
-        give_gradients([joint], seed=step)
-        for part, gradient in zip(alone, joint.grad.split(32), strict=True):
-            part.grad = gradient.clone()
+        give_gradients([whole], seed=step)
+        for piece, gradient in zip(alone, cut(whole.grad), strict=True):
+            piece.grad = gradient.clone()
         together.step()
         apart.step()
-    torch.testing.assert_close(joint.detach(), torch.cat([p.detach() for p in alone]), atol=1e-5, rtol=0)
+    for trained, expected in zip(cut(whole.detach()), alone, strict=True):
+        torch.testing.assert_close(trained, expected.detach(), atol=1e-5, rtol=0)
 
 
 def test_muon_passes_over_what_has_no_gradient():
@@ -158,18 +163,31 @@ def test_every_parameter_is_in_exactly_one_group(blocks, tied, optimizer):
 
 
 @pytest.mark.parametrize("blocks", FAMILIES)
-def test_muon_trains_the_matrices_of_the_blocks_and_their_parts_singly(blocks):
-    muon, _ = make_optimizers(make_model("modern", n_head=4, n_kv_head=2), Recipe(), low_precision=True)
-    assert max(group["parts"] for group in muon.param_groups) == 4  # two of queries, keys, values
-    model = make_model(blocks, tie_weights=False)
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, {"qkv": (6, 1), "gate_up": (16, 1), "proj": (1, 1), "up": (8, 1), "down": (1, 8)}),
+        ({"n_head": 1}, {"qkv": (3, 1), "gate_up": (16, 1), "proj": (1, 1), "up": (8, 1), "down": (1, 8)}),
+        ({"n_inner": 36}, {"qkv": (6, 1), "gate_up": (2, 1), "proj": (1, 1), "up": (1, 1), "down": (1, 1)}),
+    ],
+)
+def test_muon_trains_the_matrices_of_the_blocks_in_pieces(blocks, changes, expected):
+    model = make_model(blocks, tie_weights=False, **changes)
     muon, _ = make_optimizers(model, Recipe(optimizer="muon"), low_precision=True)
-    parts = {id(p): group["parts"] for group in muon.param_groups for p in group["params"]}
-    expected = {"qkv": 3, "gate_up": 2, "proj": 1, "up": 1, "down": 1}
+    pieces = {id(p): group["pieces"] for group in muon.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         matrix_of_a_block = name.startswith("blocks.") and parameter.dim() == 2
-        assert parts.get(id(parameter)) == (expected[name.split(".")[-2]] if matrix_of_a_block else None), (
-            name
-        )
+        wanted = expected[name.split(".")[-2]] if matrix_of_a_block else None
+        assert pieces.get(id(parameter)) == wanted, name
+
+
+def test_no_piece_holds_both_queries_and_keys():
+    """Grouped heads: 4 of queries, 2 of keys and 2 of values, in pieces of one head."""
+    model = make_model("modern", n_head=4, n_kv_head=2)
+    muon, _ = make_optimizers(model, Recipe(optimizer="muon"), low_precision=True)
+    qkv = model.blocks[0].attention.qkv.weight
+    (pieces,) = {group["pieces"] for group in muon.param_groups if any(p is qkv for p in group["params"])}
+    assert pieces == (8, 1) and qkv.size(0) == 8 * model.config.head_dim
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

@@ -16,7 +16,7 @@ from conftest import REPO, assert_one_line_error
 
 from model.batches import Batches, Data, Split, load_data, validation_windows
 from model.bigrams import begin_as_bigrams
-from model.checkpoint import list_checkpoints, load_checkpoint
+from model.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from model.config import PRESETS, GPTConfig, Recipe
 from model.console import StopRequest, print_end, print_plan
 from model.gpt import GPT
@@ -442,6 +442,17 @@ def test_what_makes_the_run_may_not_change(train, flags, needles):
         train("run", *flags)
     assert all(needle in str(error.value) for needle in [*needles, "--fresh"])
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_run_whose_optimizer_was_another_cannot_be_resumed(train):
+    """As of a version in which Muon cut matrices in other pieces: its momenta would go to the wrong matrices."""
+    folder, _ = train("run", "--max-steps", 8, "--decay-fraction", "0.01")
+    checkpoint = load_checkpoint(folder / "ckpt_8.pt")
+    for group in checkpoint["optimizers"][0]["param_groups"]:
+        del group["pieces"]
+    save_checkpoint(folder / "ckpt_8.pt", checkpoint)
+    with pytest.raises(UserError, match="started by an earlier version .* --fresh"):
+        train("run", "--decay-fraction", "0.01")
 
 
 @pytest.fixture
