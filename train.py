@@ -308,7 +308,7 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
                 "learning_rate": rate,
                 "gradient_norm": norm.item() if norm.isfinite() else None,
                 "tokens": state.step * tokens_per_step,
-                "seconds": round(state.seconds, 2),
+                "seconds": round(state.seconds, 3),
                 "tokens_per_second": round(progress_bar.speed),
             }
             metrics.add(row)

@@ -48,7 +48,8 @@ PEERS = [
     for dtype in ("float32", "bfloat16")
     for compiled in ("", " compiled")
 ]
-OURS = "train.py"
+# The second runs as on a CPU without bfloat16 units
+OURS = ["train.py", "train.py float32"]
 
 
 def main() -> None:
@@ -63,9 +64,9 @@ def main() -> None:
     settings.micro_batch = min(settings.micro_batch, settings.windows)
     if settings.peer:
         return run_peer(settings.peer, settings, config, device, data.train.tokens)
-    arms = [a for a in [OURS, *PEERS] if not settings.arms or any(part in a for part in settings.arms)]
+    arms = [a for a in [*OURS, *PEERS] if not settings.arms or any(part in a for part in settings.arms)]
     if not arms:
-        raise UserError(f"--arms matches none of: {', '.join([OURS, *PEERS])}")
+        raise UserError(f"--arms matches none of: {', '.join([*OURS, *PEERS])}")
     results = {arm: [] for arm in arms}
     for turn in range(settings.rounds):
         for arm in arms:
@@ -90,7 +91,7 @@ def run_arm(arm: str, settings: SimpleNamespace, block_size: int) -> dict[str, f
         settings.micro_batch,
     ]
     common += ["--preset", settings.preset, "--batch-tokens", settings.windows * block_size]
-    if arm == OURS:
+    if arm in OURS:
         command = [
             REPO / "train.py",
             *common,
@@ -100,12 +101,13 @@ def run_arm(arm: str, settings: SimpleNamespace, block_size: int) -> dict[str, f
             settings.seconds / 60,
         ]
         command += ["--eval-interval", 10**9, "--eval-tokens", 1, "--sample-tokens", 0, "--log-interval", 1]
+        command += ["--dtype", "float32"] if arm.endswith("float32") else []
     else:
         command = [__file__, *common, "--peer", arm, "--seconds", settings.seconds]
     started = time.perf_counter()
     with open(folder / "steps.jsonl", "w+", encoding="utf-8") as output, open(folder / "log", "w+") as log:
         process = subprocess.Popen([sys.executable, *map(str, command)], stdout=output, stderr=log, cwd=REPO)
-        file, first = folder / ("metrics.jsonl" if arm == OURS else "steps.jsonl"), None
+        file, first = folder / ("metrics.jsonl" if arm in OURS else "steps.jsonl"), None
         while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             if first is None and file.exists() and file.stat().st_size:
                 first = time.perf_counter() - started
@@ -179,7 +181,7 @@ def print_table(results: dict[str, list[dict]], flops_per_token: float, device: 
     peak = peak_flops(device)
     unit = "MFU" if peak else "GFLOP/s"
     speeds = {arm: statistics.median(turn["speed"] for turn in turns) for arm, turns in results.items()}
-    best = max((speed for arm, speed in speeds.items() if arm != OURS), default=None)
+    best = max((speed for arm, speed in speeds.items() if arm not in OURS), default=None)
     print(
         f"\n| arm | tokens/s | lowest to highest | first step, s | peak memory, GB | {unit} | of the best peer |"
     )
