@@ -265,7 +265,11 @@ def prepare_forward(
         fewest = -(-windows // micro_batch)
         count = next((n for n in range(fewest, 2 * fewest) if windows % n == 0), fewest)
         micro_batch = -(-windows // count)
-    forward = torch.compile(model, dynamic=False) if runtime.compile else model
+    forward = model
+    if runtime.compile:
+        # On a CPU, dropout is faster with PyTorch's random numbers than with the compiler's, and as in eager mode.
+        options = {"fallback_random": runtime.device.type == "cpu"}
+        forward = torch.compile(model, dynamic=False, options=options)
     while True:
         # sliced from longer rows like the windows of a step: other strides would trigger a recompilation
         rows = torch.zeros(micro_batch, model.config.block_size + 1, dtype=torch.long, device=runtime.device)

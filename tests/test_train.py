@@ -269,9 +269,10 @@ def test_torchrun_restarts_a_killed_worker_and_the_losses_stay_the_same(train, p
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(one), rtol=1e-5)
 
 
-def test_compiled_and_eager_runs_agree(train):
-    eager, _ = train("eager", "--dtype", "float32")
-    compiled, result = train("compiled", "--dtype", "float32", "--compile", "on")
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_compiled_and_eager_runs_agree(train, dropout):
+    eager, _ = train("eager", "--dtype", "float32", "--dropout", dropout)
+    compiled, result = train("compiled", "--dtype", "float32", "--dropout", dropout, "--compile", "on")
     assert result.err == ""
     np.testing.assert_allclose(losses(compiled), losses(eager), rtol=1e-5)
 
