@@ -349,7 +349,7 @@ def test_another_weight_decay_counts_when_a_run_goes_on(train):
     groups = [
         group for o in load_checkpoint(folder / "ckpt_12.pt")["optimizers"] for group in o["param_groups"]
     ]
-    assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.5, 0.5, 0.5, 0.5]
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.5, 0.5, 0.5, 0.5, 0.5]
 
 
 def test_fresh_moves_the_old_run_aside(train, tmp_path):
