@@ -97,8 +97,8 @@ def pieces_of(name: str, config: GPTConfig) -> tuple[int, int]:
 
     The matrices joined in qkv and gate_up are separate ones. Beyond that, smaller pieces take less time: queries,
     keys and values are cut in half between heads, the hidden units of the feed-forward layer in eighths. This halves
-    the time of a step of Muon, and the model learns as much per token (benchmarks/RESULTS.md); cutting `proj`, or
-    heads one by one, costs quality.
+    the time of orthogonalisation, and the model learns nearly as much per token (benchmarks/RESULTS.md); cutting
+    `proj`, or heads one by one, costs more.
     """
     halves = 2 if config.kv_heads % 2 == 0 else 1
     eighths = 8 if config.n_hidden % 8 == 0 else 1
