@@ -56,40 +56,46 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        kept = 1.0 if self.found_inf is None else 1 - self.found_inf  # 0 if the step must change nothing
-        same_shape = defaultdict(list)  # shape of a piece -> (parameter, pieces, group)
+        skip = self.found_inf
+        on_gpu = skip is not None and skip.device.type != "cpu"  # looking at its value would mean waiting
+        if not on_gpu and skip:
+            return
+        kept = 1 - skip if on_gpu else 1.0  # 0 if the step must change nothing
         for group in self.param_groups:
+            same_shape = defaultdict(list)
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                gradient = parameter.grad
-                if self.found_inf is not None:
-                    gradient = gradient.nan_to_num(0.0, 0.0, 0.0)  # nan times 0 would be nan
-                state["momentum"].lerp_(gradient, (1 - group["momentum"]) * kept)
-                pieces = cut(gradient.lerp(state["momentum"], group["momentum"]), *group["pieces"])
-                same_shape[pieces.shape[1:]].append((parameter, pieces, group))
-        for shape, entries in same_shape.items():
-            stack = torch.cat([pieces for _, pieces, _ in entries])
-            directions = orthogonalise(stack.bfloat16() if self.low_precision else stack)
-            scale = 0.2 * math.sqrt(max(shape))
-            sizes = [len(pieces) for _, pieces, _ in entries]
-            for (parameter, _, group), pieces in zip(entries, directions.split(sizes), strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"] * kept)
-                step = join(pieces, *group["pieces"]).to(parameter.dtype)
-                parameter.add_(step * (-group["lr"] * scale * kept))
+                if parameter.grad is not None:
+                    same_shape[parameter.shape].append(parameter)
+            for parameters in same_shape.values():
+                self.update(parameters, group, kept)
+
+    def update(self, parameters: list[Tensor], group: dict, kept: Tensor | float) -> None:
+        """A step for parameters of the same shape, in few operations for all together; if `kept` is 0, no step."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters]
+        if isinstance(kept, Tensor):  # a momentum that moves towards itself stays where it is
+            apply = kept > 0
+            gradients = [torch.where(apply, g, m) for g, m in zip(gradients, momenta, strict=True)]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        directions = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
+        pieces = cut(directions.bfloat16() if self.low_precision else directions, *group["pieces"])
+        steps = join(orthogonalise(pieces) * kept, *group["pieces"]).to(directions.dtype)
+        scale = 0.2 * math.sqrt(max(pieces.shape[1:]))
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * kept)
+        torch._foreach_add_(parameters, steps.unbind(), alpha=-group["lr"] * scale)
 
 
-def cut(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    """(R, C) -> its rows * columns equal pieces, (rows * columns, R / rows, C / columns)."""
-    return matrix.unflatten(1, (columns, -1)).unflatten(0, (rows, -1)).transpose(1, 2).flatten(0, 1)
+def cut(matrices: Tensor, rows: int, columns: int) -> Tensor:
+    """(N, R, C) -> the rows * columns equal pieces of each matrix, (N * rows * columns, R / rows, C / columns)."""
+    return matrices.unflatten(2, (columns, -1)).unflatten(1, (rows, -1)).transpose(2, 3).flatten(0, 2)
 
 
 def join(pieces: Tensor, rows: int, columns: int) -> Tensor:
     """The inverse of cut()."""
-    return pieces.unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    return pieces.unflatten(0, (-1, rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def pieces_of(name: str, config: GPTConfig) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +23,7 @@ from model.settings import UserError, require
 
 # Logits computed at once. A CPU is fastest while they fit in its caches.
 CPU_LOGITS = 256 * 10_000
+SEARCH_BLOCK = 256  # see largest()
 RESAMPLES = 1_000
 
 
@@ -174,13 +176,26 @@ def score_tokens(
             logits = candidate.head(states[chunk])
             if logits.dtype in (torch.bfloat16, torch.float16):
                 logits = logits.float()
-            # In-place cross-entropy: copying the logits would cost more than the exponentials
-            largest, likeliest = logits.max(1)
+            logits = F.pad(logits, (0, -logits.size(1) % SEARCH_BLOCK), value=-math.inf)
+            highest, likeliest = largest(logits)
             wanted_logits = logits.gather(1, target[:, None])[:, 0]
-            sums = logits.sub_(largest[:, None]).exp_().sum(1)
-            losses.append(sums.log_() + largest - wanted_logits)
+            # In-place cross-entropy: copying the logits would cost more than the exponentials
+            sums = logits.sub_(highest[:, None]).exp_().sum(1)
+            losses.append(sums.log_() + highest - wanted_logits)
             hits.append(likeliest == target)
     return torch.cat(losses), torch.cat(hits)
+
+
+def largest(values: Tensor) -> tuple[Tensor, Tensor]:
+    """`values.max(1)`, (N, V) -> (N,) and (N,), for V in multiples of SEARCH_BLOCK.
+
+    On a CPU this takes a third of the time: only the search without an index is vectorised there, so it first finds
+    the block with the largest value, then the value's index within that block.
+    """
+    blocks = values.unflatten(1, (-1, SEARCH_BLOCK))
+    highest, block = blocks.amax(2).max(1)
+    within = blocks[torch.arange(len(values), device=values.device), block].argmax(1)
+    return highest, block * SEARCH_BLOCK + within
 
 
 def bootstrap(scores: list[Scores], seed: int) -> np.ndarray:
