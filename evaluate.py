@@ -36,7 +36,9 @@ from model.scoring import bootstrap, interval, score_stories
 from model.settings import UserError, read_settings, require, require_at_least, require_seed, run_script
 from model.story_quality import Story, describe, read_written
 
-CHECKPOINT: list[str] = []  # files, folders, "best", "latest", steps or Hugging Face models; None: the latest
+CHECKPOINT: list[
+    str
+] = []  # files, folders, "best", "latest", steps or Hugging Face models; if none: the latest
 CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
 DATA_DIR = "data"  # folder with tokenizer/ and processed/
 SPLIT = "validation"  # train, validation or all
@@ -44,7 +46,7 @@ TEXT: list[str] = []  # score the stories in these files instead: formats as in 
 TEXT_COLUMN = "text"  # column or key of the story in .csv, .json, .jsonl and .parquet files
 MAX_SAMPLES = 0  # stories to score, evenly spread; 0 is all
 BATCH_SIZE = 0  # windows per forward pass; 0 packs as many tokens as suit the device
-NUM_STORIES: int | None = None  # stories each checkpoint writes, to be judged; None: 100 for a report, else 0
+NUM_STORIES: int | None = None  # stories that each writes; None: 100 for a report, else one per --prompt
 STORIES: list[str] = []  # .jsonl files written by generate.py, whose stories are judged too
 PROMPT: list[str] = [
     "Once upon a time, there was a little",
@@ -125,6 +127,7 @@ def check(settings: SimpleNamespace) -> None:
     """Complete and check the settings. Raises UserError before any long work starts."""
     require_at_least(0, settings, "max_samples", "batch_size", "num_stories")
     require_seed(settings.seed)
+    settings.prompt = settings.prompt or [""]
     if settings.num_stories is None:
         printed = len(settings.prompt) if "prompt" in settings.given else 0
         settings.num_stories = max(printed, REPORT_STORIES if settings.report else 0)

@@ -28,7 +28,7 @@ CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; N
 CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
 FORMAT = "hf"  # hf (a folder for transformers) or gguf (a file for llama.cpp)
 OUTPUT: str | None = None  # folder or file to write; None: named after the preset, in exported/
-DTYPE = "float32"  # of the matrices: float32, float16, bfloat16 or (gguf only) q8_0
+DTYPE = "float32"  # of the weights (in gguf: of the matrices): float32, float16, bfloat16 or (gguf only) q8_0
 OVERWRITE = False  # replace an earlier export
 
 END_OF_TEXT = "<|endoftext|>"

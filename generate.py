@@ -6,11 +6,16 @@ python generate.py --interactive                            you start a story, t
 """
 
 import json
+import os
 import secrets
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+
+# MKL's sums may depend on where numbers lie in memory, and so a story on how many are written with it; not in this
+# mode, which must be set before torch is imported.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import torch
 from tokenizers import Tokenizer
@@ -37,7 +42,7 @@ SEED: int | None = None  # of the first story; the next uses SEED + 1; None: a r
 INTERACTIVE = False  # read prompts from the keyboard and continue each
 OUTPUT: str | None = None  # write the stories to this .jsonl file instead of printing them
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
-DTYPE = "auto"  # weights: float32, float16 (auto on x86 CPUs) or int8 (CPU only; fastest for one story)
+DTYPE = "auto"  # weights: float32, float16 (auto on x86 CPUs) or int8 (x86 only; fastest for one story)
 
 # Limit on the KV cache; further stories wait for the next batch
 BATCH_BYTES = 2 * 1024**3

@@ -173,7 +173,6 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
     runtime = choose_runtime(device, settings.dtype, settings.compile, settings.deterministic)
     if device.type == "cuda":
         batches.move_to(device, budget=0.25 * torch.cuda.mem_get_info(device)[0])
-        torch.backends.cuda.enable_cudnn_sdp(config.block_size % 128 == 0)  # see choose_device()
     torch.manual_seed(settings.seed)
     model = GPT(config).to(device)
     if pretrained:
@@ -216,7 +215,7 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
     metrics = Metrics(folder, state.step, state.last_evaluation) if processes.first else None
     progress_bar = ProgressBar(state, recipe, tokens_per_step, runtime, processes)
     stop = StopRequest(processes)
-    saved_at, progress = (state.step, 1.0) if checkpoint else (0, 0.0)
+    saved_at, progress = state.step, 0.0
     not_finite = torch.zeros((), dtype=torch.int, device=device)  # steps in a row so far
     agree(state, stop, processes)  # counting bigrams took a different time in each process
 
@@ -290,7 +289,8 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
         # Reading the loss waits for the GPU: do it only to log, and before evaluating or saving, to time all steps.
         logging = state.step % settings.log_interval == 0 or state.step == recipe.max_steps
         pausing = state.step % settings.eval_interval == 0 or state.step % settings.save_interval == 0
-        if logging or pausing or device.type == "cpu":
+        reading = logging or pausing or device.type == "cpu"
+        if reading:
             loss = total_over(loss, processes)
             if not_finite >= (GIVE_UP_SCALED if scaler.is_enabled() else GIVE_UP):
                 raise UserError(
@@ -299,7 +299,7 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
                     f"{recipe.learning_rate:g}, or --dtype float32"
                 )
         state.seconds += time.perf_counter() - started
-        if isinstance(loss, float):
+        if reading:
             progress_bar.update(loss)
         if logging and processes.first:
             row = {
@@ -311,6 +311,8 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
                 "seconds": round(state.seconds, 3),
                 "tokens_per_second": round(progress_bar.speed),
             }
+            if device.type == "cuda":
+                row["gpu_bytes"] = torch.cuda.max_memory_allocated()
             metrics.add(row)
         agree(state, stop, processes)
 

@@ -75,7 +75,9 @@ def main() -> None:
 
 def learn(arm: str, folder: Path, settings: SimpleNamespace, minutes: float, points: int) -> list[dict]:
     """Train one arm, then score and print its checkpoints; a short run beforehand measures the time per step."""
-    step_seconds = train(arm, folder, settings, "--max-steps", 12, "--warmup-steps", 1)
+    step_seconds = train(
+        arm, folder, settings, "--max-steps", 12, "--max-minutes", minutes, "--warmup-steps", 1
+    )
     shutil.rmtree(folder)
     steps = max(points, round(60 * minutes / step_seconds))
     warmup = ["--warmup-steps", max(1, steps // 20)] if arm == REFERENCE else []

@@ -1,4 +1,4 @@
-"""Step 3: encode the stories as token ids, the only thing that training reads.
+"""Step 3: encode the stories as token ids, all that training reads beside the tokenizer.
 
     python data/prepare_data.py              # on all cores
     python data/prepare_data.py --workers 2  # on two cores

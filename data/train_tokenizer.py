@@ -31,7 +31,7 @@ from data.stories import END_OF_TEXT, Progress, next_step, open_split, raw_batch
 from model.files import atomic_write, read_json, sha256_file, shown, write_json
 from model.settings import UserError, first_line, read_settings, require, require_at_least, run_script
 
-KIND = "bpe"  # "bpe" (trained here), "gpt2" (GPT-2's 50,257 tokens), "char", or a Hugging Face folder or name
+KIND = "bpe"  # bpe (trained here), gpt2 (GPT-2's 50,257 tokens), char, a Hugging Face folder or name, or a checkpoint
 VOCAB_SIZE = 10_000  # for bpe: `<|endoftext|>`, the 256 bytes and learned word pieces
 MAX_STORIES = 0  # learn from only the first N training stories; 0: all
 GPT2_FILES: list[str] = []  # vocab.json merges.txt, for gpt2 without a network

@@ -11,7 +11,6 @@ from elsewhere cannot run code:
 """
 
 import re
-import sys
 import zipfile
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from model.config import GPTConfig
 from model.files import atomic_write, command, shown
 from model.generation import text_tokenizer
 from model.gpt import GPT
-from model.settings import UserError, first_line
+from model.settings import UserError, first_line, warn
 
 FORMAT = 1
 BEFORE_DECAY = "before_decay.pt"
@@ -43,13 +42,13 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
             raise UserError(f"cannot write {shown(path)}: is the disk full? ({error})") from error
 
 
-def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict:
+def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint. Raises BadCheckpoint if the file is missing, damaged or of another format."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadCheckpoint(f"there is no checkpoint {shown(path)}") from None
     except Exception as error:  # torch.load raises a dozen exception types for a damaged file
@@ -74,7 +73,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("ckpt_*.pt") if step_of(p) >= 0), key=step_of, reverse=True)
 
 
-def load_latest(folder: Path, device: str | torch.device = "cpu") -> tuple[Path, dict] | None:
+def load_latest(folder: Path) -> tuple[Path, dict] | None:
     """The latest checkpoint that loads, or None if the folder has none.
 
     A file that does not load is skipped with a warning. If there are files but none loads, raises
@@ -84,9 +83,9 @@ def load_latest(folder: Path, device: str | torch.device = "cpu") -> tuple[Path,
     paths += [path for path in (folder / BEFORE_DECAY, folder / "best.pt") if path.exists()]
     for path in paths:
         try:
-            return path, load_checkpoint(path, device)
+            return path, load_checkpoint(path)
         except BadCheckpoint as error:
-            print(f"warning: {error}; trying the one before", file=sys.stderr)
+            warn(f"{error}; trying the one before")
     if paths:
         raise BadCheckpoint(
             f"none of the {len(paths)} checkpoints in {shown(folder)} loads: move them away or use --fresh"
@@ -105,7 +104,7 @@ def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
     elif name.isdigit():
         candidates = [folder / f"ckpt_{name}.pt"]
     else:
-        path = Path(name)
+        path = Path(name).expanduser()
         if path.is_dir():
             return find_checkpoint(path, None, prefer)
         candidates = [path, folder / name]

@@ -7,6 +7,7 @@ from model.settings import UserError, require
 BLOCK_FAMILIES = ("modern", "gpt2")
 OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("linear", "cosine")
+SHORT_MINUTES = 2  # below this, a run on a CPU takes smaller steps
 NORM_EPS = {"modern": 1e-6, "gpt2": 1e-5}  # of RMSNorm and LayerNorm
 
 
@@ -64,7 +65,7 @@ class GPTConfig:
 
     @property
     def n_hidden(self) -> int:
-        """Width of the feed-forward layer: 4 n_embd, or 8/3 n_embd rounded up to 64 for SwiGLU's three matrices."""
+        """Width of the feed-forward layer: 4 n_embd; for SwiGLU's three matrices 8/3 of it, up to a multiple of 64."""
         if self.n_inner is not None:
             return self.n_inner
         return 4 * self.n_embd if self.blocks == "gpt2" else -(-8 * self.n_embd // (3 * 64)) * 64
@@ -84,7 +85,7 @@ class Recipe:
     """
 
     batch_tokens: int = 65_536
-    cpu_batch_tokens: int | None = 2_048  # on a CPU, which trains on a few thousand tokens per second
+    cpu_batch_tokens: int | None = 4_096  # on a CPU: see on_cpu()
     max_steps: int = 20_000
     max_minutes: float | None = None
     optimizer: str = "muon"
@@ -98,7 +99,7 @@ class Recipe:
     mask_stories: bool = True  # attend within a story only
     bigram_start: bool = True  # initialise a new model as a bigram model of the stories, if its shape allows
     eval_interval: int = 1_000
-    cpu_eval_interval: int | None = 400
+    cpu_eval_interval: int | None = 200
 
     def __post_init__(self):
         for name in ("batch_tokens", "max_steps", "eval_interval"):
@@ -116,6 +117,21 @@ class Recipe:
         )
         require(self.optimizer in OPTIMIZERS, f"optimizer must be muon or adamw, not {self.optimizer!r}")
         require(self.schedule in SCHEDULES, f"schedule must be linear or cosine, not {self.schedule!r}")
+
+    def on_cpu(self, minutes: float | None) -> "Recipe":
+        """The recipe for a run of so many minutes (None: no limit) on a CPU, which trains on few tokens per second.
+
+        Then small steps learn most, and the shorter the run, the smaller: the noise that a batch has to average
+        out grows as the loss falls (McCandlish et al. 2018).
+        """
+        if self.cpu_batch_tokens is None:
+            return self
+        share = 2 if minutes is not None and minutes < SHORT_MINUTES else 1
+        return replace(
+            self,
+            batch_tokens=self.cpu_batch_tokens // share,
+            eval_interval=self.cpu_eval_interval * share,
+        )
 
     def windows_per_step(self, block_size: int) -> int:
         """Whole windows of block_size tokens per step, at least one."""
@@ -168,7 +184,7 @@ PRESETS = {
     # 4 heads learn more per token than 8, and run faster; an untied output head allows the bigram start
     "stories-9m": Preset(GPTConfig(n_head=4, tie_weights=False)),
     "tinystories-gpt": Preset(
-        GPTConfig(blocks="gpt2"), _adamw(cpu_batch_tokens=2_048, cpu_eval_interval=400)
+        GPTConfig(blocks="gpt2"), _adamw(cpu_batch_tokens=4_096, cpu_eval_interval=200)
     ),
     "slm-30m": Preset(GPTConfig(block_size=128, **GPT2_SMALL), SLM),
     "slm-50m": Preset(GPTConfig(block_size=128, tie_weights=False, **GPT2_SMALL), SLM),

@@ -1,5 +1,6 @@
 """Text generation: sampling the next token, and decoding many sequences in a batch."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,7 +9,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.decoder import Decoder, KVCache
-from model.gpt import GPT
 from model.settings import UserError, first_line, require_seed, warn
 
 
@@ -101,6 +101,12 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, targets, right=True)[:, 0]
 
 
+@functools.cache
+def warm_up_stream() -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps memory for each stream that it was used on."""
+    return torch.cuda.Stream()
+
+
 class Batch:
     """Sequences decoded together: tensors on the decoder's device, and a step that never synchronises with it."""
 
@@ -173,7 +179,7 @@ class Batch:
 
     def capture(self, state: list[Tensor], before: list[Tensor], length: int) -> None:
         """Capture a step. The first replay overwrites whatever the warm-up steps wrote."""
-        side = torch.cuda.Stream()
+        side = warm_up_stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
@@ -269,12 +275,3 @@ def generate_all(decoder: Decoder, prompts: list[list[int]], *arguments) -> list
             if token is not None:
                 written[row].append(token)
     return written
-
-
-def continue_text(
-    model: GPT, tokenizer: Tokenizer, eot_id: int, prompt: str, max_tokens: int, seed: int
-) -> str:
-    """The prompt as the start of a story, with the model's continuation, sampled with a seed."""
-    ids = [eot_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    written = generate_all(Decoder(model), [ids], max_tokens, eot_id, DEFAULT_SAMPLING, [seed])[0]
-    return tokenizer.decode(ids[1:] + written, skip_special_tokens=False)

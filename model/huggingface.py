@@ -251,8 +251,9 @@ def find_pretrained(name: str, *patterns: str) -> Path:
 
 def load_tokenizer_json(name: str) -> str:
     """The tokenizer of anything that load_pretrained accepts."""
-    if Path(name).is_file():
-        return load_checkpoint(Path(name))["tokenizer"]
+    file = Path(name).expanduser()
+    if file.is_file():
+        return load_checkpoint(file)["tokenizer"]
     path = find_pretrained(name, "tokenizer.json") / "tokenizer.json"
     require(path.is_file(), f"{name} has no tokenizer.json")
     try:
@@ -266,8 +267,9 @@ def load_pretrained(name: str) -> Pretrained:
 
     Raises UserError if it is missing or not supported.
     """
-    if Path(name).is_file():
-        checkpoint = load_checkpoint(Path(name))
+    file = Path(name).expanduser()
+    if file.is_file():
+        checkpoint = load_checkpoint(file)
         return Pretrained(GPTConfig(**checkpoint["config"]), checkpoint["weights"], checkpoint["tokenizer"])
     load_file = needs("safetensors.torch", "--init-from").load_file
     folder = find_pretrained(name, "config.json", "tokenizer.json", "model*.safetensors")
@@ -301,4 +303,4 @@ def token_table(tokenizer_json: str) -> tuple:
     parts = json.loads(Tokenizer.from_str(tokenizer_json).to_str())
     cut = {key: value for key, value in (parts["pre_tokenizer"] or {}).items() if key != "trim_offsets"}
     added = {token["content"]: token["id"] for token in parts["added_tokens"]}
-    return parts["normalizer"], cut, parts["model"]["vocab"], parts["model"]["merges"], added
+    return parts["normalizer"], cut, parts["model"]["vocab"], parts["model"].get("merges"), added

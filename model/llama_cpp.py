@@ -80,17 +80,17 @@ def write_gguf(
 def add_tokenizer(writer: object, gguf: ModuleType, tokenizer: dict, vocab_size: int, eot_id: int) -> None:
     """Write the vocabulary, how text is split into words, and eot_id as the start and end of every story."""
     model, cut = tokenizer["model"], tokenizer["pre_tokenizer"]
+    supported = model["type"] == "BPE" and tokenizer["normalizer"] is None and not model.get("ignore_merges")
+    by_words = cut and cut["type"] == "ByteLevel" and cut["use_regex"] and not cut["add_prefix_space"]
+    by_characters = supported and cut is None and model["byte_fallback"] and not model["merges"]
+    require(
+        bool(supported and (by_words or by_characters)),
+        "llama.cpp cannot split text as this tokenizer does: use one of kind bpe, gpt2 or char",
+    )
     tokens = {number: token for token, number in model["vocab"].items()}
     tokens |= {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
     special = {token["id"] for token in tokenizer["added_tokens"]}
-    words = cut and cut["type"] == "ByteLevel" and cut["use_regex"] and not cut["add_prefix_space"]
-    characters = cut is None and model["byte_fallback"] and not model["merges"]
-    holds = tokenizer["normalizer"] is None and (words or characters) and not model.get("ignore_merges")
-    require(
-        bool(holds),
-        "llama.cpp cannot split text as this tokenizer does: use one of kind bpe, gpt2 or char",
-    )
-    if words:
+    if by_words:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
@@ -112,7 +112,7 @@ def add_tokenizer(writer: object, gguf: ModuleType, tokenizer: dict, vocab_size:
         elif number in special:
             types.append(gguf.TokenType.CONTROL)
         else:
-            is_byte = characters and tokens[number].startswith("<0x")
+            is_byte = by_characters and tokens[number].startswith("<0x")
             types.append(gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL)
     writer.add_token_list([tokens.get(number, f"<unused{number}>") for number in range(vocab_size)])
     writer.add_token_types(types)

@@ -137,7 +137,7 @@ def make_optimizers(model: nn.Module, recipe: Recipe, low_precision: bool) -> li
             {"params": undecayed, "weight_decay": 0.0, "warmup": warmup},
         ],
         lr=recipe.learning_rate,
-        betas=(0.9, 0.99 if muon else 0.95),  # alongside Muon, 0.99 measured better
+        betas=(0.7, 0.99) if muon else (0.9, 0.95),  # alongside Muon, these measured better
         fused=True,
     )
     if not muon:
@@ -146,22 +146,18 @@ def make_optimizers(model: nn.Module, recipe: Recipe, low_precision: bool) -> li
     return [Muon(groups, recipe.learning_rate, recipe.weight_decay, low_precision=low_precision), adamw]
 
 
-def momentum(step: int) -> float:
-    """Muon's momentum at a step (counted from 0): it rises linearly from 0.85 to 0.95 over 300 steps.
-
-    The large gradients of the first steps should soon be forgotten (Jordan et al. 2024).
-    """
-    return 0.85 + 0.1 * min(1.0, step / 300)
-
-
 def set_rates(optimizers: list[torch.optim.Optimizer], rate: float, step: int) -> None:
-    """Set all groups' learning rate, reduced during a group's own warm-up, and Muon's momentum for this step
-    (counted from 0)."""
+    """Set all groups' learning rate, reduced during a group's own warm-up, and Muon's momentum, for a step (counted
+    from 0).
+
+    The momentum rises from 0.85 to 0.95 over 300 steps, as in Jordan et al. 2024: the large gradients of the first
+    steps should soon be forgotten.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / group.get("warmup", 1))
             if "momentum" in group:
-                group["momentum"] = momentum(step)
+                group["momentum"] = 0.85 + 0.1 * min(1.0, step / 300)
 
 
 def learning_rate(recipe: Recipe, step: int, progress: float) -> float:
@@ -171,7 +167,7 @@ def learning_rate(recipe: Recipe, step: int, progress: float) -> float:
     final_learning_rate times its peak, linearly or along a half cosine.
     """
     warmup = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
-    fallen = min(1.0, max(0.0, (progress - (1 - recipe.decay_fraction)) / max(recipe.decay_fraction, 1e-9)))
+    fallen = min(1.0, max(0.0, (progress - (1 - recipe.decay_fraction)) / recipe.decay_fraction))
     if recipe.schedule == "cosine":
         fallen = (1 - math.cos(math.pi * fallen)) / 2
     return recipe.learning_rate * warmup * (1 - fallen * (1 - recipe.final_learning_rate))

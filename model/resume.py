@@ -136,11 +136,9 @@ def fill_from_preset(
 ) -> None:
     preset = find_preset(settings.preset)
     recipe = preset.recipe
-    if on_cpu:  # a CPU learns more from many small steps than from few large ones
-        recipe = dataclasses.replace(
-            recipe,
-            batch_tokens=recipe.cpu_batch_tokens or recipe.batch_tokens,
-            eval_interval=recipe.cpu_eval_interval or recipe.eval_interval,
+    if on_cpu:
+        recipe = recipe.on_cpu(
+            recipe.max_minutes if left_open(settings, "max_minutes") else settings.max_minutes
         )
     values = {**vars(recipe), **vars(preset.config), "vocab_size": data.vocab_size}
     if settings.optimizer not in (None, recipe.optimizer):

@@ -1,10 +1,12 @@
 """Device, precision, compilation and processes; each automatic choice comes with its reason."""
 
+import atexit
 import ctypes
 import os
 import platform
 import re
 import shutil
+import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +76,24 @@ def start_processes(device: str) -> Processes:
 
 
 def stop_processes() -> None:
-    if dist.is_initialized():
+    """Leave the process group.
+
+    While an error is on its way, the other processes may be in a collective operation, and leaving would wait for
+    them: then this process just ends, once Python has printed the error.
+    """
+    kind = sys.exc_info()[0] or SystemExit
+    if not dist.is_initialized():
+        return
+    if issubclass(kind, SystemExit):
         dist.destroy_process_group()
+    else:
+        atexit.register(end_at_once, 2 if issubclass(kind, UserError) else 1)
+
+
+def end_at_once(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def wait_for_all(processes: Processes) -> None:
@@ -132,7 +150,7 @@ def choose_device(name: str) -> torch.device:
             )
         torch.cuda.set_device(device)  # streams and graphs are created on the current device
         # With a mask, cuDNN's attention compiles a plan for every new shape, and some of its kernels give wrong
-        # results for lengths that are not multiples of 128. Training has fixed shapes and may turn it on.
+        # results: for lengths that are not multiples of 128, and perhaps in its backward pass on an H100.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("this PyTorch finds no MPS device: use --device cpu")
@@ -257,8 +275,8 @@ def prepare_forward(
 ) -> tuple[nn.Module, int]:
     """The function (idx, targets, stories) -> loss, compiled if possible, and the micro-batch in windows.
 
-    Runs it once, so that failures come before the first step: if memory runs out, it halves the micro-batch; if
-    compilation fails, it falls back to eager mode.
+    Runs it on each size of micro-batch, so that failures come before the first step: if memory runs out, it halves
+    the micro-batch; if compilation fails, it falls back to eager mode.
     """
     micro_batch = min(wanted or guess_micro_batch(model, runtime), windows)
     if not wanted:  # prefer slightly smaller but equal micro-batches, so that only one size is compiled
@@ -271,13 +289,17 @@ def prepare_forward(
         options = {"fallback_random": runtime.device.type == "cpu"}
         forward = torch.compile(model, dynamic=False, options=options)
     while True:
-        # sliced from longer rows like the windows of a step: other strides would trigger a recompilation
-        rows = torch.zeros(micro_batch, model.config.block_size + 1, dtype=torch.long, device=runtime.device)
         try:
-            with runtime.autocast():
+            for size in {
+                micro_batch,
+                windows % micro_batch or micro_batch,
+            }:  # the last of a step may be smaller
+                # sliced from longer rows like the windows of a step: other strides would trigger a recompilation
+                rows = torch.zeros(size, model.config.block_size + 1, dtype=torch.long, device=runtime.device)
                 inputs, targets = rows[:, :-1], rows[:, 1:]
-                loss = forward(inputs, targets, inputs.int() if with_stories else None)
-            loss.backward()
+                with runtime.autocast():
+                    loss = forward(inputs, targets, inputs.int() if with_stories else None)
+                loss.backward()
         except Exception as error:  # compilation can fail in many ways; eager mode still works
             loss = None  # frees the memory held by the failed attempt
             if ran_out_of_memory(error):

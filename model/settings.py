@@ -156,7 +156,8 @@ def make_parser(constants: list[Constant], prog: str, description: str) -> Parse
             options |= {"nargs": "?", "const": True}
         if constant.many:
             options |= {"nargs": "+", "action": "extend"}
-        default = "" if constant.value is None else f" [{constant.value}]"
+        default = " ".join(map(str, constant.value)) if constant.many else constant.value
+        default = "" if default in (None, "") else f" [{default}]"
         text = (constant.help + default).replace("%", "%%")
         parser.add_argument(flag_name(constant.name), help=text, **options)
     return parser
@@ -217,7 +218,7 @@ def read_settings(
             flag = flag_name(constant.name)
             raise UserError(f"{flag} takes {', '.join(allowed[:-1])} or {allowed[-1]}, not {value!r}")
         if constant.name.endswith("_dir"):
-            value = (Path.cwd() if given else REPO) / str(value)
+            value = (Path.cwd() if given else REPO) / Path(str(value)).expanduser()
         setattr(settings, constant.name, value)
     return settings
 

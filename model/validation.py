@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from model.batches import Data, number_stories, to_device
-from model.generation import continue_text, text_tokenizer
+from model.decoder import Decoder
+from model.generation import DEFAULT_SAMPLING, generate_all, text_tokenizer
 from model.gpt import GPT
 from model.runtime import Runtime, tokens_at_once
 
@@ -39,14 +40,13 @@ def write_sample(model: GPT, data: Data, settings: SimpleNamespace) -> str:
     """A story from the sample prompt, with the same seed at each evaluation."""
     if not settings.sample_tokens:
         return ""
-    model.eval()
     tokenizer = text_tokenizer(data.tokenizer_json)
+    ids = [data.eot_id, *tokenizer.encode(settings.sample_prompt, add_special_tokens=False).ids]
     strict = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)  # sampling's cumulative sums have no deterministic CUDA kernel
-    story = continue_text(
-        model, tokenizer, data.eot_id, settings.sample_prompt, settings.sample_tokens, settings.seed
+    (written,) = generate_all(
+        Decoder(model), [ids], settings.sample_tokens, data.eot_id, DEFAULT_SAMPLING, [settings.seed]
     )
     torch.use_deterministic_algorithms(strict, warn_only=warns)
-    model.train()
-    return story
+    return tokenizer.decode(ids[1:] + written, skip_special_tokens=False)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 # a model so small that a run takes moments
 TINY = "--preset quickstart --n-layer 1 --n-head 1 --n-embd 16 --block-size 16 --batch-tokens 64 --compile off".split()
@@ -16,6 +17,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub starts i
 
 # Where the tests run in the background, Ctrl-C is ignored, and the scripts that they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_gpu(request):
+    """Hide GPUs from all tests but those that are for them: the others compare bit for bit, as a CPU can."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "test_cuda":
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
 
 
 @pytest.fixture
@@ -74,7 +85,17 @@ def packed(tmp_path_factory):
 def trained(packed, tmp_path_factory):
     """A folder with the checkpoints of a model that trained for two steps. Copy it before changing it."""
     folder = tmp_path_factory.mktemp("trained")
-    command = [sys.executable, REPO / "train.py", *TINY, "--max-steps", 2, "--sample-tokens", 4]
+    command = [
+        sys.executable,
+        REPO / "train.py",
+        *TINY,
+        "--max-steps",
+        2,
+        "--sample-tokens",
+        4,
+        "--device",
+        "cpu",
+    ]
     command += ["--data-dir", packed, "--checkpoint-dir", folder]
     subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=120)
     return folder

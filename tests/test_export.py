@@ -492,8 +492,11 @@ def test_what_llama_cpp_cannot_hold_is_one_line(run, make, tmp_path):
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(make, tokenizers, tmp_path):
     words = Tokenizer(models.BPE({"<|endoftext|>": 0, "a": 1}, []))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
+    others = [Tokenizer(models.Unigram([("a", 0.0)], 0)), Tokenizer(models.WordLevel({"a": 0}, "a"))]
+    assert token_table(others[0].to_str()) != token_table(others[1].to_str())
     checkpoint = load_checkpoint(make("char"))
-    for text in (words.to_str(), tokenizers["char"].replace('"c":', '"\u2581":')):
+    texts = [tokenizer.to_str() for tokenizer in (words, *others)]
+    for text in (*texts, tokenizers["char"].replace('"c":', '"\u2581":')):
         save_checkpoint(tmp_path / "model.pt", {**checkpoint, "tokenizer": text})
         with pytest.raises(UserError, match=r"llama\.cpp"):
             run_export(

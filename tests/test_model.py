@@ -338,6 +338,15 @@ def test_the_defaults_are_the_default_preset():
         find_preset("stories")
 
 
+def test_a_cpu_takes_smaller_steps_the_smaller_the_shorter_the_run():
+    recipe = PRESETS["stories-9m"].recipe
+    steps = {minutes: recipe.on_cpu(minutes) for minutes in (None, 30, 1)}
+    assert [r.batch_tokens for r in steps.values()] == [4_096, 4_096, 2_048]
+    assert len({r.batch_tokens * r.eval_interval for r in steps.values()}) == 1
+    own = PRESETS["slm-30m"].recipe
+    assert own.on_cpu(None) == own.on_cpu(1) == own
+
+
 def test_plain_attention_drops_its_weights_and_scales_the_rest():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 8, 4).unbind()

@@ -318,7 +318,7 @@ def test_momentum_rises_and_stays():
     for step, momentum in expected.items():
         set_rates([muon, adamw], 0.1, step)
         assert all(group["momentum"] == pytest.approx(momentum) for group in muon.param_groups)
-        assert all(group["betas"] == (0.9, 0.99) for group in adamw.param_groups)
+        assert all(group["betas"] == (0.7, 0.99) for group in adamw.param_groups)
 
 
 # The learning rate

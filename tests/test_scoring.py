@@ -234,9 +234,9 @@ def test_logits_in_pieces_change_nothing(tokenizer, monkeypatch):
     assert scores.right.tolist() == expected.right.tolist()
 
 
-def test_the_largest_value_is_the_first_of_those_tied():
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randint(1_000, (400, 3 * scoring.SEARCH_BLOCK), generator=generator).float()
+@pytest.mark.parametrize("size", [3 * scoring.SEARCH_BLOCK, 2 * scoring.SEARCH_BLOCK + 7])
+def test_the_largest_value_is_the_first_of_those_tied(size):
+    values = torch.randint(1_000, (400, size), generator=torch.Generator().manual_seed(0)).float()
     largest = values.max(1, keepdim=True)[0]
     assert ((values == largest).sum(1) > 1).sum() > 50  # ties within a block and between blocks
     for found, expected in zip(scoring.largest(values), values.max(1), strict=True):

@@ -137,6 +137,7 @@ def test_folders_default_to_the_repository_and_flags_to_the_current_one(read, tm
     assert read().data_dir == REPO / "data"
     assert read("--data-dir", "data").data_dir == tmp_path / "data"
     assert read("--data-dir", str(REPO)).data_dir == REPO
+    assert read("--data-dir=~/data").data_dir == Path.home() / "data"  # where the shell expands nothing
 
 
 @pytest.mark.parametrize(
@@ -311,8 +312,8 @@ def test_help_lists_every_setting_with_its_comment(run, tmp_path, name):
     assert constants
     for constant in constants:
         flag = "--" + constant.name.replace("_", "-")
-        default = "" if constant.value is None else f" [{constant.value}]"
-        shown = constant.help + default
+        value = " ".join(map(str, constant.value)) if constant.many else constant.value
+        shown = constant.help if value in (None, "") else f"{constant.help} [{value}]"
         assert flag in text and "".join(shown.split()) in text, flag
 
 
