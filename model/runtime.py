@@ -289,11 +289,9 @@ def prepare_forward(
         options = {"fallback_random": runtime.device.type == "cpu"}
         forward = torch.compile(model, dynamic=False, options=options)
     while True:
+        sizes = {micro_batch, windows % micro_batch or micro_batch}  # the last of a step may be smaller
         try:
-            for size in {
-                micro_batch,
-                windows % micro_batch or micro_batch,
-            }:  # the last of a step may be smaller
+            for size in sizes:
                 # sliced from longer rows like the windows of a step: other strides would trigger a recompilation
                 rows = torch.zeros(size, model.config.block_size + 1, dtype=torch.long, device=runtime.device)
                 inputs, targets = rows[:, :-1], rows[:, 1:]
