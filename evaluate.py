@@ -36,9 +36,7 @@ from model.scoring import bootstrap, interval, score_stories
 from model.settings import UserError, read_settings, require, require_at_least, require_seed, run_script
 from model.story_quality import Story, describe, read_written
 
-CHECKPOINT: list[
-    str
-] = []  # files, folders, "best", "latest", steps or Hugging Face models; if none: the latest
+CHECKPOINT: list[str] = []  # files, folders, "best", "latest", steps or Hugging Face models; default: latest
 CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
 DATA_DIR = "data"  # folder with tokenizer/ and processed/
 SPLIT = "validation"  # train, validation or all

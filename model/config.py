@@ -183,9 +183,7 @@ SLM = _adamw(batch_tokens=32 * 32 * 128, learning_rate=1e-4, warmup_steps=1_000,
 PRESETS = {
     # 4 heads learn more per token than 8, and run faster; an untied output head allows the bigram start
     "stories-9m": Preset(GPTConfig(n_head=4, tie_weights=False)),
-    "tinystories-gpt": Preset(
-        GPTConfig(blocks="gpt2"), _adamw(cpu_batch_tokens=4_096, cpu_eval_interval=200)
-    ),
+    "tinystories-gpt": Preset(GPTConfig(blocks="gpt2"), ADAMW),
     "slm-30m": Preset(GPTConfig(block_size=128, **GPT2_SMALL), SLM),
     "slm-50m": Preset(GPTConfig(block_size=128, tie_weights=False, **GPT2_SMALL), SLM),
     "tinystories-33m": Preset(

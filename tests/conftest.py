@@ -85,17 +85,7 @@ def packed(tmp_path_factory):
 def trained(packed, tmp_path_factory):
     """A folder with the checkpoints of a model that trained for two steps. Copy it before changing it."""
     folder = tmp_path_factory.mktemp("trained")
-    command = [
-        sys.executable,
-        REPO / "train.py",
-        *TINY,
-        "--max-steps",
-        2,
-        "--sample-tokens",
-        4,
-        "--device",
-        "cpu",
-    ]
-    command += ["--data-dir", packed, "--checkpoint-dir", folder]
+    command = [sys.executable, REPO / "train.py", *TINY, "--max-steps", 2, "--sample-tokens", 4]
+    command += ["--data-dir", packed, "--checkpoint-dir", folder, "--device", "cpu"]
     subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=120)
     return folder
