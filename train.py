@@ -10,6 +10,7 @@ Settings without a default take the preset's value.
 
 import contextlib
 import copy
+import functools
 import math
 import os
 import sys
@@ -22,7 +23,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from model.batches import (
     Batches,
@@ -87,6 +87,7 @@ FINAL_LEARNING_RATE: float | None = None  # learning rate at the end, as a fract
 GRAD_CLIP: float | None = None  # maximum gradient norm; 0: no clipping
 MASK_STORIES: bool | None = None  # attend within a story only, not to earlier stories in the window
 BIGRAM_START: bool | None = None  # initialise as a bigram model of the stories, not with random weights
+GROW_AT: float | None = None  # when the second half of the blocks joins, as a fraction of the run; 0: at once
 
 EVAL_INTERVAL: int | None = None  # steps between evaluations, each with a sample and a new loss curve
 EVAL_TOKENS = 65_536  # validation tokens per evaluation, evenly spread
@@ -190,6 +191,9 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
         started = time.perf_counter()
         begin_as_bigrams(model, data.train.tokens)
         state.seconds = time.perf_counter() - started
+    if recipe.grow_at and not checkpoint:
+        model.set_depth(recipe.depth(0.0, config.n_layer))
+        model.silence(model.depth)
     if processes.first:
         print_plan(settings, recipe, data, state, runtime, processes)
         if checkpoint:
@@ -204,14 +208,13 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
 
     # Forward pass, compiled if possible, with a micro-batch that fits in memory
     mine = np.array_split(np.arange(windows_per_step), processes.count)[processes.rank]
-    loss_of, micro_batch = prepare_forward(
-        model, runtime, settings.micro_batch, len(mine), recipe.mask_stories
+    prepare = functools.partial(
+        prepare_forward, model, runtime, len(mine), processes, with_stories=recipe.mask_stories
     )
-    settings.micro_batch = micro_batch
+    loss_of, settings.micro_batch = prepare(settings.micro_batch)
     if processes.first:
-        print(f"micro-batch  {micro_batch} windows, {-(-len(mine) // micro_batch)} per step", flush=True)
-    if processes.count > 1:
-        loss_of = DistributedDataParallel(loss_of, broadcast_buffers=False, gradient_as_bucket_view=True)
+        micro_batches = -(-len(mine) // settings.micro_batch)
+        print(f"micro-batch  {settings.micro_batch} windows, {micro_batches} per step", flush=True)
     metrics = Metrics(folder, state.step, state.last_evaluation) if processes.first else None
     progress_bar = ProgressBar(state, recipe, tokens_per_step, runtime, processes)
     stop = StopRequest(processes)
@@ -244,7 +247,7 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
                     f"{row['bits_per_byte']:.4f} bits per byte{mark}"
                 )
         if processes.first and state.step != saved_at:
-            if before < 1 - recipe.decay_fraction <= progress:  # from here on, a longer run would differ
+            if before < recipe.turning_point <= progress:  # from here on, a longer run would differ
                 save_checkpoint(folder / BEFORE_DECAY, state.snapshot(settings, data))
             if finished or stop or state.step % settings.save_interval == 0:
                 save_checkpoint(folder / f"ckpt_{state.step}.pt", state.snapshot(settings, data))
@@ -253,13 +256,20 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
         if finished or stop:
             break
 
+        # The second half of the blocks joins; so far, they have added nothing
+        if recipe.depth(progress, config.n_layer) > model.depth:
+            progress_bar.say(f"step {state.step:,}: from here on, all {config.n_layer} layers train")
+            model.set_depth(config.n_layer)
+            loss_of, settings.micro_batch = prepare(settings.micro_batch)
+            progress_bar.bar.unpause()
+
         # One step of batch_tokens tokens, accumulating gradients over micro-batches
         started = time.perf_counter()
         rate = learning_rate(recipe, state.step, progress)
         starts = batches.starts(state.step)[mine]
         loss = torch.zeros((), device=device)
-        for first in range(0, len(mine), micro_batch):
-            chosen = starts[first : first + micro_batch]
+        for first in range(0, len(mine), settings.micro_batch):
+            chosen = starts[first : first + settings.micro_batch]
             windows = batches.tensor(chosen, device)
             inputs, targets = windows[:, :-1], windows[:, 1:]
             story_ids = number_stories(inputs, data.eot_id) if recipe.mask_stories else None
@@ -267,7 +277,7 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
                 torch.manual_seed(dropout_seed(settings.seed, state.step, int(mine[first])))
             share = len(chosen) / windows_per_step
             # All-reduce after the last micro-batch only; the factor processes.count turns DDP's average into a sum.
-            last = first + micro_batch >= len(mine)
+            last = first + settings.micro_batch >= len(mine)
             with contextlib.nullcontext() if last or processes.count == 1 else loss_of.no_sync():
                 with runtime.autocast():
                     mean = loss_of(inputs, targets, story_ids)

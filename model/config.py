@@ -98,6 +98,8 @@ class Recipe:
     grad_clip: float = 1.0
     mask_stories: bool = True  # attend within a story only
     bigram_start: bool = True  # initialise a new model as a bigram model of the stories, if its shape allows
+    grow_at: float = 0.0  # when the second half of the blocks joins, as a fraction of the run; 0: at once
+    cpu_grow_at: float = 0.8  # on a CPU; not measured on a GPU
     eval_interval: int = 1_000
     cpu_eval_interval: int | None = 200
 
@@ -111,6 +113,7 @@ class Recipe:
             0 < self.decay_fraction <= 1,
             f"decay_fraction must be above 0 and at most 1, not {self.decay_fraction}",
         )
+        require(0 <= self.grow_at < 1, f"grow_at must be at least 0 and below 1, not {self.grow_at}")
         require(
             self.max_minutes is None or self.max_minutes > 0,
             f"max_minutes must be above 0, not {self.max_minutes}",
@@ -122,13 +125,15 @@ class Recipe:
         """The recipe for a run of so many minutes (None: no limit) on a CPU, which trains on few tokens per second.
 
         Then small steps learn most, and the shorter the run, the smaller: the noise that a batch has to average
-        out grows as the loss falls (McCandlish et al. 2018).
+        out grows as the loss falls (McCandlish et al. 2018). And half the blocks, at half the time per token, learn
+        more than all; the others join late (progressive stacking, Gong et al. 2019).
         """
+        recipe = replace(self, grow_at=self.cpu_grow_at)
         if self.cpu_batch_tokens is None:
-            return self
+            return recipe
         share = 2 if minutes is not None and minutes < SHORT_MINUTES else 1
         return replace(
-            self,
+            recipe,
             batch_tokens=self.cpu_batch_tokens // share,
             eval_interval=self.cpu_eval_interval * share,
         )
@@ -142,6 +147,15 @@ class Recipe:
         by_time = seconds / (60 * self.max_minutes) if self.max_minutes else 0.0
         return max(step / self.max_steps, by_time)
 
+    def depth(self, progress: float, n_layer: int) -> int:
+        """How many of the blocks train at this progress: half of them until grow_at, then all."""
+        return n_layer if progress >= self.grow_at else -(-n_layer // 2)
+
+    @property
+    def turning_point(self) -> float:
+        """The progress from which a longer run would differ: its learning rate would not fall yet, nor depth grow."""
+        return min(1 - self.decay_fraction, self.grow_at or 1)
+
 
 RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if not f.name.startswith("cpu_"))
 
@@ -154,6 +168,7 @@ ADAMW = Recipe(
     final_learning_rate=0.1,
     mask_stories=False,
     bigram_start=False,
+    cpu_grow_at=0.0,
 )
 
 # The default learning rate if another optimizer than the preset's is chosen

@@ -39,6 +39,8 @@ def print_plan(
     minutes = f" or {recipe.max_minutes:g} minutes" if recipe.max_minutes else ""
     epochs = recipe.max_steps * tokens_per_step / len(train.tokens)
     where = f" on {processes.count} processes" if processes.count > 1 else ""
+    half = recipe.depth(0.0, config.n_layer)
+    growth = f"; {half} layers until {100 * recipe.grow_at:g} % are done" if half < config.n_layer else ""
     print(
         f"stories      {train.stories:,} ({len(train.tokens):,} tokens) for training, "
         f"{data.validation.stories:,} ({len(data.validation.tokens):,} tokens) for validation\n"
@@ -48,7 +50,8 @@ def print_plan(
         f"{state.model.count_parameters():,} parameters\n"
         f"device       {runtime.reasons}{where}\n"
         f"run          {recipe.max_steps:,} steps{minutes}, {tokens_per_step:,} tokens each (at most "
-        f"{epochs:.1f} epochs); {recipe.optimizer}, learning rate {recipe.learning_rate:g}, {recipe.schedule} decay\n"
+        f"{epochs:.1f} epochs); {recipe.optimizer}, learning rate {recipe.learning_rate:g}, {recipe.schedule} "
+        f"decay{growth}\n"
         f"results      in {shown(settings.checkpoint_dir)}"
     )
     if epochs > MANY_EPOCHS and not (recipe.max_minutes or config.dropout or state.step):
@@ -72,7 +75,7 @@ class ProgressBar:
         self.max_steps = recipe.max_steps
         self.time_limit = 60 * recipe.max_minutes if recipe.max_minutes else math.inf
         peak = peak_flops(runtime.device)
-        self.flops_share = state.model.flops_per_token() / (peak * processes.count) if peak else None
+        self.peak = peak * processes.count if peak else None  # FLOP/s
         self.step, self.seconds, self.printed = state.step, state.seconds, time.monotonic()
         self.speed = 0.0  # tokens per second
         self.bar = tqdm(
@@ -89,7 +92,8 @@ class ProgressBar:
         per_second = self.speed / self.tokens_per_step
         left = max(0, min(self.max_steps - self.step, (self.time_limit - self.seconds) * per_second))
         self.bar.total = self.step + math.ceil(left)
-        mfu = f", MFU {100 * self.flops_share * self.speed:.1f} %" if self.flops_share else ""
+        done = self.state.model.flops_per_token() * self.speed  # FLOP/s
+        mfu = f", MFU {100 * done / self.peak:.1f} %" if self.peak else ""
         text = f"loss {loss:.3f}, {self.speed:,.0f} tokens/s{mfu}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(steps)

@@ -149,6 +149,7 @@ class GPT(nn.Module):
             self.register_buffer("rotary_sin", sin, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.depth = config.n_layer  # blocks in use: see set_depth()
         self.norm = make_norm(config)
         if not config.tie_weights:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -164,6 +165,19 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    def silence(self, first: int) -> None:
+        """Zero the output of all blocks from index `first` on, so that they leave the residual stream as it is."""
+        for block in self.blocks[first:]:
+            for layer in (block.attention.proj, block.mlp.down):
+                for parameter in layer.parameters():
+                    nn.init.zeros_(parameter)
+
+    def set_depth(self, depth: int) -> None:
+        """Use and train the first `depth` blocks only. While the others are silent, this changes no logits."""
+        self.depth = depth
+        for i, block in enumerate(self.blocks):
+            block.requires_grad_(i < depth)
 
     @property
     def head_weight(self) -> Tensor:
@@ -185,7 +199,7 @@ class GPT(nn.Module):
         if stories is not None:
             seen = causal(T, idx.device) & (stories[:, None, :, None] == stories[:, None, None, :])
         x = self.dropout(x)
-        for block in self.blocks:
+        for block in self.blocks[: self.depth]:
             x = block(x, rotary, seen)
         return self.norm(x)
 
@@ -203,12 +217,13 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self) -> float:
-        """Floating-point operations to train on one token: 6 per weight in a matrix product, plus attention.
+        """Floating-point operations to train on one token: 6 per trained weight in a matrix product, plus attention.
 
         The formula of PaLM's appendix B (Chowdhery et al. 2022), which counts the output head but not the
         embedding look-up, and attention in full, although half of it is masked.
         """
-        matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and "embedding" not in n)
+        trained = ((name, p) for name, p in self.named_parameters() if p.requires_grad and p.dim() == 2)
+        matrices = sum(p.numel() for name, p in trained if "embedding" not in name)
         matrices += self.head_weight.numel() if self.config.tie_weights else 0
         heads = self.config.n_head * self.config.head_dim
-        return 6 * matrices + 12 * self.config.n_layer * heads * self.config.block_size
+        return 6 * matrices + 12 * self.depth * heads * self.config.block_size

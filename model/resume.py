@@ -69,6 +69,7 @@ class TrainingState:
             "config": dataclasses.asdict(self.model.config),
             "settings": {name: getattr(settings, name) for name in KEPT},
             "defaults": settings.defaults,
+            "depth": self.model.depth,
             "weights": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
@@ -80,6 +81,7 @@ class TrainingState:
 
     def restore(self, checkpoint: dict) -> None:
         self.model.load_state_dict(checkpoint["weights"])
+        self.model.set_depth(checkpoint["depth"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             groups = optimizer.state_dict()["param_groups"]
             require(arrangement(groups) == arrangement(state["param_groups"]), STARTED_EARLIER)
@@ -109,7 +111,7 @@ def settle(
     own, except those set by a flag or edited in the script since it started. Raises UserError, listing the
     settings that may not change, if any did.
     """
-    asked = settings.bigram_start
+    bigrams, growing = settings.bigram_start, settings.grow_at
     if checkpoint is None:
         fill_from_preset(settings, data, on_cpu, pretrained)
     else:
@@ -119,10 +121,13 @@ def settle(
     config = GPTConfig(**{name: getattr(settings, name) for name in CONFIG_FIELDS})
     if checkpoint is None and settings.bigram_start and (pretrained or not config.can_hold_bigrams):
         require(
-            not asked,
+            not bigrams,
             "--bigram-start needs modern blocks with an untied output head (--no-tie-weights), and no --init-from",
         )
         settings.bigram_start = False
+    if checkpoint is None and pretrained:
+        require(not growing, "--grow-at is for new models: those of --init-from train whole")
+        settings.grow_at = 0.0
     return config, Recipe(**{name: getattr(settings, name) for name in RECIPE_FIELDS})
 
 
@@ -203,8 +208,8 @@ def rewind(folder: Path, path: Path, checkpoint: dict, recipe: Recipe, first: bo
     saved, earlier = checkpoint["settings"], folder / BEFORE_DECAY
     shorter = Recipe(**{name: saved[name] for name in RECIPE_FIELDS})
     then, now = (r.progress(checkpoint["step"], checkpoint["seconds"]) for r in (shorter, recipe))
-    longer, decaying = now < min(then, 1), then > 1 - shorter.decay_fraction
-    if not longer or not decaying or not earlier.exists():
+    longer, turned = now < min(then, 1), then > shorter.turning_point
+    if not longer or not turned or not earlier.exists():
         return path, checkpoint
     rewound = load_checkpoint(earlier)
     if rewound["step"] >= checkpoint["step"]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from model.gpt import GPT
 from model.settings import REPO, UserError, first_line, require, warn
@@ -44,11 +45,11 @@ class Processes:
         return self.rank == 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Runtime:
     device: torch.device
     dtype: torch.dtype
-    compile: bool
+    compile: bool  # becomes False if compilation fails
     reasons: str  # one line for people
 
     def autocast(self) -> torch.autocast:
@@ -271,12 +272,13 @@ def ran_out_of_memory(error: Exception) -> bool:
 
 
 def prepare_forward(
-    model: GPT, runtime: Runtime, wanted: int, windows: int, with_stories: bool = False
+    model: GPT, runtime: Runtime, windows: int, processes: Processes, wanted: int, with_stories: bool = False
 ) -> tuple[nn.Module, int]:
     """The function (idx, targets, stories) -> loss, compiled if possible, and the micro-batch in windows.
 
-    Runs it on each size of micro-batch, so that failures come before the first step: if memory runs out, it halves
-    the micro-batch; if compilation fails, it falls back to eager mode.
+    With several processes, its backward pass averages their gradients. Runs it on each size of micro-batch, so that
+    failures come before the first step: if memory runs out, it halves the micro-batch; if compilation fails, it falls
+    back to eager mode.
     """
     micro_batch = min(wanted or guess_micro_batch(model, runtime), windows)
     if not wanted:  # prefer slightly smaller but equal micro-batches, so that only one size is compiled
@@ -307,8 +309,11 @@ def prepare_forward(
                 raise
             else:
                 warn(f"torch.compile does not work here, continuing without it: {first_line(error)}")
-                forward = model
+                forward, runtime.compile = model, False
         else:
-            return forward, micro_batch
+            break
         finally:
             model.zero_grad(set_to_none=True)
+    if processes.count > 1:
+        forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return forward, micro_batch

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA G
 DEVICE = "cuda"
 
 TINY = """--preset quickstart --n-layer 2 --n-head 2 --n-embd 64 --block-size 64 --batch-tokens 1024 --warmup-steps 2
---eval-interval 4 --eval-tokens 1024 --log-interval 1 --sample-tokens 8 --max-minutes none""".split()
+--eval-interval 4 --eval-tokens 1024 --log-interval 1 --sample-tokens 8 --max-minutes none
+--grow-at 0.5""".split()
 
 
 @pytest.fixture

@@ -321,6 +321,7 @@ def test_training_begins_with_it_and_goes_on_without_it(run, packed, trained, tm
     checkpoint = load_checkpoint(tmp_path / "run" / "best.pt")
     assert checkpoint["config"]["n_embd"] == 16
     assert checkpoint["settings"]["learning_rate"] == pytest.approx(6e-4)
+    assert checkpoint["settings"]["grow_at"] == 0 and checkpoint["depth"] == 2
 
     shutil.rmtree(folder)
     run("train.py", *places, "--max-steps", 3, check=0)
@@ -372,6 +373,7 @@ def test_a_shorter_context_cuts_learned_positions(make):
     [
         ("bpe", ["--n-layer", "3"], "has n_layer 2, which --init-from cannot change to 3"),
         ("bpe", ["--blocks", "gpt2"], "has blocks modern"),
+        ("bpe", ["--grow-at", "0.5"], "--grow-at is for new models"),
         ("char", [], "another tokenizer.*--kind"),
     ],
 )

@@ -1,5 +1,6 @@
 """The network against transformers, float64 and counting by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -224,6 +225,26 @@ def test_bfloat16_stays_close_to_float32(blocks):
     assert rough_loss.item() == pytest.approx(loss.item(), rel=0.01)
 
 
+@pytest.mark.parametrize("blocks", FAMILIES)
+def test_silent_blocks_can_be_left_out(blocks):
+    model = make_model(blocks)
+    ids = token_ids()
+    loud = model(ids)
+    model.silence(2)
+    expected, flops = model(ids), model.flops_per_token()
+    model.set_depth(2)
+    logits = model(ids)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+    assert not torch.allclose(logits, loud)
+    logits.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == name.startswith("blocks.2."), name
+    two = GPT(dataclasses.replace(model.config, n_layer=2))
+    assert model.flops_per_token() == two.flops_per_token() < flops
+    model.set_depth(3)
+    assert model.flops_per_token() == flops
+
+
 def test_weights_have_stable_names():
     """They are in every checkpoint: renaming one breaks those that people have."""
     names = set(make_model("gpt2", n_layer=1, tie_weights=False).state_dict())
@@ -338,11 +359,14 @@ def test_the_defaults_are_the_default_preset():
         find_preset("stories")
 
 
-def test_a_cpu_takes_smaller_steps_the_smaller_the_shorter_the_run():
+def test_a_cpu_takes_smaller_steps_the_smaller_the_shorter_the_run_and_grows():
     recipe = PRESETS["stories-9m"].recipe
     steps = {minutes: recipe.on_cpu(minutes) for minutes in (None, 30, 1)}
     assert [r.batch_tokens for r in steps.values()] == [4_096, 4_096, 2_048]
     assert len({r.batch_tokens * r.eval_interval for r in steps.values()}) == 1
+    assert [r.grow_at for r in (recipe, steps[1], steps[30])] == [0.0, 0.8, 0.8]
+    assert [steps[30].depth(progress, 5) for progress in (0.0, 0.79, 0.8, 1.0)] == [3, 3, 5, 5]
+    assert recipe.depth(0.0, 5) == 5
     own = PRESETS["slm-30m"].recipe
     assert own.on_cpu(None) == own.on_cpu(1) == own
 

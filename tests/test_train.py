@@ -107,14 +107,22 @@ def test_keep_limits_the_checkpoints(train):
     assert [path.name for path in list_checkpoints(folder)] == ["ckpt_12.pt"]
 
 
-@pytest.mark.parametrize("mask", ["--mask-stories", "--no-mask-stories"])
-def test_losses_are_those_of_a_plain_loop(train, packed, mask):
-    """GPT-2's blocks under AdamW in float32, against the textbook loop: no micro-batches, nothing fused."""
+@pytest.mark.parametrize(("mask", "grow_at"), [("--mask-stories", 0.5), ("--no-mask-stories", 0)])
+def test_losses_are_those_of_a_plain_loop(train, packed, mask, grow_at):
+    """GPT-2's blocks under AdamW in float32, against the textbook loop: no micro-batches, nothing fused.
+
+    Until it joins, the second block is there, but adds nothing and gets no gradients.
+    """
     flags = "--blocks gpt2 --optimizer adamw --dtype float32 --micro-batch 3 --learning-rate 1e-3 --weight-decay 0.1"
-    folder, _ = train("run", *flags.split(), "--schedule", "cosine", "--decay-fraction", 1, mask)
+    cosine = "--schedule cosine --decay-fraction 1".split()
+    folder, _ = train("run", *flags.split(), *cosine, mask, "--grow-at", grow_at)
     data = load_data(packed)
     torch.manual_seed(1337)
     model = GPT(GPTConfig(400, 32, 2, 2, 32, blocks="gpt2", tie_weights=False)).double()
+    second = model.blocks[1]
+    if grow_at:
+        torch.nn.init.zeros_(second.attention.proj.weight)
+        torch.nn.init.zeros_(second.mlp.down.weight)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -131,6 +139,8 @@ def test_losses_are_those_of_a_plain_loop(train, packed, mask):
         logits = model(inputs, stories=stories)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
         loss.backward()
+        if step < 12 * grow_at:
+            second.zero_grad()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             warmup = min(1, (step + 1) / 2)
@@ -181,6 +191,30 @@ def test_a_run_begins_as_a_bigram_model(train, packed):
     for flags in (["--tie-weights"], ["--blocks", "gpt2"]):
         with pytest.raises(UserError, match="--bigram-start needs modern blocks"):
             train("never", "--bigram-start", *flags)
+
+
+@pytest.mark.parametrize("bigrams", ["--bigram-start", "--no-bigram-start"])
+def test_the_second_half_of_the_blocks_joins_later(train, bigrams):
+    flags = ["--n-layer", 3, "--grow-at", 0.6, "--save-interval", 1, "--keep", 20]
+    folder, result = train("run", bigrams, *flags)
+    assert "3 layers" in result.out and "2 layers until 60 % are done" in result.out
+    assert "step 8: from here on, all 3 layers train" in result.err + result.out
+    first, before, after = (load_checkpoint(folder / f"ckpt_{step}.pt") for step in (1, 8, 9))
+    assert [checkpoint["depth"] for checkpoint in (first, before, after)] == [2, 2, 3]
+    for name, weight in before["weights"].items():
+        last = name.startswith("blocks.2.")
+        assert last == torch.equal(weight, first["weights"][name]), name
+        silent = last and name.endswith(("proj.weight", "down.weight"))
+        assert not (silent and weight.any())
+        assert not (silent and torch.equal(weight, after["weights"][name]))
+
+
+def test_a_run_that_has_grown_never_shrinks(train):
+    """Made longer without the checkpoint from before its decay, it is below the fraction at which it grew."""
+    folder, _ = train("run")
+    (folder / "before_decay.pt").unlink()
+    train("run", "--max-steps", 40, "--save-interval", 20, tiny=["--compile", "off"])
+    assert load_checkpoint(folder / "ckpt_20.pt")["depth"] == 2
 
 
 @pytest.mark.parametrize(
@@ -344,7 +378,7 @@ def test_only_a_run_in_its_decay_goes_back(train):
 
 
 def test_another_weight_decay_counts_when_a_run_goes_on(train):
-    folder, _ = train("run", "--max-steps", 8, "--decay-fraction", "0.01")
+    folder, _ = train("run", "--max-steps", 8, "--decay-fraction", "0.01", "--grow-at", 0)
     train("run", "--max-steps", 12, "--weight-decay", "0.5", tiny=["--compile", "off"])
     groups = [
         group for o in load_checkpoint(folder / "ckpt_12.pt")["optimizers"] for group in o["param_groups"]
@@ -394,7 +428,7 @@ def test_the_command_to_resume_has_the_flags_that_no_checkpoint_remembers(monkey
 
 def test_how_it_computes_is_remembered(train):
     flags = ["--dtype", "float32", "--micro-batch", 5]
-    folder, _ = train("run", *flags, "--max-steps", 8, "--decay-fraction", "0.01")
+    folder, _ = train("run", *flags, "--max-steps", 8, "--decay-fraction", "0.01", "--grow-at", 0)
     train("run", "--max-steps", 12, tiny=[])
     saved = load_checkpoint(folder / "ckpt_12.pt")["settings"]
     assert (saved["dtype"], saved["compile"], saved["micro_batch"]) == ("float32", "off", 5)
@@ -447,7 +481,7 @@ def test_what_makes_the_run_may_not_change(train, flags, needles):
 
 def test_a_run_whose_optimizer_was_another_cannot_be_resumed(train):
     """As of a version in which Muon cut matrices in other pieces: its momenta would go to the wrong matrices."""
-    folder, _ = train("run", "--max-steps", 8, "--decay-fraction", "0.01")
+    folder, _ = train("run", "--max-steps", 8, "--decay-fraction", "0.01", "--grow-at", 0)
     checkpoint = load_checkpoint(folder / "ckpt_8.pt")
     for group in checkpoint["optimizers"][0]["param_groups"]:
         del group["pieces"]
@@ -474,7 +508,7 @@ def poison(monkeypatch):
 
 
 def test_what_does_not_make_the_run_may_change(train):
-    folder, _ = train("run", "--max-steps", 8, "--decay-fraction", "0.01")
+    folder, _ = train("run", "--max-steps", 8, "--decay-fraction", "0.01", "--grow-at", 0)
     flags = "--max-steps 12 --dtype bfloat16 --micro-batch 1 --eval-interval 3 --save-interval 5 --keep 1"
     train("run", *flags.split(), "--learning-rate", "1e-3", "--warmup-steps", 1, tiny=["--compile", "off"])
     assert [row["step"] for row in metrics(folder) if "validation_loss" in row] == [4, 8, 9, 12]
@@ -527,6 +561,8 @@ def test_what_overflows_in_float16_keeps_both_optimizers_from_their_step(train, 
         12,
         "--keep",
         20,
+        "--grow-at",
+        0,
     ]
     folder, _ = train("run", *flags)
     four, five, six = (load_checkpoint(folder / f"ckpt_{step}.pt") for step in (4, 5, 6))
@@ -576,7 +612,7 @@ def test_micro_batches_are_equal_if_slightly_smaller_ones_are(monkeypatch, windo
     monkeypatch.setattr("model.runtime.guess_micro_batch", lambda model, runtime: fits)
     model = GPT(GPTConfig(vocab_size=16, block_size=4, n_layer=1, n_head=1, n_embd=4))
     runtime = Runtime(torch.device("cpu"), torch.float32, False, "")
-    assert prepare_forward(model, runtime, 0, windows)[1] == chosen
+    assert prepare_forward(model, runtime, windows, Processes(), wanted=0)[1] == chosen
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory. Tried", "CUBLAS_STATUS_ALLOC_FAILED when calling"])
@@ -646,7 +682,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(run, packed
 
 
 def test_a_full_disk_stops_with_one_line_and_leaves_the_earlier_checkpoints(train, run, packed, tmp_path):
-    folder, _ = train("run", "--max-steps", 8, "--decay-fraction", "0.01")
+    folder, _ = train("run", "--max-steps", 8, "--decay-fraction", "0.01", "--grow-at", 0)
     before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
     script = limit + f"import runpy; runpy.run_path({str(REPO / 'train.py')!r}, run_name='__main__')"
