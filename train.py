@@ -258,7 +258,8 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
 
         # The second half of the blocks joins; so far, they have added nothing
         if recipe.depth(progress, config.n_layer) > model.depth:
-            progress_bar.say(f"step {state.step:,}: from here on, all {config.n_layer} layers train")
+            anew = " (compiling them takes a moment)" if runtime.compile else ""
+            progress_bar.say(f"step {state.step:,}: from here on, all {config.n_layer} layers train{anew}")
             model.set_depth(config.n_layer)
             loss_of, settings.micro_batch = prepare(settings.micro_batch)
             progress_bar.bar.unpause()
