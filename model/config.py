@@ -125,8 +125,8 @@ class Recipe:
         """The recipe for a run of so many minutes (None: no limit) on a CPU, which trains on few tokens per second.
 
         Then small steps learn most, and the shorter the run, the smaller: the noise that a batch has to average
-        out grows as the loss falls (McCandlish et al. 2018). And half the blocks, at half the time per token, learn
-        more than all; the others join late (progressive stacking, Gong et al. 2019).
+        out grows as the loss falls (McCandlish et al. 2018). And half the blocks, in little more than half the time
+        per token, learn more than all; the others join late (progressive stacking, Gong et al. 2019).
         """
         recipe = replace(self, grow_at=self.cpu_grow_at)
         if self.cpu_batch_tokens is None:

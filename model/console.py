@@ -92,8 +92,9 @@ class ProgressBar:
         per_second = self.speed / self.tokens_per_step
         left = max(0, min(self.max_steps - self.step, (self.time_limit - self.seconds) * per_second))
         self.bar.total = self.step + math.ceil(left)
-        done = self.state.model.flops_per_token() * self.speed  # FLOP/s
-        mfu = f", MFU {100 * done / self.peak:.1f} %" if self.peak else ""
+        mfu = ""
+        if self.peak:
+            mfu = f", MFU {100 * self.state.model.flops_per_token() * self.speed / self.peak:.1f} %"
         text = f"loss {loss:.3f}, {self.speed:,.0f} tokens/s{mfu}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(steps)
