@@ -53,6 +53,7 @@ from model.runtime import (
     total_over,
     wait_for_all,
 )
+from model.sampled_softmax import make_shortlists
 from model.settings import UserError, read_settings, require, require_at_least, run_script
 from model.validation import validate, write_sample
 
@@ -88,6 +89,7 @@ GRAD_CLIP: float | None = None  # maximum gradient norm; 0: no clipping
 MASK_STORIES: bool | None = None  # attend within a story only, not to earlier stories in the window
 BIGRAM_START: bool | None = None  # initialise as a bigram model of the stories, not with random weights
 GROW_AT: float | None = None  # when the second half of the blocks joins, as a fraction of the run; 0: at once
+SAMPLED_SOFTMAX: bool | None = None  # compute the training loss from part of the vocabulary
 
 EVAL_INTERVAL: int | None = None  # steps between evaluations, each with a sample and a new loss curve
 EVAL_TOKENS = 65_536  # validation tokens per evaluation, evenly spread
@@ -194,8 +196,9 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
     if recipe.grow_at and not checkpoint:
         model.set_depth(recipe.depth(0.0, config.n_layer))
         model.silence(model.depth)
+    shortlists = make_shortlists(batches, config.vocab_size) if recipe.sampled_softmax else None
     if processes.first:
-        print_plan(settings, recipe, data, state, runtime, processes)
+        print_plan(settings, recipe, data, state, runtime, processes, shortlists.size if shortlists else 0)
         if checkpoint:
             print(f"resuming     from {shown(path)}, after step {state.step:,}")
         elif recipe.bigram_start:
@@ -208,8 +211,9 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
 
     # Forward pass, compiled if possible, with a micro-batch that fits in memory
     mine = np.array_split(np.arange(windows_per_step), processes.count)[processes.rank]
+    shortlist = shortlists and shortlists.shortlist(0, device)
     prepare = functools.partial(
-        prepare_forward, model, runtime, len(mine), processes, with_stories=recipe.mask_stories
+        prepare_forward, model, runtime, len(mine), processes, recipe.mask_stories, shortlist
     )
     loss_of, settings.micro_batch = prepare(settings.micro_batch)
     if processes.first:
@@ -268,6 +272,7 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
         started = time.perf_counter()
         rate = learning_rate(recipe, state.step, progress)
         starts = batches.starts(state.step)[mine]
+        shortlist = shortlists and shortlists.shortlist(state.step, device)
         loss = torch.zeros((), device=device)
         for first in range(0, len(mine), settings.micro_batch):
             chosen = starts[first : first + settings.micro_batch]
@@ -281,7 +286,7 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
             last = first + settings.micro_batch >= len(mine)
             with contextlib.nullcontext() if last or processes.count == 1 else loss_of.no_sync():
                 with runtime.autocast():
-                    mean = loss_of(inputs, targets, story_ids)
+                    mean = loss_of(inputs, targets, story_ids, shortlist)
                 scaler.scale(mean * share * processes.count).backward()
             loss += mean.detach() * share
         for optimizer in optimizers:

@@ -31,8 +31,8 @@ DTYPE = "bfloat16"  # float32 or bfloat16
 COMPILE = "off"  # on or off: torch.compile
 LONGEST = 1.5  # maximum seconds of training before a kill
 
-TINY = """--preset quickstart --n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --batch-tokens 512 --dropout 0.1
---eval-interval 4 --save-interval 3 --eval-tokens 512 --log-interval 1 --sample-tokens 4""".split()
+TINY = """--preset quickstart --n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --vocab-size 2000 --batch-tokens 512
+--dropout 0.1 --eval-interval 4 --save-interval 3 --eval-tokens 512 --log-interval 1 --sample-tokens 4""".split()
 
 
 def main() -> None:

@@ -17,6 +17,8 @@ from model.files import command, read_json, sha256_file, shown
 from model.settings import UserError, require_seed
 
 PREPARE = command("data/prepare_data.py")
+COUNTED = 2**23  # at most so many tokens, in pieces, where frequencies are counted
+PIECE = 2**16
 SIGNED = {"i2": torch.int16, "i4": torch.int32}
 META = ("dtype", "vocab_size", "eot_id", "tokenizer_sha256", "splits")
 
@@ -174,6 +176,12 @@ class Batches:
             return to_device(self.windows(starts), device)
         indices = to_device(starts, device)[:, None] + torch.arange(self.block_size + 1, device=device)
         return self._resident[indices % len(self.tokens)].long() & (2 ** (8 * self.tokens.itemsize) - 1)
+
+
+def spread(tokens: np.ndarray) -> np.ndarray:
+    """At most COUNTED of the tokens, to count: pieces spread evenly over all."""
+    pieces = np.array_split(tokens, -(-len(tokens) // PIECE))
+    return np.concatenate(pieces[:: -(-len(tokens) // COUNTED)])
 
 
 def number_stories(idx: Tensor, eot_id: int) -> Tensor:

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.batches import spread
 from model.gpt import GPT
 
-COUNTED = 2**23  # at most this many tokens, in pieces spread over the stories
-PIECE = 2**16
 # Pseudo-count of the unigram prior; 30 and 300 were no better
 PRIOR = 100.0
 # RMS of the embedding weights: large compared to a training step, small compared to normalised states
@@ -27,8 +26,7 @@ def count_bigrams(
     tokens: np.ndarray, vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Bigrams as first token, second token and count (each (N,) int64), and unigram frequencies (V,)."""
-    pieces = np.array_split(tokens, -(-len(tokens) // PIECE))
-    sample = np.concatenate(pieces[:: -(-len(tokens) // COUNTED)]).astype(np.int64)
+    sample = spread(tokens).astype(np.int64)
     pairs, counts = np.unique(sample[:-1] * vocab_size + sample[1:], return_counts=True)
     frequency = np.bincount(sample, minlength=vocab_size) + 0.5  # no token gets probability zero
     return pairs // vocab_size, pairs % vocab_size, counts, frequency / frequency.sum()

@@ -100,6 +100,8 @@ class Recipe:
     bigram_start: bool = True  # initialise a new model as a bigram model of the stories, if its shape allows
     grow_at: float = 0.0  # when the second half of the blocks joins, as a fraction of the run; 0: at once
     cpu_grow_at: float = 0.8  # on a CPU; not measured on a GPU
+    sampled_softmax: bool = False  # compute the training loss from part of the vocabulary
+    cpu_sampled_softmax: bool = True  # on a CPU, where the output head takes a third of the time
     eval_interval: int = 1_000
     cpu_eval_interval: int | None = 200
 
@@ -126,9 +128,10 @@ class Recipe:
 
         Then small steps learn most, and the shorter the run, the smaller: the noise that a batch has to average
         out grows as the loss falls (McCandlish et al. 2018). And half the blocks, in little more than half the time
-        per token, learn more than all; the others join late (progressive stacking, Gong et al. 2019).
+        per token, learn more than all; the others join late (progressive stacking, Gong et al. 2019). Computing the
+        loss from part of a large vocabulary makes steps shorter, too (see model/sampled_softmax.py).
         """
-        recipe = replace(self, grow_at=self.cpu_grow_at)
+        recipe = replace(self, grow_at=self.cpu_grow_at, sampled_softmax=self.cpu_sampled_softmax)
         if self.cpu_batch_tokens is None:
             return recipe
         share = 2 if minutes is not None and minutes < SHORT_MINUTES else 1
@@ -169,6 +172,7 @@ ADAMW = Recipe(
     mask_stories=False,
     bigram_start=False,
     cpu_grow_at=0.0,
+    cpu_sampled_softmax=False,
 )
 
 # The default learning rate if another optimizer than the preset's is chosen

@@ -32,6 +32,7 @@ def print_plan(
     state: TrainingState,
     runtime: Runtime,
     processes: Processes,
+    shortlist_size: int = 0,
 ) -> None:
     """Print what will be trained, on what data and device, and for how long."""
     config, train = state.model.config, data.train
@@ -40,6 +41,7 @@ def print_plan(
     epochs = recipe.max_steps * tokens_per_step / len(train.tokens)
     where = f" on {processes.count} processes" if processes.count > 1 else ""
     half = recipe.depth(0.0, config.n_layer)
+    softmax = f"; softmax over {shortlist_size:,} tokens" if shortlist_size else ""
     growth = f"; {half} layers until {100 * recipe.grow_at:g} % are done" if half < config.n_layer else ""
     print(
         f"stories      {train.stories:,} ({len(train.tokens):,} tokens) for training, "
@@ -51,7 +53,7 @@ def print_plan(
         f"device       {runtime.reasons}{where}\n"
         f"run          {recipe.max_steps:,} steps{minutes}, {tokens_per_step:,} tokens each (at most "
         f"{epochs:.1f} epochs); {recipe.optimizer}, learning rate {recipe.learning_rate:g}, {recipe.schedule} "
-        f"decay{growth}\n"
+        f"decay{softmax}{growth}\n"
         f"results      in {shown(settings.checkpoint_dir)}"
     )
     if epochs > MANY_EPOCHS and not (recipe.max_minutes or config.dropout or state.step):

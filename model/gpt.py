@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens each, C = n_embd, H heads of size D, V = vocab_siz
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +137,13 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
+class Shortlist(NamedTuple):
+    """The tokens of a sampled softmax: see model/sampled_softmax.py."""
+
+    ids: Tensor  # (K,) int64, ascending
+    log_counts: Tensor  # (K,) float32: logarithm of how many tokens each stands for, 0 for itself alone
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -203,12 +211,24 @@ class GPT(nn.Module):
             x = block(x, rotary, seen)
         return self.norm(x)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, stories: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        stories: Tensor | None = None,
+        shortlist: Shortlist | None = None,
+    ) -> Tensor:
         """Logits (B, T, V), or with targets (B, T) the mean cross-entropy in nats per token (float32).
 
-        With `stories` (B, T), the index of each token's story, a token attends only within its own story.
+        With `stories` (B, T), the index of each token's story, a token attends only within its own story. With a
+        `shortlist`, which must contain all targets, the cross-entropy is an estimate from these tokens alone.
         """
-        logits = F.linear(self.hidden(idx, stories), self.head_weight)
+        states = self.hidden(idx, stories)
+        if shortlist is None:
+            logits = F.linear(states, self.head_weight)
+        else:
+            logits = F.linear(states, self.head_weight[shortlist.ids]) + shortlist.log_counts
+            targets = torch.searchsorted(shortlist.ids, targets.contiguous())
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

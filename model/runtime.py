@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.gpt import GPT
+from model.gpt import GPT, Shortlist
 from model.settings import REPO, UserError, first_line, require, warn
 
 # Dense bfloat16 (float16 on the T4 and V100) peak in FLOP/s, from the vendors' data sheets
@@ -272,13 +272,19 @@ def ran_out_of_memory(error: Exception) -> bool:
 
 
 def prepare_forward(
-    model: GPT, runtime: Runtime, windows: int, processes: Processes, wanted: int, with_stories: bool = False
+    model: GPT,
+    runtime: Runtime,
+    windows: int,
+    processes: Processes,
+    with_stories: bool,
+    shortlist: Shortlist | None,
+    wanted: int,
 ) -> tuple[nn.Module, int]:
-    """The function (idx, targets, stories) -> loss, compiled if possible, and the micro-batch in windows.
+    """The function (idx, targets, stories, shortlist) -> loss, compiled if possible, and the micro-batch in windows.
 
-    With several processes, its backward pass averages their gradients. Runs it on each size of micro-batch, so that
-    failures come before the first step: if memory runs out, it halves the micro-batch; if compilation fails, it falls
-    back to eager mode.
+    With several processes, its backward pass averages their gradients. Runs it on each size of micro-batch (with any
+    step's shortlist), so that failures come before the first step: if memory runs out, it halves the micro-batch; if
+    compilation fails, it falls back to eager mode.
     """
     micro_batch = min(wanted or guess_micro_batch(model, runtime), windows)
     if not wanted:  # prefer slightly smaller but equal micro-batches, so that only one size is compiled
@@ -298,7 +304,7 @@ def prepare_forward(
                 rows = torch.zeros(size, model.config.block_size + 1, dtype=torch.long, device=runtime.device)
                 inputs, targets = rows[:, :-1], rows[:, 1:]
                 with runtime.autocast():
-                    loss = forward(inputs, targets, inputs.int() if with_stories else None)
+                    loss = forward(inputs, targets, inputs.int() if with_stories else None, shortlist)
                 loss.backward()
         except Exception as error:  # compilation can fail in many ways; eager mode still works
             loss = None  # frees the memory held by the failed attempt

@@ -30,6 +30,7 @@ from model.runtime import (
     prepare_forward,
     ran_out_of_memory,
 )
+from model.sampled_softmax import Shortlists
 from model.settings import UserError, read_settings
 from model.validation import validate
 from train import main
@@ -38,6 +39,7 @@ TINY = (
     "--preset quickstart --n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --batch-tokens 512 --max-steps 12 "
     "--warmup-steps 2 --eval-interval 4 --eval-tokens 1024 --log-interval 1 --sample-tokens 8 --compile off"
 ).split()
+LARGE_VOCABULARY = ["--vocab-size", "2000"]  # of which a softmax may be sampled
 
 
 @pytest.fixture
@@ -107,18 +109,25 @@ def test_keep_limits_the_checkpoints(train):
     assert [path.name for path in list_checkpoints(folder)] == ["ckpt_12.pt"]
 
 
-@pytest.mark.parametrize(("mask", "grow_at"), [("--mask-stories", 0.5), ("--no-mask-stories", 0)])
-def test_losses_are_those_of_a_plain_loop(train, packed, mask, grow_at):
+@pytest.mark.parametrize(
+    ("mask", "grow_at", "vocab_size"),
+    [("--mask-stories", 0.5, 400), ("--no-mask-stories", 0, 400), ("--mask-stories", 0.5, 2_000)],
+)
+def test_losses_are_those_of_a_plain_loop(train, packed, mask, grow_at, vocab_size):
     """GPT-2's blocks under AdamW in float32, against the textbook loop: no micro-batches, nothing fused.
 
-    Until it joins, the second block is there, but adds nothing and gets no gradients.
+    Until it joins, the second block is there, but adds nothing and gets no gradients; and of a large vocabulary, the
+    tokens that are not in a step's shortlist are left out.
     """
     flags = "--blocks gpt2 --optimizer adamw --dtype float32 --micro-batch 3 --learning-rate 1e-3 --weight-decay 0.1"
     cosine = "--schedule cosine --decay-fraction 1".split()
-    folder, _ = train("run", *flags.split(), *cosine, mask, "--grow-at", grow_at)
+    shape = ["--vocab-size", vocab_size, mask, "--grow-at", grow_at]
+    folder, result = train("run", *flags.split(), *cosine, *shape)
+    sampled = vocab_size == 2_000
+    assert sampled == ("; softmax over 500 tokens; 1 layers until 50 % are done" in result.out)
     data = load_data(packed)
     torch.manual_seed(1337)
-    model = GPT(GPTConfig(400, 32, 2, 2, 32, blocks="gpt2", tie_weights=False)).double()
+    model = GPT(GPTConfig(vocab_size, 32, 2, 2, 32, blocks="gpt2", tie_weights=False)).double()
     second = model.blocks[1]
     if grow_at:
         torch.nn.init.zeros_(second.attention.proj.weight)
@@ -137,6 +146,10 @@ def test_losses_are_those_of_a_plain_loop(train, packed, mask, grow_at):
                 [[row[: k + 1].count(data.eot_id) for k in range(32)] for row in inputs.tolist()]
             )
         logits = model(inputs, stories=stories)
+        if sampled:
+            ids, log_counts = Shortlists(batches, vocab_size).shortlist(step, torch.device("cpu"))
+            left_out = torch.full((vocab_size,), -math.inf).index_fill(0, ids, 0.0)
+            logits = logits + left_out.index_copy(0, ids, log_counts)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
         loss.backward()
         if step < 12 * grow_at:
@@ -227,7 +240,7 @@ def test_a_run_that_has_grown_never_shrinks(train):
     ],
 )
 def test_an_interrupted_run_goes_on_exactly(train, packed, tmp_path, dtype, how):
-    flags = ["--dtype", dtype, "--dropout", "0.1", "--micro-batch", "5", "--save-interval", "3"]
+    flags = f"--dtype {dtype} --dropout 0.1 --micro-batch 5 --save-interval 3".split() + LARGE_VOCABULARY
     whole, _ = train("whole", *flags)
     broken = tmp_path / "broken"
     places = ["--data-dir", packed, "--checkpoint-dir", broken]
@@ -266,8 +279,8 @@ def torchrun(*arguments, check=True):
 
 
 def test_four_processes_train_as_one_does(train, packed, tmp_path):
-    one, _ = train("one", "--dtype", "float32")
-    result = torchrun(4, packed, tmp_path / "four")
+    one, _ = train("one", "--dtype", "float32", *LARGE_VOCABULARY)
+    result = torchrun(4, packed, tmp_path / "four", *LARGE_VOCABULARY)
     assert result.stdout.count("steps: 12") == 1  # only the first process speaks
     np.testing.assert_allclose(losses(tmp_path / "four"), losses(one), rtol=1e-5)
 
@@ -305,17 +318,18 @@ def test_torchrun_restarts_a_killed_worker_and_the_losses_stay_the_same(train, p
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_compiled_and_eager_runs_agree(train, dropout):
-    eager, _ = train("eager", "--dtype", "float32", "--dropout", dropout)
-    compiled, result = train("compiled", "--dtype", "float32", "--dropout", dropout, "--compile", "on")
+    flags = ["--dtype", "float32", "--dropout", dropout, *LARGE_VOCABULARY]
+    eager, _ = train("eager", *flags)
+    compiled, result = train("compiled", *flags, "--compile", "on")
     assert result.err == ""
     np.testing.assert_allclose(losses(compiled), losses(eager), rtol=1e-5)
 
 
 def test_two_hundred_fast_steps_are_those_of_the_plain_path(train, monkeypatch):
     """bfloat16 and all that is fast, against float32, the fused attention kernel and one window at a time."""
-    fast, _ = train("fast", "--max-steps", 200, "--dtype", "bfloat16")
+    fast, _ = train("fast", "--max-steps", 200, "--dtype", "bfloat16", *LARGE_VOCABULARY)
     monkeypatch.setattr("model.gpt.PLAIN_UP_TO", 0)
-    plain, _ = train("plain", "--max-steps", 200, "--dtype", "float32", "--micro-batch", 1)
+    plain, _ = train("plain", "--max-steps", 200, "--dtype", "float32", "--micro-batch", 1, *LARGE_VOCABULARY)
     assert losses(plain)[-1] < 0.8 * losses(plain)[0]
     np.testing.assert_allclose(losses(fast), losses(plain), rtol=0.02)
 
@@ -612,7 +626,7 @@ def test_micro_batches_are_equal_if_slightly_smaller_ones_are(monkeypatch, windo
     monkeypatch.setattr("model.runtime.guess_micro_batch", lambda model, runtime: fits)
     model = GPT(GPTConfig(vocab_size=16, block_size=4, n_layer=1, n_head=1, n_embd=4))
     runtime = Runtime(torch.device("cpu"), torch.float32, False, "")
-    assert prepare_forward(model, runtime, windows, Processes(), wanted=0)[1] == chosen
+    assert prepare_forward(model, runtime, windows, Processes(), False, None, wanted=0)[1] == chosen
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory. Tried", "CUBLAS_STATUS_ALLOC_FAILED when calling"])
