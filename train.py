@@ -197,8 +197,9 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
         model.set_depth(recipe.depth(0.0, config.n_layer))
         model.silence(model.depth)
     shortlists = make_shortlists(batches, config.vocab_size) if recipe.sampled_softmax else None
+    shortlist_size = shortlists.size if shortlists else 0
     if processes.first:
-        print_plan(settings, recipe, data, state, runtime, processes, shortlists.size if shortlists else 0)
+        print_plan(settings, recipe, data, state, runtime, processes, shortlist_size)
         if checkpoint:
             print(f"resuming     from {shown(path)}, after step {state.step:,}")
         elif recipe.bigram_start:
@@ -220,7 +221,7 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
         micro_batches = -(-len(mine) // settings.micro_batch)
         print(f"micro-batch  {settings.micro_batch} windows, {micro_batches} per step", flush=True)
     metrics = Metrics(folder, state.step, state.last_evaluation) if processes.first else None
-    progress_bar = ProgressBar(state, recipe, tokens_per_step, runtime, processes)
+    progress_bar = ProgressBar(state, recipe, tokens_per_step, runtime, processes, shortlist_size)
     stop = StopRequest(processes)
     saved_at, progress = state.step, 0.0
     not_finite = torch.zeros((), dtype=torch.int, device=device)  # steps in a row so far

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from evaluate import real_stories
 from model.batches import load_data
 from model.checkpoint import find_checkpoint, load_model
-from model.config import GPTConfig, find_preset
+from model.config import PRESETS, GPTConfig
 from model.decoder import Decoder, KVCache
 from model.generation import Sampling, generate_all
 from model.gpt import GPT
@@ -54,8 +54,8 @@ FINAL_NORM = 18.0
 
 
 def main() -> None:
-    settings = read_settings(__file__)
-    device, config = choose_device(settings.device), find_preset(settings.preset).config
+    settings = read_settings(__file__, choices={"preset": tuple(PRESETS)})
+    device, config = choose_device(settings.device), PRESETS[settings.preset].config
     print(f"{settings.preset}: {device_name(device)}; torch {torch.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         contenders = list_contenders(settings, config, device, Path(folder))

@@ -178,7 +178,7 @@ class Batches:
         return self._resident[indices % len(self.tokens)].long() & (2 ** (8 * self.tokens.itemsize) - 1)
 
 
-def spread(tokens: np.ndarray) -> np.ndarray:
+def excerpt(tokens: np.ndarray) -> np.ndarray:
     """At most COUNTED of the tokens, to count: pieces spread evenly over all."""
     pieces = np.array_split(tokens, -(-len(tokens) // PIECE))
     return np.concatenate(pieces[:: -(-len(tokens) // COUNTED)])

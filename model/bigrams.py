@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.batches import spread
+from model.batches import excerpt
 from model.gpt import GPT
 
 # Pseudo-count of the unigram prior; 30 and 300 were no better
@@ -26,7 +26,7 @@ def count_bigrams(
     tokens: np.ndarray, vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Bigrams as first token, second token and count (each (N,) int64), and unigram frequencies (V,)."""
-    sample = spread(tokens).astype(np.int64)
+    sample = excerpt(tokens).astype(np.int64)
     pairs, counts = np.unique(sample[:-1] * vocab_size + sample[1:], return_counts=True)
     frequency = np.bincount(sample, minlength=vocab_size) + 0.5  # no token gets probability zero
     return pairs // vocab_size, pairs % vocab_size, counts, frequency / frequency.sum()

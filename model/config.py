@@ -2,13 +2,20 @@
 
 from dataclasses import dataclass, field, fields, replace
 
-from model.settings import UserError, require
+from model.settings import require
 
 BLOCK_FAMILIES = ("modern", "gpt2")
 OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("linear", "cosine")
-SHORT_MINUTES = 2  # below this, a run on a CPU takes smaller steps
 NORM_EPS = {"modern": 1e-6, "gpt2": 1e-5}  # of RMSNorm and LayerNorm
+
+# A CPU trains on few tokens per second. Then small steps learn most, and the shorter the run, the smaller: the noise
+# that a batch has to average out grows as the loss falls (McCandlish et al. 2018).
+CPU_STEPS = {"batch_tokens": 4_096, "eval_interval": 200}
+SHORT_MINUTES = 2  # runs of less than this take half of it
+# And in the same time, half of the blocks learn more than all; the others join late (progressive stacking, Gong et al.
+# 2019). The loss of part of the vocabulary takes less time, too (model/sampled_softmax.py). Not measured on a GPU.
+CPU_SHORTCUTS = {"grow_at": 0.8, "sampled_softmax": True}
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,6 @@ class Recipe:
     """
 
     batch_tokens: int = 65_536
-    cpu_batch_tokens: int | None = 4_096  # on a CPU: see on_cpu()
     max_steps: int = 20_000
     max_minutes: float | None = None
     optimizer: str = "muon"
@@ -99,11 +105,9 @@ class Recipe:
     mask_stories: bool = True  # attend within a story only
     bigram_start: bool = True  # initialise a new model as a bigram model of the stories, if its shape allows
     grow_at: float = 0.0  # when the second half of the blocks joins, as a fraction of the run; 0: at once
-    cpu_grow_at: float = 0.8  # on a CPU; not measured on a GPU
     sampled_softmax: bool = False  # compute the training loss from part of the vocabulary
-    cpu_sampled_softmax: bool = True  # on a CPU, where the output head takes a third of the time
     eval_interval: int = 1_000
-    cpu_eval_interval: int | None = 200
+    cpu: dict[str, object] = field(default_factory=lambda: CPU_STEPS | CPU_SHORTCUTS)  # other values on a CPU
 
     def __post_init__(self):
         for name in ("batch_tokens", "max_steps", "eval_interval"):
@@ -124,22 +128,13 @@ class Recipe:
         require(self.schedule in SCHEDULES, f"schedule must be linear or cosine, not {self.schedule!r}")
 
     def on_cpu(self, minutes: float | None) -> "Recipe":
-        """The recipe for a run of so many minutes (None: no limit) on a CPU, which trains on few tokens per second.
-
-        Then small steps learn most, and the shorter the run, the smaller: the noise that a batch has to average
-        out grows as the loss falls (McCandlish et al. 2018). And half the blocks, in little more than half the time
-        per token, learn more than all; the others join late (progressive stacking, Gong et al. 2019). Computing the
-        loss from part of a large vocabulary makes steps shorter, too (see model/sampled_softmax.py).
-        """
-        recipe = replace(self, grow_at=self.cpu_grow_at, sampled_softmax=self.cpu_sampled_softmax)
-        if self.cpu_batch_tokens is None:
-            return recipe
-        share = 2 if minutes is not None and minutes < SHORT_MINUTES else 1
-        return replace(
-            recipe,
-            batch_tokens=self.cpu_batch_tokens // share,
-            eval_interval=self.cpu_eval_interval * share,
-        )
+        """The recipe for a run of so many minutes (None: no limit) on a CPU; a short one takes still smaller steps."""
+        recipe = replace(self, **self.cpu)
+        if "batch_tokens" in self.cpu and minutes is not None and minutes < SHORT_MINUTES:
+            recipe = replace(
+                recipe, batch_tokens=recipe.batch_tokens // 2, eval_interval=2 * recipe.eval_interval
+            )
+        return recipe
 
     def windows_per_step(self, block_size: int) -> int:
         """Whole windows of block_size tokens per step, at least one."""
@@ -160,7 +155,7 @@ class Recipe:
         return min(1 - self.decay_fraction, self.grow_at or 1)
 
 
-RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if not f.name.startswith("cpu_"))
+RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if f.name != "cpu")
 
 ADAMW = Recipe(
     optimizer="adamw",
@@ -171,8 +166,7 @@ ADAMW = Recipe(
     final_learning_rate=0.1,
     mask_stories=False,
     bigram_start=False,
-    cpu_grow_at=0.0,
-    cpu_sampled_softmax=False,
+    cpu=CPU_STEPS,
 )
 
 # The default learning rate if another optimizer than the preset's is chosen
@@ -185,10 +179,6 @@ class Preset:
     recipe: Recipe = field(default_factory=Recipe)
 
 
-def _adamw(**changes: object) -> Recipe:
-    return replace(ADAMW, **{"cpu_batch_tokens": None, "cpu_eval_interval": None, **changes})
-
-
 GPT2_SMALL = {
     "vocab_size": 50_257,
     "n_layer": 6,
@@ -197,7 +187,8 @@ GPT2_SMALL = {
     "dropout": 0.1,
     "blocks": "gpt2",
 }
-SLM = _adamw(batch_tokens=32 * 32 * 128, learning_rate=1e-4, warmup_steps=1_000, eval_interval=250)
+PUBLISHED = replace(ADAMW, cpu={}, eval_interval=250)  # the same on any device
+SLM = replace(PUBLISHED, batch_tokens=32 * 32 * 128, learning_rate=1e-4, warmup_steps=1_000)
 
 PRESETS = {
     # 4 heads learn more per token than 8, and run faster; an untied output head allows the bigram start
@@ -208,9 +199,7 @@ PRESETS = {
     "tinystories-33m": Preset(
         GPTConfig(block_size=512, **GPT2_SMALL),
         # 80 windows of 512 tokens, 16 times per step; 20 epochs of 470 million tokens
-        _adamw(
-            batch_tokens=80 * 16 * 512, max_steps=14_300, learning_rate=5e-4, grad_clip=0.5, eval_interval=250
-        ),
+        replace(PUBLISHED, batch_tokens=80 * 16 * 512, max_steps=14_300, learning_rate=5e-4, grad_clip=0.5),
     ),
     "stories-15m": Preset(GPTConfig(vocab_size=32_000, n_layer=6, n_head=6, n_embd=288)),
     "stories-42m": Preset(GPTConfig(vocab_size=32_000, block_size=1_024, n_embd=512)),
@@ -220,20 +209,6 @@ PRESETS = {
     ),
     "quickstart": Preset(
         GPTConfig(vocab_size=2_048, n_layer=4, n_head=4, n_embd=192, tie_weights=False),
-        Recipe(
-            batch_tokens=2_048,
-            cpu_batch_tokens=None,
-            max_steps=2_400,
-            max_minutes=3.5,
-            eval_interval=200,
-            cpu_eval_interval=None,
-        ),
+        Recipe(batch_tokens=2_048, max_steps=2_400, max_minutes=3.5, eval_interval=200, cpu=CPU_SHORTCUTS),
     ),
 }
-
-
-def find_preset(name: str) -> Preset:
-    """The preset of that name. Raises UserError, listing the known names, if there is none."""
-    if name not in PRESETS:
-        raise UserError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]

@@ -42,7 +42,11 @@ def print_plan(
     where = f" on {processes.count} processes" if processes.count > 1 else ""
     half = recipe.depth(0.0, config.n_layer)
     softmax = f"; softmax over {shortlist_size:,} tokens" if shortlist_size else ""
-    growth = f"; {half} layers until {100 * recipe.grow_at:g} % are done" if half < config.n_layer else ""
+    growth = (
+        f"; {half} layer{'s' * (half > 1)} until {100 * recipe.grow_at:g} % are done"
+        if half < config.n_layer
+        else ""
+    )
     print(
         f"stories      {train.stories:,} ({len(train.tokens):,} tokens) for training, "
         f"{data.validation.stories:,} ({len(data.validation.tokens):,} tokens) for validation\n"
@@ -72,17 +76,18 @@ class ProgressBar:
         tokens_per_step: int,
         runtime: Runtime,
         processes: Processes,
+        shortlist_size: int = 0,
     ):
-        self.state, self.tokens_per_step, self.shows = state, tokens_per_step, processes.first
-        self.max_steps = recipe.max_steps
-        self.time_limit = 60 * recipe.max_minutes if recipe.max_minutes else math.inf
+        self.state, self.recipe, self.shows = state, recipe, processes.first
+        self.tokens_per_step = tokens_per_step
+        self.vocabulary = shortlist_size or state.model.config.vocab_size
         peak = peak_flops(runtime.device)
         self.peak = peak * processes.count if peak else None  # FLOP/s
         self.step, self.seconds, self.printed = state.step, state.seconds, time.monotonic()
         self.speed = 0.0  # tokens per second
         self.bar = tqdm(
             total=recipe.max_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.05,
-            disable=None if self.shows else True,
+            disable=None if self.shows else True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )  # fmt: skip
 
     def update(self, loss: float) -> None:
@@ -91,19 +96,38 @@ class ProgressBar:
         self.step, self.seconds = self.state.step, self.state.seconds
         now = steps * self.tokens_per_step / max(seconds, 1e-9)
         self.speed = 0.9 * self.speed + 0.1 * now if self.speed else now
-        per_second = self.speed / self.tokens_per_step
-        left = max(0, min(self.max_steps - self.step, (self.time_limit - self.seconds) * per_second))
-        self.bar.total = self.step + math.ceil(left)
         mfu = ""
         if self.peak:
-            mfu = f", MFU {100 * self.state.model.flops_per_token() * self.speed / self.peak:.1f} %"
-        text = f"loss {loss:.3f}, {self.speed:,.0f} tokens/s{mfu}"
+            mfu = f", MFU {100 * self.flops(self.state.model.depth) * self.speed / self.peak:.1f} %"
+        steps_left, minutes_left = self.remaining()
+        text = f"loss {loss:.3f}, {self.speed:,.0f} tokens/s{mfu}, {minutes_left:.1f} minutes left"
+        self.bar.total = self.step + steps_left
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(steps)
         if self.shows and self.bar.disable and time.monotonic() - self.printed > QUIET_SECONDS:
-            self.say(
-                f"step {self.step:,} of {self.bar.total:,}: {text}, {left / per_second / 60:.1f} minutes left"
-            )
+            self.say(f"step {self.step:,} of {self.bar.total:,}: {text}")
+
+    def flops(self, depth: int) -> float:
+        return self.state.model.flops_per_token(depth, self.vocabulary)
+
+    def remaining(self) -> tuple[int, float]:
+        """Steps and minutes until the end. When all blocks train, steps will take longer by as many operations."""
+        recipe, model = self.recipe, self.state.model
+        slower = self.flops(model.config.n_layer) / self.flops(model.depth)
+        seconds_per_step = self.tokens_per_step / self.speed
+
+        def left(total: float, done: float) -> tuple[float, float]:
+            """What is left of a number of steps or seconds: before all blocks train, and after."""
+            first = max(0, total * recipe.grow_at - done) if slower > 1 else 0
+            return first, max(0, total - done) - first
+
+        now, later = left(recipe.max_steps, self.step)
+        steps, seconds = recipe.max_steps - self.step, (now + later * slower) * seconds_per_step
+        if recipe.max_minutes:
+            now, later = left(60 * recipe.max_minutes, self.seconds)
+            steps = min(steps, math.ceil((now + later / slower) / seconds_per_step))
+            seconds = min(seconds, now + later)
+        return steps, seconds / 60
 
     def say(self, text: str) -> None:
         if self.shows:

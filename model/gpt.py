@@ -236,14 +236,15 @@ class GPT(nn.Module):
     def count_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def flops_per_token(self) -> float:
-        """Floating-point operations to train on one token: 6 per trained weight in a matrix product, plus attention.
+    def flops_per_token(self, depth: int | None = None, vocabulary: int | None = None) -> float:
+        """Floating-point operations to train on one token: 6 per weight in a matrix product, plus attention.
 
         The formula of PaLM's appendix B (Chowdhery et al. 2022), which counts the output head but not the
-        embedding look-up, and attention in full, although half of it is masked.
+        embedding look-up, and attention in full, although half of it is masked. `depth` blocks are counted (default:
+        those in use) and a softmax over `vocabulary` tokens (default: all).
         """
-        trained = ((name, p) for name, p in self.named_parameters() if p.requires_grad and p.dim() == 2)
-        matrices = sum(p.numel() for name, p in trained if "embedding" not in name)
-        matrices += self.head_weight.numel() if self.config.tie_weights else 0
+        depth = self.depth if depth is None else depth
+        matrices = sum(p.numel() for block in self.blocks[:depth] for p in block.parameters() if p.dim() == 2)
+        matrices += (vocabulary or self.config.vocab_size) * self.config.n_embd
         heads = self.config.n_head * self.config.head_dim
-        return 6 * matrices + 12 * self.depth * heads * self.config.block_size
+        return 6 * matrices + 12 * depth * heads * self.config.block_size

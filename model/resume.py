@@ -16,7 +16,7 @@ import torch
 
 from model.batches import Data, fingerprints
 from model.checkpoint import BEFORE_DECAY, list_checkpoints, load_checkpoint, step_of
-from model.config import CONFIG_FIELDS, LEARNING_RATES, RECIPE_FIELDS, GPTConfig, Recipe, find_preset
+from model.config import CONFIG_FIELDS, LEARNING_RATES, PRESETS, RECIPE_FIELDS, GPTConfig, Recipe
 from model.files import command, remove_leftovers, shown
 from model.gpt import GPT
 from model.huggingface import Pretrained, token_table
@@ -139,7 +139,7 @@ def left_open(settings: SimpleNamespace, name: str) -> bool:
 def fill_from_preset(
     settings: SimpleNamespace, data: Data, on_cpu: bool, pretrained: Pretrained | None
 ) -> None:
-    preset = find_preset(settings.preset)
+    preset = PRESETS[settings.preset]
     recipe = preset.recipe
     if on_cpu:
         recipe = recipe.on_cpu(

@@ -7,7 +7,7 @@ a random few of these stand for all (importance sampling: Bengio and Senécal 20
 import numpy as np
 import torch
 
-from model.batches import Batches, spread
+from model.batches import Batches, excerpt
 from model.gpt import Shortlist
 
 SIZE = 0.25  # tokens in a shortlist, as a fraction of the vocabulary
@@ -21,7 +21,7 @@ class Shortlists:
         self.batches, self.vocab_size = batches, vocab_size
         self.size = int(SIZE * vocab_size)
         self.sure = int(SURE * self.size)
-        counts = np.bincount(spread(batches.tokens), minlength=vocab_size)
+        counts = np.bincount(excerpt(batches.tokens), minlength=vocab_size)
         self.by_frequency = np.argsort(-counts, kind="stable")
 
     def targets(self, step: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,15 @@ from model.settings import UserError, require
 CPU_LOGITS = 256 * 10_000
 SEARCH_BLOCK = 200  # see largest(); divides 10,000 and 32,000
 RESAMPLES = 1_000
+
+
+class Window(NamedTuple):
+    """A part of a story that is read at once."""
+
+    story: int  # index of the story
+    first: int  # positions first to end - 1 are read,
+    end: int
+    scored: int  # and of these, `scored` to end - 1 are scored
 
 
 @dataclass(frozen=True)
@@ -66,13 +76,13 @@ def bits_per_byte(nats: np.ndarray, size: np.ndarray) -> np.ndarray:
     return nats / (math.log(2) * size)
 
 
-def sliding_windows(length: int, block_size: int) -> list[tuple[int, int, int]]:
-    """(first, end, scored from) for each window over a sequence, so that each position is scored once."""
+def sliding_windows(story: int, length: int, block_size: int) -> list[Window]:
+    """Windows over a story of so many positions, so that each is scored once."""
     windows, end = [], 0
     while end < length:
         first = len(windows) * max(1, block_size // 2)
-        windows.append((first, min(length, first + block_size), end))
-        end = windows[-1][1]
+        windows.append(Window(story, first, min(length, first + block_size), scored=end))
+        end = windows[-1].end
     return windows
 
 
@@ -97,11 +107,13 @@ def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, ba
     sequences = encode_stories(candidate, stories)
     tokens = np.array([len(ids) - 1 for ids in sequences])
     windows = [
-        (story, *window)
+        window
         for story, length in enumerate(tokens.tolist())
-        for window in sliding_windows(length, candidate.block_size)
+        for window in sliding_windows(story, length, candidate.block_size)
     ]
-    windows.sort(key=lambda w: w[1] - w[2])  # longest first, so that windows in a batch have similar lengths
+    windows.sort(
+        key=lambda window: window.first - window.end
+    )  # longest first, so that windows in a batch have similar lengths
     loss, right = np.zeros(len(stories)), np.zeros(len(stories), int)
     position_loss = np.zeros(tokens.max())
 
@@ -134,21 +146,21 @@ def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, ba
     return Scores(loss, right, tokens, sizes, position_loss)
 
 
-def pack(windows: list[tuple], batch_size: int, tokens: int) -> Iterator[list[tuple]]:
+def pack(windows: list[Window], batch_size: int, tokens: int) -> Iterator[list[Window]]:
     """Group windows, longest first, in batches of `batch_size`, or of about `tokens` tokens."""
     first = 0
     while first < len(windows):
-        longest = windows[first][2] - windows[first][1]
+        longest = windows[first].end - windows[first].first
         batch = windows[first : first + (batch_size or max(1, tokens // longest))]
         yield batch
         first += len(batch)
 
 
 def lay_out(
-    batch: list[tuple], sequences: list[np.ndarray], pad: int
+    batch: list[Window], sequences: list[np.ndarray], pad: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """For N scored positions: story, position in the story, inputs padded to (B, T), index in (B * T,), target."""
-    width = max(end - first for _, first, end, _ in batch)
+    width = max(window.end - window.first for window in batch)
     inputs = np.full((len(batch), width), pad)
     story, position, rows, targets = [], [], [], []
     for row, (number, first, end, scored) in enumerate(batch):

@@ -19,7 +19,7 @@ DEVICE = "cuda"
 
 TINY = """--preset quickstart --n-layer 2 --n-head 2 --n-embd 64 --block-size 64 --batch-tokens 1024 --warmup-steps 2
 --eval-interval 4 --eval-tokens 1024 --log-interval 1 --sample-tokens 8 --max-minutes none
---grow-at 0.5""".split()
+--grow-at 0.5 --vocab-size 2000 --sampled-softmax""".split()
 
 
 @pytest.fixture

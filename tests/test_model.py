@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from model.config import PRESETS, GPTConfig, find_preset
+from model.config import PRESETS, GPTConfig
 from model.gpt import GPT, plain_attention
 from model.huggingface import to_config_json, to_huggingface
 from model.settings import UserError
@@ -354,9 +354,6 @@ def test_odd_heads_do_for_gpt2():
 
 def test_the_defaults_are_the_default_preset():
     assert PRESETS["stories-9m"].config == GPTConfig(n_head=4, tie_weights=False)
-    assert find_preset("stories-9m") is PRESETS["stories-9m"]
-    with pytest.raises(UserError, match=r"'stories'.*stories-9m"):
-        find_preset("stories")
 
 
 def test_a_cpu_takes_smaller_steps_the_smaller_the_shorter_the_run_and_grows():

@@ -175,7 +175,7 @@ def test_bfloat16_scores_are_close(tokenizer):
 def test_windows_score_each_position_once_with_half_a_context_before_it(block_size):
     for length in range(1, 8 * block_size + 3):
         scored = []
-        for number, (first, end, begin) in enumerate(sliding_windows(length, block_size)):
+        for number, (_, first, end, begin) in enumerate(sliding_windows(0, length, block_size)):
             assert first == number * max(1, block_size // 2)
             assert first <= begin < end <= min(length, first + block_size)
             assert number == 0 or begin - first >= block_size // 2

@@ -18,7 +18,7 @@ from model.batches import Batches, Data, Split, load_data, validation_windows
 from model.bigrams import begin_as_bigrams
 from model.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from model.config import PRESETS, GPTConfig, Recipe
-from model.console import StopRequest, print_end, print_plan
+from model.console import ProgressBar, StopRequest, print_end, print_plan
 from model.gpt import GPT
 from model.metrics import smooth, write_samples
 from model.resume import TrainingState, rewind, settle
@@ -124,7 +124,7 @@ def test_losses_are_those_of_a_plain_loop(train, packed, mask, grow_at, vocab_si
     shape = ["--vocab-size", vocab_size, mask, "--grow-at", grow_at]
     folder, result = train("run", *flags.split(), *cosine, *shape)
     sampled = vocab_size == 2_000
-    assert sampled == ("; softmax over 500 tokens; 1 layers until 50 % are done" in result.out)
+    assert sampled == ("; softmax over 500 tokens; 1 layer until 50 % are done" in result.out)
     data = load_data(packed)
     torch.manual_seed(1337)
     model = GPT(GPTConfig(vocab_size, 32, 2, 2, 32, blocks="gpt2", tie_weights=False)).double()
@@ -220,6 +220,27 @@ def test_the_second_half_of_the_blocks_joins_later(train, bigrams):
         silent = last and name.endswith(("proj.weight", "down.weight"))
         assert not (silent and weight.any())
         assert not (silent and torch.equal(weight, after["weights"][name]))
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_minutes": 10.0}, {"max_steps": 10**6, "max_minutes": 10.0}])
+@pytest.mark.parametrize(("depth", "grow_at"), [(2, 0.8), (4, 0.8), (4, 0.0)])
+def test_the_time_left_includes_that_steps_become_slower(limits, depth, grow_at):
+    """Against steps counted one by one, from step 100 after 50 seconds, at half a second per step for now."""
+    recipe = Recipe(**{"max_steps": 1_000, "grow_at": grow_at, **limits})
+    model = GPT(GPTConfig(400, 32, 4, 2, 32))
+    model.set_depth(depth)
+    state = TrainingState(model, [], None, step=100, seconds=50.0)
+    runtime = Runtime(torch.device("cpu"), torch.float32, False, "")
+    bar = ProgressBar(state, recipe, 512, runtime, Processes(rank=1, count=2), shortlist_size=100)
+    bar.speed = 1_024.0
+    slower = model.flops_per_token(4, 100) / model.flops_per_token(depth, 100)
+    assert 1 < slower < 2 if depth == 2 else slower == 1
+    step, seconds = state.step, state.seconds
+    while (progress := recipe.progress(step, seconds)) < 1:
+        step, seconds = step + 1, seconds + 0.5 * (slower if progress >= grow_at else 1)
+    steps_left, minutes_left = bar.remaining()
+    assert steps_left == pytest.approx(step - 100, abs=1)
+    assert minutes_left == pytest.approx((seconds - 50) / 60, abs=slower / 60)
 
 
 def test_a_run_that_has_grown_never_shrinks(train):
@@ -511,9 +532,9 @@ def poison(monkeypatch):
     def poison(steps):
         calls, forward = [], GPT.forward
 
-        def poisoned(self, idx, targets=None, stories=None):
+        def poisoned(self, idx, targets=None, *others):
             calls.append(1)  # the first call tries the micro-batch
-            loss = forward(self, idx, targets, stories)
+            loss = forward(self, idx, targets, *others)
             return loss * float("nan") if len(calls) - 1 in steps else loss
 
         monkeypatch.setattr(GPT, "forward", poisoned)
@@ -599,10 +620,10 @@ def test_a_run_that_stays_not_finite_stops_and_says_where(train, poison, tmp_pat
 def test_where_memory_runs_out_it_takes_half_or_says_what_to_take(train, monkeypatch):
     forward = GPT.forward
 
-    def too_large(self, idx, targets=None, stories=None):
+    def too_large(self, idx, targets=None, *others):
         if len(idx) > 4 and targets is not None and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, idx, targets, stories)
+        return forward(self, idx, targets, *others)
 
     monkeypatch.setattr(GPT, "forward", too_large)
     _, result = train("run", "--max-steps", 2)
@@ -610,11 +631,11 @@ def test_where_memory_runs_out_it_takes_half_or_says_what_to_take(train, monkeyp
 
     calls = []
 
-    def sudden(self, idx, targets=None, stories=None):
+    def sudden(self, idx, targets=None, *others):
         calls.append(1)
         if len(calls) == 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, idx, targets, stories)
+        return forward(self, idx, targets, *others)
 
     monkeypatch.setattr(GPT, "forward", sudden)
     with pytest.raises(UserError, match="--micro-batch 8"):
