@@ -101,11 +101,8 @@ def run_arm(arm: str, settings: SimpleNamespace, block_size: int) -> dict[str, f
             settings.seconds / 60,
         ]
         command += ["--eval-interval", 10**9, "--eval-tokens", 1, "--sample-tokens", 0, "--log-interval", 1]
-        command += [
-            "--grow-at",
-            0,
-            "--no-sampled-softmax",
-        ]  # like the peers: all layers, the whole vocabulary
+        # like the peers: all layers throughout, and the whole vocabulary
+        command += ["--grow-at", 0, "--no-sampled-softmax"]
         command += ["--dtype", "float32"] if arm.endswith("float32") else []
     else:
         command = [__file__, *common, "--peer", arm, "--seconds", settings.seconds]

@@ -42,11 +42,9 @@ def print_plan(
     where = f" on {processes.count} processes" if processes.count > 1 else ""
     half = recipe.depth(0.0, config.n_layer)
     softmax = f"; softmax over {shortlist_size:,} tokens" if shortlist_size else ""
-    growth = (
-        f"; {half} layer{'s' * (half > 1)} until {100 * recipe.grow_at:g} % are done"
-        if half < config.n_layer
-        else ""
-    )
+    growth = ""
+    if half < config.n_layer:
+        growth = f"; {half} layer{'s' * (half > 1)} until {100 * recipe.grow_at:g} % are done"
     print(
         f"stories      {train.stories:,} ({len(train.tokens):,} tokens) for training, "
         f"{data.validation.stories:,} ({len(data.validation.tokens):,} tokens) for validation\n"

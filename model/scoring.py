@@ -111,9 +111,8 @@ def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, ba
         for story, length in enumerate(tokens.tolist())
         for window in sliding_windows(story, length, candidate.block_size)
     ]
-    windows.sort(
-        key=lambda window: window.first - window.end
-    )  # longest first, so that windows in a batch have similar lengths
+    # longest first, so that windows in a batch have similar lengths
+    windows.sort(key=lambda window: window.first - window.end)
     loss, right = np.zeros(len(stories)), np.zeros(len(stories), int)
     position_loss = np.zeros(tokens.max())
 
