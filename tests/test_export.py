@@ -322,6 +322,7 @@ def test_training_begins_with_it_and_goes_on_without_it(run, packed, trained, tm
     assert checkpoint["config"]["n_embd"] == 16
     assert checkpoint["settings"]["learning_rate"] == pytest.approx(6e-4)
     assert checkpoint["settings"]["grow_at"] == 0
+    assert checkpoint["depth"] == checkpoint["config"]["n_layer"]
 
     shutil.rmtree(folder)
     run("train.py", *places, "--max-steps", 3, check=0)

@@ -51,9 +51,8 @@ def test_the_loss_and_its_gradients_are_those_of_all_tokens_on_average(batches, 
     (gradient,) = torch.autograd.grad(exact, model.head.weight)
 
     shortlists = Shortlists(batches, V)
-    monkeypatch.setattr(
-        batches, "starts", lambda step: Batches.starts(batches, 0)
-    )  # always of the same targets
+    # always the same targets
+    monkeypatch.setattr(batches, "starts", lambda step: Batches.starts(batches, 0))
     losses, gradients, sums = [], [], []
     for step in range(400):
         shortlist = shortlists.shortlist(step, CPU)
