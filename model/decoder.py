@@ -27,6 +27,14 @@ def half_on_cpu() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
+def half_rows() -> int:
+    """The number of rows of which float16 products need a multiple, so that each row comes out the same in any company.
+
+    Without AVX-512, rows are computed in groups of up to six, and groups of one or two add up in another order.
+    """
+    return 1 if torch.cpu.get_capabilities().get("avx512_f") else 3
+
+
 def choose_weights(device: torch.device, name: str) -> str:
     """float32, float16 or int8. `auto`: float16 on CPUs that use it in float32 arithmetic (x86), else float32."""
     if name == "auto":
@@ -55,8 +63,10 @@ def matrix(weight: Tensor, bias: Tensor | None, kind: str) -> Function:
         return lambda x: multiply(x.bfloat16(), rounded, scale).type_as(x) + bias
     if kind == "float16" and weight.device.type == "cpu":
         packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-        multiply = torch.ops.quantized.linear_dynamic_fp16.default
-        return lambda x: multiply(x, packed)
+        multiply, rows = torch.ops.quantized.linear_dynamic_fp16.default, half_rows()
+        if rows == 1:
+            return lambda x: multiply(x, packed)
+        return lambda x: multiply(F.pad(x, (0, 0, 0, -len(x) % rows)), packed)[: len(x)]
     columns = weight.t().contiguous()  # this layout makes single-row products twice as fast on a CPU
     if bias is None:
         return lambda x: x @ columns
