@@ -28,12 +28,12 @@ from data.hub import why_offline
 from data.story_files import find_files, read_file, tidy
 from model.batches import Data, Split, fingerprints, load_data
 from model.candidates import Candidate, find_candidate, load_candidate
-from model.files import atomic_write, require_file, shown, size_text, write_json
+from model.files import file_to_write, shown, size_text, write_json, write_text
 from model.generation import text_tokenizer
 from model.report import QUALITY_COLUMNS, SCORE_COLUMNS, cells, render, transposed
 from model.runtime import Runtime, choose_device, choose_runtime
 from model.scoring import bootstrap, interval, score_stories
-from model.settings import UserError, read_settings, require, require_at_least, require_seed, run_script
+from model.settings import UserError, read_settings, require, require_seed, require_within, run_script
 from model.story_quality import Story, describe, read_written
 
 CHECKPOINT: list[str] = []  # files, folders, "best", "latest", steps or Hugging Face models; default: latest
@@ -123,7 +123,7 @@ def main() -> None:
 
 def check(settings: SimpleNamespace) -> None:
     """Complete and check the settings. Raises UserError before any long work starts."""
-    require_at_least(0, settings, "max_samples", "batch_size", "num_stories")
+    require_within(settings, max_samples="[0, inf)", batch_size="[0, inf)", num_stories="[0, inf)")
     require_seed(settings.seed)
     settings.prompt = settings.prompt or [""]
     if settings.num_stories is None:
@@ -131,7 +131,7 @@ def check(settings: SimpleNamespace) -> None:
         settings.num_stories = max(printed, REPORT_STORIES if settings.report else 0)
     require(not (settings.text and "split" in settings.given), "--text and --split: give one of the two")
     for name in ("output", "report"):
-        require_file(getattr(settings, name), f"--{name}")
+        setattr(settings, name, file_to_write(getattr(settings, name), f"--{name}"))
 
 
 def read_data(settings: SimpleNamespace) -> Data | None:
@@ -279,12 +279,11 @@ def show(report: dict, settings: SimpleNamespace) -> None:
         rows = [{"name": name, **figures} for name, figures in report["quality"].items()]
         print_table(transposed(cells(QUALITY_COLUMNS, rows)))
     if settings.output is not None:
-        write_json(Path(settings.output), report)
-        print(f"results written to {settings.output}")
+        write_json(settings.output, report)
+        print(f"results written to {shown(settings.output)}")
     if settings.report is not None:
-        with atomic_write(Path(settings.report)) as temporary:
-            temporary.write_text(render(report, SHOWN_PROMPTS), encoding="utf-8")
-        print(f"report written to {settings.report}")
+        write_text(settings.report, render(report, SHOWN_PROMPTS))
+        print(f"report written to {shown(settings.report)}")
 
 
 def print_table(rows: list[list[str]]) -> None:

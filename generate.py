@@ -10,7 +10,6 @@ import os
 import secrets
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 # MKL's sums may depend on where numbers lie in memory, and so a story on how many are written with it; not in this
@@ -19,13 +18,14 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import torch
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from model.checkpoint import find_checkpoint, load_model
 from model.decoder import Decoder, choose_weights
-from model.files import atomic_write, read_text, require_file, shown
+from model.files import file_to_write, read_text, shown, write_text
 from model.generation import Sampling, generate
 from model.runtime import choose_device
-from model.settings import flag_name, read_settings, require, require_at_least, run_script
+from model.settings import flag_name, read_settings, require, require_within, run_script
 
 CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; None: best, else latest
 CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
@@ -59,11 +59,11 @@ def main() -> None:
             "n": "num-samples",
         },
     )
-    require_at_least(1, settings, "num_samples", "max_tokens")
+    require_within(settings, num_samples="[1, inf)", max_tokens="[1, 100000]")
     sampling = Sampling(
         settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.repetition_penalty
     )
-    require_file(settings.output, "--output")
+    settings.output = file_to_write(settings.output, "--output")
     ignored = settings.given & {"prompt", "prompts_file", "num_samples", "output"}
     require(
         not (settings.interactive and ignored),
@@ -93,10 +93,8 @@ def main() -> None:
             print("\n---\n".join(row["prompt"] + row["story"] for row in rows))
     seconds, tokens = time.perf_counter() - started, sum(row["tokens"] for row in rows)
     if settings.output is not None:
-        with atomic_write(Path(settings.output)) as temporary:
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            temporary.write_text("".join(lines), encoding="utf-8")
-        print(f"wrote {len(rows)} {'story' if len(rows) == 1 else 'stories'} to {settings.output}")
+        write_text(settings.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        print(f"wrote {len(rows)} {'story' if len(rows) == 1 else 'stories'} to {shown(settings.output)}")
     cut = sum(row["finish_reason"] == "length" for row in rows)
     unended = f"; {cut} cut at --max-tokens" if cut else ""
     note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s{unended}")
@@ -133,14 +131,18 @@ class Writer:
             note(f"note: a prompt of {len(ids):,} tokens exceeds the context of {room}; only its end is used")
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+    def continuation(self, encoded: list[int], ids: list[int]) -> str:
+        """The text of new tokens. Decoded with their prompt: some tokenizers mark a word's space in its first token."""
+        both, prompt, alone = (
+            self.tokenizer.decode(part, skip_special_tokens=False) for part in (encoded + ids, encoded, ids)
+        )
+        return both[len(prompt) :] if both.startswith(prompt) else alone
 
-    def row(self, prompt: str, ids: list[int], seed: int) -> dict:
+    def row(self, prompt: str, encoded: list[int], ids: list[int], seed: int) -> dict:
         reason = "length" if len(ids) >= self.max_tokens else "end_of_story"
         return {
             "prompt": prompt,
-            "story": self.decode(ids),
+            "story": self.continuation(encoded[1:], ids),
             "tokens": len(ids),
             "seed": seed,
             "finish_reason": reason,
@@ -166,28 +168,28 @@ class Writer:
                         if token is not None:
                             ids.append(token)
                     bar.set_postfix_str(f"{position + 1} tokens", refresh=position % 16 == 0)
-                rows += [self.row(*facts) for facts in zip(part, written, seeds, strict=True)]
+                rows += [self.row(*facts) for facts in zip(part, encoded, written, seeds, strict=True)]
                 bar.update(len(part))
         return rows
 
     def stream(self, prompt: str, seed: int) -> dict:
         """Print one story as it is generated, in whole characters."""
         print(prompt, end="", flush=True)
+        encoded = self.encode(prompt)
+        characters = DecodeStream(encoded[1:], skip_special_tokens=False)
         ids: list[int] = []
-        pending: list[int] = []
-        encoded = [self.encode(prompt)]
-        for (token,) in generate(self.decoder, encoded, self.max_tokens, self.eot_id, self.sampling, [seed]):
-            if token is None:
-                continue
-            ids.append(token)
-            pending.append(token)
-            text = self.decode(pending)
-            # a multi-byte character may span tokens: print it once it is complete
-            if not text.endswith("\ufffd") or len(pending) > 8:
+        printed = 0
+        for (token,) in generate(
+            self.decoder, [encoded], self.max_tokens, self.eot_id, self.sampling, [seed]
+        ):
+            if token is not None:
+                ids.append(token)
+                text = characters.step(self.tokenizer, token) or ""  # None until a character is complete
                 print(text, end="", flush=True)
-                pending = []
-        print(self.decode(pending), flush=True)
-        return self.row(prompt, ids, seed)
+                printed += len(text)
+        row = self.row(prompt, encoded, ids, seed)
+        print(row["story"][printed:], flush=True)  # a character that the end cut short
+        return row
 
 
 def converse(writer: Writer, seed: int) -> None:

@@ -47,7 +47,7 @@ run 1 "collect the stories" data/ingestion.py "${ingestion[@]}"
 run 2 "train the tokenizer" data/train_tokenizer.py ${tokenizer[@]+"${tokenizer[@]}"}
 run 3 "tokenize the stories" data/prepare_data.py ${packing[@]+"${packing[@]}"}
 # Other stories need a new run; the earlier one is kept next to it.
-if [ -d checkpoints ] && ! cmp -s data/processed/meta.json checkpoints/meta.json; then
+if [ -f checkpoints/meta.json ] && ! cmp -s data/processed/meta.json checkpoints/meta.json; then
   kept="checkpoints-before-$(date +%Y%m%d-%H%M%S)"
   mv checkpoints "$kept"
   printf '\nthe stories have changed: moved the earlier checkpoints to %s\n' "$kept"

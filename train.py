@@ -9,12 +9,11 @@ Settings without a default take the preset's value.
 """
 
 import contextlib
-import copy
-import functools
 import math
 import os
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 # Keep idle OpenMP threads from spinning for long, so that a shared CPU stays usable; set before torch is imported.
@@ -22,40 +21,22 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from model.batches import (
-    Batches,
-    dropout_seed,
-    load_data,
-    number_stories,
-    validation_windows,
-)
-from model.bigrams import begin_as_bigrams
-from model.checkpoint import BEFORE_DECAY, load_latest, prune, save_checkpoint
+from model.batches import dropout_seed, number_stories
+from model.checkpoint import BEFORE_DECAY, load_latest, only_one, prune, save_checkpoint, set_aside
 from model.config import BLOCK_FAMILIES, OPTIMIZERS, PRESETS, SCHEDULES
-from model.console import ProgressBar, StopRequest, agree, print_end, print_plan
+from model.console import ProgressBar, print_end, print_plan
 from model.files import shown
-from model.gpt import GPT
-from model.huggingface import Pretrained, load_pretrained
+from model.forward import prepare_forward
 from model.metrics import Metrics
-from model.optimizer import learning_rate, make_optimizers, set_rates
-from model.resume import TrainingState, only_one, rewind, set_aside, settle
-from model.runtime import (
-    Processes,
-    choose_device,
-    choose_runtime,
-    prepare_forward,
-    ran_out_of_memory,
-    same_everywhere,
-    start_processes,
-    stop_processes,
-    total_over,
-    wait_for_all,
-)
-from model.sampled_softmax import make_shortlists
-from model.settings import UserError, read_settings, require, require_at_least, run_script
-from model.validation import validate, write_sample
+from model.optimizer import learning_rate, set_rates
+from model.processes import Processes, StopRequest, start_processes, stop_processes
+from model.resume import TrainingState, begin, rewind
+from model.run import Run, plan_run
+from model.runtime import ran_out_of_memory
+from model.settings import UserError, read_settings, require, require_within, run_script
+from model.validation import evaluate
 
 # Edit these or pass them as flags: MAX_STEPS is --max-steps. None takes the preset's value.
 PRESET = "stories-9m"  # model shape and training recipe, by name from model/config.py
@@ -126,192 +107,111 @@ def main() -> None:
         },
         aliases={"max-iters": "max-steps", "lr": "learning-rate", "out-dir": "checkpoint-dir"},
     )
-    require_at_least(1, settings, "keep", "log_interval", "eval_tokens", "save_interval")
-    require_at_least(0, settings, "micro_batch", "sample_tokens")
+    require_within(settings, keep="[1, inf)", log_interval="[1, inf)", eval_tokens="[1, inf)")
+    require_within(settings, save_interval="[1, inf)", micro_batch="[0, inf)", sample_tokens="[0, inf)")
     processes = start_processes(settings.device)
-    folder = settings.checkpoint_dir
     try:
-        pretrained = None
-        if settings.fresh:  # fail on bad settings before anything is moved
-            pretrained = load_pretrained(settings.init_from) if settings.init_from else None
-            settle(copy.copy(settings), None, load_data(settings.data_dir), True, pretrained)
-            wait_for_all(processes)  # all have read the weights, which may be in the folder
-            if processes.first and (moved := set_aside(folder)):
-                print(f"moved the earlier run to {shown(moved)}")
-        with only_one(folder) if processes.first else contextlib.nullcontext():
-            wait_for_all(processes)
-            train(settings, processes, pretrained)
+        start(settings, processes)
     except RuntimeError as error:
         if not ran_out_of_memory(error):
             raise
-        half = max(1, settings.micro_batch // 2)
-        raise UserError(f"the GPU ran out of memory: resume with --micro-batch {half} or less") from None
+        half = settings.micro_batch // 2
+        advice = f"resume with --micro-batch {half} or less" if half else "use a smaller model"
+        raise UserError(f"the GPU ran out of memory: {advice}") from None
     finally:
         stop_processes()
 
 
-def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretrained | None) -> None:
-    # Data, and the configuration of a new or resumed run
-    data = load_data(settings.data_dir, settings.verify)
-    device, folder = choose_device(settings.device), settings.checkpoint_dir
-    path, checkpoint = load_latest(folder) or (None, None)
-    wait_for_all(processes)  # until all have read, the first must not move files
-    if settings.init_from and not (checkpoint or pretrained):
-        pretrained = load_pretrained(settings.init_from)
-    config, recipe = settle(settings, checkpoint, data, device.type == "cpu", pretrained)
-    if checkpoint:
-        path, checkpoint = rewind(folder, path, checkpoint, recipe, processes.first)
-    windows_per_step = recipe.windows_per_step(config.block_size)
-    tokens_per_step = windows_per_step * config.block_size
-    require(
-        windows_per_step >= processes.count,
-        f"a step has {windows_per_step} windows for {processes.count} processes: use fewer, or a larger --batch-tokens",
-    )
-    batches = Batches(data.train.tokens, config.block_size, windows_per_step, settings.seed)
-    validation = validation_windows(
-        data.validation.tokens, config.block_size, max(1, settings.eval_tokens // config.block_size)
-    )
+def start(settings: SimpleNamespace, processes: Processes) -> None:
+    """Start a new run, or resume the one in the folder."""
+    folder, run = settings.checkpoint_dir, None
+    if settings.fresh and not processes.restarts:
+        run = plan_run(settings, processes, None)  # fails before anything is moved
+        processes.wait()  # all have read the initial weights, which may be in the folder
+        if processes.first and (moved := set_aside(folder)):
+            print(f"moved the earlier run to {shown(moved)}")
+    with only_one(folder) if processes.first else contextlib.nullcontext():
+        processes.wait()
+        path, checkpoint = load_latest(folder) or (None, None)
+        run = run or plan_run(settings, processes, checkpoint)
+        processes.wait()  # all have read, so the first may move files
+        if checkpoint:
+            path, checkpoint = rewind(run, path, checkpoint)
+        train(run, path, checkpoint)
 
-    # Device, model and optimizers
-    runtime = choose_runtime(device, settings.dtype, settings.compile, settings.deterministic)
+
+def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
+    """Train until the run is finished or a signal stops it; from a checkpoint, if there is one, read from `path`."""
+    settings, recipe, processes, folder = run.settings, run.recipe, run.processes, run.folder
+    device = run.runtime.device
     if device.type == "cuda":
-        batches.move_to(device, budget=0.25 * torch.cuda.mem_get_info(device)[0])
-    torch.manual_seed(settings.seed)
-    model = GPT(config).to(device)
-    if pretrained:
-        model.load_state_dict(pretrained.with_context(config.block_size).weights)
-    optimizers = make_optimizers(model, recipe, low_precision=runtime.dtype == torch.bfloat16)
-    scaler = torch.amp.GradScaler(device.type, enabled=runtime.dtype == torch.float16)
-    state = TrainingState(model, optimizers, scaler)
-    if checkpoint:
-        state.restore(checkpoint)
+        run.batches.move_to(device, budget=0.25 * torch.cuda.mem_get_info(device)[0])
+    state = begin(run, checkpoint)
     require(
-        same_everywhere(state.step, processes),
+        processes.have_the_same(state.step),
         "the processes found different checkpoints: all must see the same --checkpoint-dir",
     )
-    if recipe.bigram_start and not checkpoint:
-        started = time.perf_counter()
-        begin_as_bigrams(model, data.train.tokens)
-        state.seconds = time.perf_counter() - started
-    if recipe.grow_at and not checkpoint:
-        model.set_depth(recipe.depth(0.0, config.n_layer))
-        model.silence(model.depth)
-    shortlists = make_shortlists(batches, config.vocab_size) if recipe.sampled_softmax else None
-    shortlist_size = shortlists.size if shortlists else 0
     if processes.first:
-        print_plan(settings, recipe, data, state, runtime, processes, shortlist_size)
-        if checkpoint:
-            print(f"resuming     from {shown(path)}, after step {state.step:,}")
-        elif recipe.bigram_start:
-            print(f"initialised  as a bigram model of the stories, counted in {state.seconds:.1f} s")
+        print_plan(run, state, path)
     if checkpoint and recipe.progress(state.step, state.seconds) >= 1:
         if processes.first:
             limit = "--max-steps" if state.step >= recipe.max_steps else "--max-minutes"
             print(f"already finished: a larger {limit} extends this run, --fresh starts a new one")
         return
 
-    # Forward pass, compiled if possible, with a micro-batch that fits in memory
-    mine = np.array_split(np.arange(windows_per_step), processes.count)[processes.rank]
-    shortlist = shortlists and shortlists.shortlist(0, device)
-    prepare = functools.partial(
-        prepare_forward, model, runtime, len(mine), processes, recipe.mask_stories, shortlist
-    )
-    loss_of, settings.micro_batch = prepare(settings.micro_batch)
+    # This process's windows of each step, and the forward pass for them
+    mine = np.array_split(np.arange(run.batches.windows_per_step), processes.count)[processes.rank]
+    loss_of, settings.micro_batch = prepare_forward(run, state.model, len(mine))
     if processes.first:
         micro_batches = -(-len(mine) // settings.micro_batch)
         print(f"micro-batch  {settings.micro_batch} windows, {micro_batches} per step", flush=True)
     metrics = Metrics(folder, state.step, state.last_evaluation) if processes.first else None
-    progress_bar = ProgressBar(state, recipe, tokens_per_step, runtime, processes, shortlist_size)
+    progress_bar = ProgressBar(run, state)
     stop = StopRequest(processes)
     saved_at, progress = state.step, 0.0
-    not_finite = torch.zeros((), dtype=torch.int, device=device)  # steps in a row so far
-    agree(state, stop, processes)  # counting bigrams took a different time in each process
+    state.seconds = stop.agree(state.seconds)  # counting bigrams took a different time in each process
 
     while True:
         # After state.step steps: evaluate, save, or stop
         before, progress = progress, recipe.progress(state.step, state.seconds)
         finished = progress >= 1
         if processes.first and state.step != state.last_evaluation:
-            begun = state.step or pretrained  # an untrained model is not worth evaluating
+            begun = state.step or run.pretrained  # an untrained model is not worth evaluating
             if finished or (begun and state.step % settings.eval_interval == 0 and not stop):
-                row = {
-                    "step": state.step,
-                    "tokens": state.step * tokens_per_step,
-                    **validate(model, validation, data, runtime, recipe.mask_stories),
-                    "sample": write_sample(model, data, settings),
-                }
-                metrics.add(row)
-                metrics.draw()
-                state.last_evaluation = state.step
-                mark = ""
-                if row["validation_loss"] < state.best_loss:
-                    state.best_loss, mark = row["validation_loss"], "; best so far"
-                    save_checkpoint(folder / "best.pt", state.snapshot(settings, data))
-                progress_bar.say(
-                    f"step {state.step:,}: validation loss {row['validation_loss']:.4f} nats per token, "
-                    f"{row['bits_per_byte']:.4f} bits per byte{mark}"
-                )
+                progress_bar.say(evaluate(run, state, metrics))
         if processes.first and state.step != saved_at:
             if before < recipe.turning_point <= progress:  # from here on, a longer run would differ
-                save_checkpoint(folder / BEFORE_DECAY, state.snapshot(settings, data))
+                save_checkpoint(folder / BEFORE_DECAY, state.snapshot(run))
             if finished or stop or state.step % settings.save_interval == 0:
-                save_checkpoint(folder / f"ckpt_{state.step}.pt", state.snapshot(settings, data))
+                save_checkpoint(folder / f"ckpt_{state.step}.pt", state.snapshot(run))
                 prune(folder, settings.keep, state.step)
                 saved_at = state.step
         if finished or stop:
             break
 
         # The second half of the blocks joins; so far, they have added nothing
-        if recipe.depth(progress, config.n_layer) > model.depth:
-            anew = " (compiling them takes a moment)" if runtime.compile else ""
-            progress_bar.say(f"step {state.step:,}: from here on, all {config.n_layer} layers train{anew}")
-            model.set_depth(config.n_layer)
-            loss_of, settings.micro_batch = prepare(settings.micro_batch)
+        if recipe.depth(progress, run.config.n_layer) > state.model.depth:
+            anew = " (compiling them takes a moment)" if run.runtime.compile else ""
+            progress_bar.say(
+                f"step {state.step:,}: from here on, all {run.config.n_layer} layers train{anew}"
+            )
+            state.model.set_depth(run.config.n_layer)
+            loss_of, settings.micro_batch = prepare_forward(run, state.model, len(mine))
             progress_bar.bar.unpause()
 
-        # One step of batch_tokens tokens, accumulating gradients over micro-batches
         started = time.perf_counter()
         rate = learning_rate(recipe, state.step, progress)
-        starts = batches.starts(state.step)[mine]
-        shortlist = shortlists and shortlists.shortlist(state.step, device)
-        loss = torch.zeros((), device=device)
-        for first in range(0, len(mine), settings.micro_batch):
-            chosen = starts[first : first + settings.micro_batch]
-            windows = batches.tensor(chosen, device)
-            inputs, targets = windows[:, :-1], windows[:, 1:]
-            story_ids = number_stories(inputs, data.eot_id) if recipe.mask_stories else None
-            if config.dropout:  # seeded per step and window, so that resumed runs drop the same activations
-                torch.manual_seed(dropout_seed(settings.seed, state.step, int(mine[first])))
-            share = len(chosen) / windows_per_step
-            # All-reduce after the last micro-batch only; the factor processes.count turns DDP's average into a sum.
-            last = first + settings.micro_batch >= len(mine)
-            with contextlib.nullcontext() if last or processes.count == 1 else loss_of.no_sync():
-                with runtime.autocast():
-                    mean = loss_of(inputs, targets, story_ids, shortlist)
-                scaler.scale(mean * share * processes.count).backward()
-            loss += mean.detach() * share
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip or math.inf)
-        not_finite = (not_finite + 1) * ~norm.isfinite()
-        set_rates(optimizers, rate, state.step)
-        for optimizer in optimizers:
-            # A non-finite step changes nothing. (scaler.step would check each optimizer's gradients separately.)
-            optimizer.found_inf = (not_finite > 0).float()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        scaler.update()
-        state.step += 1
+        loss, norm = take_step(run, state, loss_of, mine, rate)
 
         # Reading the loss waits for the GPU: do it only to log, and before evaluating or saving, to time all steps.
         logging = state.step % settings.log_interval == 0 or state.step == recipe.max_steps
         pausing = state.step % settings.eval_interval == 0 or state.step % settings.save_interval == 0
         reading = logging or pausing or device.type == "cpu"
         if reading:
-            loss = total_over(loss, processes)
-            if not_finite >= (GIVE_UP_SCALED if scaler.is_enabled() else GIVE_UP):
+            loss = processes.total(loss)
+            if state.not_finite >= (GIVE_UP_SCALED if state.scaler.is_enabled() else GIVE_UP):
                 raise UserError(
-                    f"the loss or its gradient is not finite, {not_finite.item()} steps in a row up to step "
+                    f"the loss or its gradient is not finite, {state.not_finite.item()} steps in a row up to step "
                     f"{state.step}; none of them was applied. Try a lower --learning-rate than "
                     f"{recipe.learning_rate:g}, or --dtype float32"
                 )
@@ -319,26 +219,61 @@ def train(settings: SimpleNamespace, processes: Processes, pretrained: Pretraine
         if reading:
             progress_bar.update(loss)
         if logging and processes.first:
-            row = {
-                "step": state.step,
-                "train_loss": loss if math.isfinite(loss) else None,
-                "learning_rate": rate,
-                "gradient_norm": norm.item() if norm.isfinite() else None,
-                "tokens": state.step * tokens_per_step,
-                "seconds": round(state.seconds, 3),
-                "tokens_per_second": round(progress_bar.speed),
-            }
-            if device.type == "cuda":
-                row["gpu_bytes"] = torch.cuda.max_memory_allocated()
-            metrics.add(row)
-        agree(state, stop, processes)
+            metrics.add_step(run, state, loss, norm, rate, progress_bar.speed)
+        state.seconds = stop.agree(state.seconds)
 
     progress_bar.close()
-    wait_for_all(processes)
+    processes.wait()
     if processes.first:
-        print_end(state, settings, tokens_per_step, finished)
+        print_end(run, state, finished)
     if not finished:
         sys.exit(128 + stop.agreed)
+
+
+def take_step(
+    run: Run, state: TrainingState, loss_of: nn.Module, mine: np.ndarray, rate: float
+) -> tuple[Tensor, Tensor]:
+    """One step of batch_tokens tokens, of which this process takes the windows `mine`, one micro-batch after another.
+
+    Returns this process's share of the loss, and the gradient's norm, without waiting for a GPU.
+    """
+    settings, batches, device, several = (
+        run.settings,
+        run.batches,
+        run.runtime.device,
+        run.processes.count > 1,
+    )
+    starts = batches.starts(state.step)[mine]
+    shortlist = run.shortlists and run.shortlists.shortlist(state.step, device)
+    loss = torch.zeros((), device=device)
+    for first in range(0, len(mine), settings.micro_batch):
+        chosen = starts[first : first + settings.micro_batch]
+        windows = batches.tensor(chosen, device)
+        inputs, targets = windows[:, :-1], windows[:, 1:]
+        story_ids = number_stories(inputs, run.data.eot_id) if run.recipe.mask_stories else None
+        if run.config.dropout:  # seeded per step and window, so that resumed runs drop the same activations
+            torch.manual_seed(dropout_seed(settings.seed, state.step, int(mine[first])))
+        share = len(chosen) / batches.windows_per_step
+        # All-reduce after the last micro-batch only; the factor processes.count turns DDP's average into a sum.
+        last = first + settings.micro_batch >= len(mine)
+        with loss_of.no_sync() if several and not last else contextlib.nullcontext():
+            with run.runtime.autocast():
+                mean = loss_of(inputs, targets, story_ids, shortlist)
+            state.scaler.scale(mean * share * run.processes.count).backward()
+        loss += mean.detach() * share
+    for optimizer in state.optimizers:
+        state.scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), run.recipe.grad_clip or math.inf)
+    state.not_finite = (state.not_finite + 1) * ~norm.isfinite()
+    set_rates(state.optimizers, rate, state.step)
+    for optimizer in state.optimizers:
+        # A non-finite step changes nothing. (scaler.step would check each optimizer's gradients separately.)
+        optimizer.found_inf = (state.not_finite > 0).float()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    state.scaler.update()
+    state.step += 1
+    return loss, norm
 
 
 if __name__ == "__main__":

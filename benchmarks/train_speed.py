@@ -37,7 +37,7 @@ DEVICE = "auto"  # auto, cpu, cuda or mps
 SECONDS = 20.0  # seconds of training per arm and round
 ROUNDS = 3  # rounds; each arm runs once per round
 BATCH_TOKENS = 0  # tokens per optimizer step; 0: 4,096 on a CPU, else the preset's
-MICRO_BATCH = 16  # windows per forward pass, for all arms
+MICRO_BATCH = 0  # windows per forward pass, for all arms; 0: 16 on a CPU, else what makes 65,536 tokens
 ARMS: list[str] = []  # run only these (part of a name is enough)
 DATA_DIR = "data"  # folder with tokenizer/ and processed/
 PEER = ""  # name of an arm to run in this process (used when the script calls itself)
@@ -61,7 +61,8 @@ def main() -> None:
         4_096 if device.type == "cpu" else PRESETS[settings.preset].recipe.batch_tokens
     )
     settings.windows = max(1, batch // config.block_size)
-    settings.micro_batch = min(settings.micro_batch, settings.windows)
+    suitable = 16 if device.type == "cpu" else max(1, 65_536 // config.block_size)
+    settings.micro_batch = min(settings.micro_batch or suitable, settings.windows)
     if settings.peer:
         return run_peer(settings.peer, settings, config, device, data.train.tokens)
     arms = [a for a in [*OURS, *PEERS] if not settings.arms or any(part in a for part in settings.arms)]
@@ -152,7 +153,6 @@ def run_peer(name: str, settings: SimpleNamespace, config, device: torch.device,
     model.to(device).train()
     forward = torch.compile(model) if name.endswith("compiled") else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    torch.backends.cuda.matmul.allow_tf32 = "float32" not in name
     generator, seconds, step = np.random.default_rng(0), 0.0, 0
     while seconds < settings.seconds:
         started = time.perf_counter()

@@ -42,7 +42,7 @@ from data.stories import (
 )
 from data.story_files import find_files, read_file, tidy
 from model.files import atomic_folder, require_space, sha256_file, shown, size_text, write_json
-from model.settings import REPO, UserError, read_settings, require, require_at_least, run_script
+from model.settings import REPO, UserError, read_settings, require, require_within, run_script
 
 SOURCE: list[str] = ["hub"]  # hub (TinyStories), sample (built-in), a hub data set's name[:config], or files
 VALIDATION_SOURCE: list[str] = []  # like --source; none: the hub's validation split, else a random share
@@ -55,14 +55,14 @@ DATA_DIR = "data"  # folder for raw/, tokenizer/ and processed/
 FORMAT = 2
 TINYSTORIES = "roneneldan/TinyStories"
 SAMPLE_STORIES = 20_000
+MOST_SAMPLE_STORIES = 50_000  # beyond, ever more stories of the grammar are near copies, which it rejects
 # numbers that a NumberSet collects before sorting them in
 LATEST = 1_000_000
 
 
 def main():
     settings = read_settings(__file__)
-    require(0 < settings.validation_fraction < 1, "--validation-fraction must be above 0 and below 1")
-    require_at_least(0, settings, "max_stories")
+    require_within(settings, validation_fraction="(0, 1)", max_stories="[0, inf)")
     sources = find_sources(settings.source, settings.data_dir)
     validation_sources = find_sources(settings.validation_source, settings.data_dir)
     names = ("text_column", "max_stories", "validation_fraction", "seed")
@@ -143,6 +143,7 @@ def built_in(limit: int, seed: int) -> Iterator[str]:
     from data.sample_stories import sample_stories
 
     count = limit or SAMPLE_STORIES
+    require(count <= MOST_SAMPLE_STORIES, f"--source sample makes at most {MOST_SAMPLE_STORIES:,} stories")
     with Progress(total=count, desc="built-in stories", unit=" stories") as bar:
         for story in sample_stories(2 * count if limit else count, seed):  # some may be duplicates
             bar.update()

@@ -33,7 +33,7 @@ from data.stories import (
 )
 from model.config import GPTConfig
 from model.files import atomic_write, read_json, require_space, sha256_file, shown, size_text, write_json
-from model.settings import UserError, read_settings, require, require_at_least, run_script
+from model.settings import UserError, read_settings, require, require_within, run_script
 
 WORKERS = 0  # encoding processes; 0: one per core
 DATA_DIR = "data"  # folder for raw/, tokenizer/ and processed/
@@ -47,7 +47,7 @@ CONTEXT = GPTConfig().block_size
 
 def main():
     settings = read_settings(__file__)
-    require_at_least(0, settings, "workers")
+    require_within(settings, workers="[0, inf)")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallelism is across processes
     manifest = read_manifest(settings.data_dir)
     tokenizer_file = tokenizer_path(settings)
@@ -78,6 +78,11 @@ def main():
     print(next_step("train.py", settings))
 
 
+def available_cores() -> int:
+    """The cores that this process may use: a job or a container may have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def tokenizer_path(settings: SimpleNamespace) -> Path:
     return settings.data_dir / "tokenizer" / "tokenizer.json"
 
@@ -106,7 +111,7 @@ def pack_all(folder: Path, settings: SimpleNamespace, manifest: dict, encoder: E
         for split in SPLITS:
             path = stack.enter_context(atomic_write(folder / f"{split}.bin"))
             raw, start = manifest["splits"][split], time.monotonic()
-            workers = min(settings.workers or os.cpu_count(), 1 + raw["bytes"] // WORKER_BYTES)
+            workers = min(settings.workers or available_cores(), 1 + raw["bytes"] // WORKER_BYTES)
             pairs = encode_all(
                 raw_batches(stories[split]), tokenizer_path(settings), wanted["dtype"], workers
             )

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from data.hub import why_offline
 from data.stories import END_OF_TEXT, Progress, next_step, open_split, raw_batches, read_manifest
 from model.files import atomic_write, read_json, sha256_file, shown, write_json
-from model.settings import UserError, first_line, read_settings, require, require_at_least, run_script
+from model.settings import UserError, first_line, read_settings, require, require_within, run_script
 
 KIND = "bpe"  # bpe (trained here), gpt2 (GPT-2's 50,257 tokens), char, a Hugging Face folder or name, or a checkpoint
 VOCAB_SIZE = 10_000  # for bpe: `<|endoftext|>`, the 256 bytes and learned word pieces
@@ -87,7 +87,7 @@ def check(settings: SimpleNamespace) -> None:
         settings.vocab_size >= bytes_and_end,
         f"--vocab-size must be at least {bytes_and_end}: one token per byte, and {END_OF_TEXT}",
     )
-    require_at_least(0, settings, "max_stories")
+    require_within(settings, max_stories="[0, inf)")
     require(kind == "gpt2" or not settings.gpt2_files, "--gpt2-files works only with --kind gpt2")
 
 

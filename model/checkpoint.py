@@ -10,15 +10,20 @@ from elsewhere cannot run code:
     tokenizer its JSON, eot_id        data      SHA-256 of the stories and the tokenizer
 """
 
+import contextlib
+import fcntl
+import os
 import re
 import zipfile
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
 from model.config import GPTConfig
-from model.files import atomic_write, command, shown
+from model.files import atomic_write, command, remove_leftovers, shown
 from model.generation import text_tokenizer
 from model.gpt import GPT
 from model.settings import UserError, first_line, warn
@@ -26,6 +31,10 @@ from model.settings import UserError, first_line, warn
 FORMAT = 1
 BEFORE_DECAY = "before_decay.pt"
 NAME = re.compile(r"ckpt_(\d+)\.pt")
+STARTED_EARLIER = (
+    "this run was started by an earlier version of this repository: resume it with that version, or start a new "
+    "run with --fresh (it moves the old one aside)"
+)
 ENTRIES = ("config", "settings", "weights", "step", "tokenizer", "eot_id", "data")
 
 
@@ -73,14 +82,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("ckpt_*.pt") if step_of(p) >= 0), key=step_of, reverse=True)
 
 
+def all_checkpoints(folder: Path) -> list[Path]:
+    """All of the folder's checkpoints, in the order in which a run would resume from them."""
+    others = [path for path in (folder / BEFORE_DECAY, folder / "best.pt") if path.exists()]
+    return list_checkpoints(folder) + others
+
+
 def load_latest(folder: Path) -> tuple[Path, dict] | None:
     """The latest checkpoint that loads, or None if the folder has none.
 
     A file that does not load is skipped with a warning. If there are files but none loads, raises
     BadCheckpoint, so that no new run overwrites them.
     """
-    paths = list_checkpoints(folder)
-    paths += [path for path in (folder / BEFORE_DECAY, folder / "best.pt") if path.exists()]
+    paths = all_checkpoints(folder)
     for path in paths:
         try:
             return path, load_checkpoint(path)
@@ -114,6 +128,40 @@ def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
     if name is None or name in known:
         raise UserError(f"no checkpoint in {shown(folder)} yet: run {command('train.py')}")
     raise UserError(f"there is no checkpoint {name!r} (looked for {shown(candidates[0])})")
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Lock a checkpoint folder for this process; create it if missing, remove it if it stays empty.
+
+    Raises UserError if another process holds the lock. The system releases it when a process ends, however it
+    ends. Deletes partially written files left by a killed process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another train.py is running in {shown(folder)}: wait for it, stop it, or use another --checkpoint-dir"
+            ) from None
+        remove_leftovers(folder)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        os.close(descriptor)
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move an earlier run's folder out of the way; return its new path, or None if there was none."""
+    if not all_checkpoints(folder):
+        return None
+    with only_one(folder):
+        moved = folder.with_name(f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S}")
+        folder.rename(moved)
+    return moved
 
 
 def prune(folder: Path, keep: int, step: int) -> None:

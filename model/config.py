@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields, replace
 
-from model.settings import require
+from model.settings import require, require_within
 
 BLOCK_FAMILIES = ("modern", "gpt2")
 OPTIMIZERS = ("muon", "adamw")
@@ -36,8 +36,8 @@ class GPTConfig:
     rope_base: float = 10_000.0  # base of the rotary frequencies, rope_base ** (-2i / D)
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "kv_heads", "n_hidden"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        counts = "vocab_size block_size n_layer n_head n_embd n_kv_head head_size n_inner".split()
+        require_within(self, **dict.fromkeys(counts, "[1, inf)"), rope_base="(0, inf)", dropout="[0, 1)")
         require(
             self.head_size is not None or self.n_embd % self.n_head == 0,
             f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: all heads have the same size",
@@ -49,13 +49,11 @@ class GPTConfig:
         require(self.blocks in BLOCK_FAMILIES, f"blocks must be modern or gpt2, not {self.blocks!r}")
         modern_only = self.n_kv_head is None and self.head_size is None
         require(self.blocks == "modern" or modern_only, "n_kv_head and head_size need modern blocks")
+        origin = f"n_embd {self.n_embd} / n_head {self.n_head}" if self.head_size is None else "head_size"
         require(
             self.blocks == "gpt2" or self.head_dim % 2 == 0,
-            f"modern blocks need an even head size; n_embd {self.n_embd} / n_head {self.n_head} is {self.head_dim}",
+            f"modern blocks need an even head size; {origin} is {self.head_dim}",
         )
-        require(self.head_dim >= 1, f"head_size must be at least 1, not {self.head_size}")
-        require(self.rope_base > 0, f"rope_base must be above 0, not {self.rope_base:g}")
-        require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
 
     @property
     def can_hold_bigrams(self) -> bool:
@@ -110,20 +108,12 @@ class Recipe:
     cpu: dict[str, object] = field(default_factory=lambda: CPU_STEPS | CPU_SHORTCUTS)  # other values on a CPU
 
     def __post_init__(self):
-        for name in ("batch_tokens", "max_steps", "eval_interval"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps", "grad_clip", "final_learning_rate"):
-            require(getattr(self, name) >= 0, f"{name} must be 0 or more, not {getattr(self, name)}")
-        require(self.learning_rate > 0, f"learning_rate must be above 0, not {self.learning_rate}")
-        require(
-            0 < self.decay_fraction <= 1,
-            f"decay_fraction must be above 0 and at most 1, not {self.decay_fraction}",
+        require_within(self, batch_tokens="[1, inf)", max_steps="[1, inf)", eval_interval="[1, inf)")
+        require_within(
+            self, learning_rate="(0, inf)", final_learning_rate="[0, inf)", warmup_steps="[0, inf)"
         )
-        require(0 <= self.grow_at < 1, f"grow_at must be at least 0 and below 1, not {self.grow_at}")
-        require(
-            self.max_minutes is None or self.max_minutes > 0,
-            f"max_minutes must be above 0, not {self.max_minutes}",
-        )
+        require_within(self, weight_decay="[0, inf)", grad_clip="[0, inf)", max_minutes="(0, inf)")
+        require_within(self, decay_fraction="(0, 1]", grow_at="[0, 1)")
         require(self.optimizer in OPTIMIZERS, f"optimizer must be muon or adamw, not {self.optimizer!r}")
         require(self.schedule in SCHEDULES, f"schedule must be linear or cosine, not {self.schedule!r}")
 
@@ -139,6 +129,9 @@ class Recipe:
     def windows_per_step(self, block_size: int) -> int:
         """Whole windows of block_size tokens per step, at least one."""
         return max(1, self.batch_tokens // block_size)
+
+    def tokens_per_step(self, block_size: int) -> int:
+        return self.windows_per_step(block_size) * block_size
 
     def progress(self, step: int, seconds: float) -> float:
         """Fraction of the run done after this many steps and seconds in them; at 1 or more it is finished."""

@@ -1,23 +1,18 @@
-"""What train.py prints while it runs, and how it handles stop signals."""
+"""What train.py prints while it runs."""
 
 import math
 import os
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from model.batches import Data
-from model.config import Recipe
 from model.files import command, shown
-from model.resume import KEPT, TrainingState
-from model.runtime import Processes, Runtime, peak_flops
+from model.resume import TrainingState
+from model.run import KEPT, Run
+from model.runtime import peak_flops
 from model.settings import flag_name
 
 # Up to about four epochs are nearly as good as new data (Muennighoff et al. 2023)
@@ -25,23 +20,14 @@ MANY_EPOCHS = 4
 QUIET_SECONDS = 20  # between progress lines when not on a terminal
 
 
-def print_plan(
-    settings: SimpleNamespace,
-    recipe: Recipe,
-    data: Data,
-    state: TrainingState,
-    runtime: Runtime,
-    processes: Processes,
-    shortlist_size: int = 0,
-) -> None:
-    """Print what will be trained, on what data and device, and for how long."""
-    config, train = state.model.config, data.train
-    tokens_per_step = recipe.windows_per_step(config.block_size) * config.block_size
+def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> None:
+    """Print what will be trained, on what data and device, for how long, and how it begins."""
+    settings, config, recipe, data, train = run.settings, run.config, run.recipe, run.data, run.data.train
     minutes = f" or {recipe.max_minutes:g} minutes" if recipe.max_minutes else ""
-    epochs = recipe.max_steps * tokens_per_step / len(train.tokens)
-    where = f" on {processes.count} processes" if processes.count > 1 else ""
+    epochs = recipe.max_steps * run.tokens_per_step / len(train.tokens)
+    where = f" on {run.processes.count} processes" if run.processes.count > 1 else ""
     half = recipe.depth(0.0, config.n_layer)
-    softmax = f"; softmax over {shortlist_size:,} tokens" if shortlist_size else ""
+    softmax = f"; softmax over {run.softmax_size:,} tokens" if run.shortlists else ""
     growth = ""
     if half < config.n_layer:
         growth = f"; {half} layer{'s' * (half > 1)} until {100 * recipe.grow_at:g} % are done"
@@ -52,39 +38,33 @@ def print_plan(
         f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, "
         f"context {config.block_size}, vocabulary {config.vocab_size:,}, {config.blocks} blocks; "
         f"{state.model.count_parameters():,} parameters\n"
-        f"device       {runtime.reasons}{where}\n"
-        f"run          {recipe.max_steps:,} steps{minutes}, {tokens_per_step:,} tokens each (at most "
+        f"device       {run.runtime.reasons}{where}\n"
+        f"run          {recipe.max_steps:,} steps{minutes}, {run.tokens_per_step:,} tokens each (at most "
         f"{epochs:.1f} epochs); {recipe.optimizer}, learning rate {recipe.learning_rate:g}, {recipe.schedule} "
         f"decay{softmax}{growth}\n"
-        f"results      in {shown(settings.checkpoint_dir)}"
+        f"results      in {shown(run.folder)}"
     )
     if epochs > MANY_EPOCHS and not (recipe.max_minutes or config.dropout or state.step):
         print(
             f"note         with stories read more than {MANY_EPOCHS} times, --dropout 0.1 prevents overfitting"
         )
+    if resumed_from:
+        print(f"resuming     from {shown(resumed_from)}, after step {state.step:,}")
+    elif recipe.bigram_start:
+        print(f"initialised  as a bigram model of the stories, counted in {state.seconds:.1f} s")
 
 
 class ProgressBar:
     """A tqdm bar on a terminal, otherwise an occasional line."""
 
-    def __init__(
-        self,
-        state: TrainingState,
-        recipe: Recipe,
-        tokens_per_step: int,
-        runtime: Runtime,
-        processes: Processes,
-        shortlist_size: int = 0,
-    ):
-        self.state, self.recipe, self.shows = state, recipe, processes.first
-        self.tokens_per_step = tokens_per_step
-        self.vocabulary = shortlist_size or state.model.config.vocab_size
-        peak = peak_flops(runtime.device)
-        self.peak = peak * processes.count if peak else None  # FLOP/s
+    def __init__(self, run: Run, state: TrainingState):
+        self.run, self.state, self.shows = run, state, run.processes.first
+        peak = peak_flops(run.runtime.device)
+        self.peak = peak * run.processes.count if peak else None  # FLOP/s
         self.step, self.seconds, self.printed = state.step, state.seconds, time.monotonic()
         self.speed = 0.0  # tokens per second
         self.bar = tqdm(
-            total=recipe.max_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.05,
+            total=run.recipe.max_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.05,
             disable=None if self.shows else True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )  # fmt: skip
 
@@ -92,7 +72,7 @@ class ProgressBar:
         """Show the latest step's loss, and the speed smoothed over about ten calls."""
         steps, seconds = self.state.step - self.step, self.state.seconds - self.seconds
         self.step, self.seconds = self.state.step, self.state.seconds
-        now = steps * self.tokens_per_step / max(seconds, 1e-9)
+        now = steps * self.run.tokens_per_step / max(seconds, 1e-9)
         self.speed = 0.9 * self.speed + 0.1 * now if self.speed else now
         mfu = ""
         if self.peak:
@@ -106,13 +86,13 @@ class ProgressBar:
             self.say(f"step {self.step:,} of {self.bar.total:,}: {text}")
 
     def flops(self, depth: int) -> float:
-        return self.state.model.flops_per_token(depth, self.vocabulary)
+        return self.state.model.flops_per_token(depth, self.run.softmax_size)
 
     def remaining(self) -> tuple[int, float]:
         """Steps and minutes until the end. When all blocks train, steps will take longer by as many operations."""
-        recipe, model = self.recipe, self.state.model
+        recipe, model = self.run.recipe, self.state.model
         slower = self.flops(model.config.n_layer) / self.flops(model.depth)
-        seconds_per_step = self.tokens_per_step / self.speed
+        seconds_per_step = self.run.tokens_per_step / self.speed
 
         def left(total: float, done: float) -> tuple[float, float]:
             """What is left of a number of steps or seconds: before all blocks train, and after."""
@@ -138,39 +118,9 @@ class ProgressBar:
         self.bar.close()
 
 
-class StopRequest:
-    """True after Ctrl-C or SIGTERM; the step is finished and saved. A second Ctrl-C stops at once."""
-
-    def __init__(self, processes: Processes):
-        self.received, self.agreed, self.processes = 0, 0, processes
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def __bool__(self) -> bool:
-        return self.agreed != 0
-
-    def receive(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-        if self.processes.count == 1:  # several processes stop together, in agree()
-            self.agreed = number
-        if self.processes.first:
-            print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
-
-
-def agree(state: TrainingState, stop: StopRequest, processes: Processes) -> None:
-    """Synchronise the processes: whether to stop, and how much time has passed."""
-    if processes.count > 1:
-        # on the CPU, to avoid waiting for the GPU
-        facts = torch.tensor([stop.received, state.seconds], dtype=torch.float64)
-        dist.all_reduce(facts, op=dist.ReduceOp.MAX)
-        stop.agreed, state.seconds = int(facts[0]), float(facts[1])
-
-
-def print_end(state: TrainingState, settings: SimpleNamespace, tokens_per_step: int, finished: bool) -> None:
+def print_end(run: Run, state: TrainingState, finished: bool) -> None:
     """Print the result as `key: value` lines, or the command to resume."""
-    folder = shown(settings.checkpoint_dir)
+    settings, folder = run.settings, shown(run.folder)
     if not finished:
         program = command("train.py")
         if "RANK" in os.environ:
@@ -185,7 +135,7 @@ def print_end(state: TrainingState, settings: SimpleNamespace, tokens_per_step: 
             f"saved step {state.step:,} in {folder}; resume with: {' '.join([program, shlex.join(flags)]).strip()}"
         )
         return
-    tokens = state.step * tokens_per_step
+    tokens = state.step * run.tokens_per_step
     places = f" --checkpoint-dir {shlex.quote(folder)}" if "checkpoint_dir" in settings.given else ""
     print(
         f"steps: {state.step}\ntokens: {tokens}\ntraining_seconds: {state.seconds:.1f}\n"

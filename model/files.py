@@ -79,11 +79,14 @@ def lives(process: int) -> bool:
     return process != os.getpid()
 
 
-def require_file(path: str | None, flag: str) -> None:
-    """Raise UserError if `path`, the value of a flag, cannot be written as a file (None: not given)."""
-    if path is not None:
-        require(not Path(path).is_dir(), f"{flag} {path or repr(path)} is a folder: name a file in it")
-        require(not Path(path).exists() or Path(path).is_file(), f"{flag} {path} is not a regular file")
+def file_to_write(name: str | None, flag: str) -> Path | None:
+    """The value of a flag as a path (None: not given). Raises UserError if it cannot be written as a file."""
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    require(not path.is_dir(), f"{flag} {name or repr(name)} is a folder: name a file in it")
+    require(not path.exists() or path.is_file(), f"{flag} {name} is not a regular file")
+    return path
 
 
 def require_space(folder: Path, needed: float) -> None:
@@ -106,9 +109,13 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def write_json(path: Path, value: object) -> None:
+def write_text(path: Path, text: str) -> None:
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.decoder import Decoder, KVCache
-from model.settings import UserError, first_line, require_seed, warn
+from model.settings import first_line, require_seed, require_within, warn
 
 
 def text_tokenizer(tokenizer_json: str) -> Tokenizer:
@@ -30,16 +30,8 @@ class Sampling:
     repetition_penalty: float = 1.0  # above 1: tokens that already occurred become less likely
 
     def __post_init__(self):
-        checks = {
-            "temperature must be 0 or more": self.temperature >= 0,
-            "top_k must be 0 (off) or more": self.top_k >= 0,
-            "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
-            "min_p must be at least 0 and below 1": 0 <= self.min_p < 1,
-            "repetition_penalty must be above 0": self.repetition_penalty > 0,
-        }
-        for message, holds in checks.items():
-            if not holds:
-                raise UserError(f"{message}, not {getattr(self, message.split()[0])}")
+        require_within(self, temperature="[0, inf)", top_k="[0, inf)", top_p="(0, 1]", min_p="[0, 1)")
+        require_within(self, repetition_penalty="(0, inf)")
 
 
 DEFAULT_SAMPLING = Sampling(temperature=0.8, top_p=0.95)  # generate.py's defaults

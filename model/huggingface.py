@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model.checkpoint import load_checkpoint
+from model.checkpoint import load_checkpoint, load_model
 from model.config import NORM_EPS, GPTConfig
 from model.gpt import GPT
 from model.settings import UserError, first_line, require
@@ -269,8 +269,8 @@ def load_pretrained(name: str) -> Pretrained:
     """
     file = Path(name).expanduser()
     if file.is_file():
-        checkpoint = load_checkpoint(file)
-        return Pretrained(GPTConfig(**checkpoint["config"]), checkpoint["weights"], checkpoint["tokenizer"])
+        model, _, checkpoint = load_model(file)
+        return Pretrained(model.config, model.state_dict(), checkpoint["tokenizer"])
     load_file = needs("safetensors.torch", "--init-from").load_file
     folder = find_pretrained(name, "config.json", "tokenizer.json", "model*.safetensors")
     files = sorted(folder.glob("model*.safetensors"))

@@ -1,10 +1,16 @@
 """A run's metrics.jsonl, and the loss curve and samples drawn from it alone."""
 
 import json
+import math
 import re
 from pathlib import Path
 
-from model.files import atomic_write
+import torch
+from torch import Tensor
+
+from model.files import atomic_write, write_text
+from model.resume import TrainingState
+from model.run import Run
 
 
 class Metrics:
@@ -23,13 +29,29 @@ class Metrics:
             for row in read_rows(self.path)
             if row["step"] <= (last_evaluation if "validation_loss" in row else step)
         ]
-        with atomic_write(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def add_step(
+        self, run: Run, state: TrainingState, loss: float, norm: Tensor, rate: float, speed: float
+    ) -> None:
+        """Add a training row."""
+        row = {
+            "step": state.step,
+            "train_loss": loss if math.isfinite(loss) else None,
+            "learning_rate": rate,
+            "gradient_norm": norm.item() if norm.isfinite() else None,
+            "tokens": state.step * run.tokens_per_step,
+            "seconds": round(state.seconds, 6),
+            "tokens_per_second": round(speed),
+        }
+        if norm.is_cuda:
+            row["gpu_bytes"] = torch.cuda.max_memory_allocated()
+        self.add(row)
 
     def draw(self) -> None:
         """Rewrite loss_curve.png and samples.md."""
@@ -106,5 +128,4 @@ def write_samples(rows: list[dict], path: Path) -> None:
             parts.append(
                 f"## Step {row['step']:,}, validation loss {row['validation_loss']:.3f}\n\n{story}\n"
             )
-    with atomic_write(path) as temporary:
-        temporary.write_text("\n".join(parts), encoding="utf-8")
+    write_text(path, "\n".join(parts))

@@ -7,7 +7,7 @@ a random few of these stand for all (importance sampling: Bengio and Senécal 20
 import numpy as np
 import torch
 
-from model.batches import Batches, excerpt
+from model.batches import Batches, excerpt, to_device
 from model.gpt import Shortlist
 
 SIZE = 0.25  # tokens in a shortlist, as a fraction of the vocabulary
@@ -40,7 +40,7 @@ class Shortlists:
         log_counts = np.zeros(self.vocab_size, np.float32)
         log_counts[drawn] = np.log(len(rare) / len(drawn))
         ids = np.sort(np.concatenate((targets, frequent, drawn)))
-        return Shortlist(torch.from_numpy(ids).to(device), torch.from_numpy(log_counts[ids]).to(device))
+        return Shortlist(to_device(ids, device), to_device(log_counts[ids], device))
 
 
 def make_shortlists(batches: Batches, vocab_size: int) -> Shortlists | None:

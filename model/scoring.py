@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from model.batches import to_device
 from model.candidates import Candidate
-from model.runtime import GPU_LOGITS, Runtime, tokens_at_once
+from model.runtime import GPU_LOGITS, Runtime, ran_out_of_memory, tokens_at_once
 from model.settings import UserError, require
 
 # Logits computed at once. A CPU is fastest while they fit in its caches.
@@ -129,7 +129,9 @@ def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, ba
             story, position, inputs, rows, targets = lay_out(batch, sequences, candidate.end_id)
             try:
                 results = score_tokens(candidate, inputs, rows, targets, runtime)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not ran_out_of_memory(error):
+                    raise
                 fewer = max(1, len(batch) // 2)
                 raise UserError(f"out of GPU memory: use --batch-size {fewer} or lower") from None
             if waiting:

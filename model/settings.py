@@ -14,6 +14,7 @@ import ast
 import difflib
 import errno
 import io
+import math
 import os
 import signal
 import sys
@@ -36,7 +37,8 @@ TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", s
 def first_line(error: Exception) -> str:
     """The first line of a library's error, short enough for a one-line message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return textwrap.shorten(lines[0], 300, placeholder="...").rstrip(".")
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # a heading says nothing by itself
+    return textwrap.shorten(text, 300, placeholder="...").rstrip(".")
 
 
 class UserError(Exception):
@@ -151,7 +153,7 @@ def make_parser(constants: list[Constant], prog: str, description: str) -> Parse
                 flag = flag_name(constant.name)
                 raise UserError(f"{flag} takes {TYPE_NAMES[constant.kind]}, not {text!r}") from None
 
-        options = {"type": convert, "default": None, "metavar": constant.kind.__name__.upper()}
+        options = {"type": convert, "default": argparse.SUPPRESS, "metavar": constant.kind.__name__.upper()}
         if constant.kind is bool:
             options |= {"nargs": "?", "const": True}
         if constant.many:
@@ -163,19 +165,17 @@ def make_parser(constants: list[Constant], prog: str, description: str) -> Parse
     return parser
 
 
-def normalise(argv: list[str], switches: set[str], aliases: dict[str, str]) -> list[str]:
-    """Rewrite flags to the form that the parser knows: --batch_tokens, aliases, --no-fresh for a switch."""
-    words = []
-    for word in argv:
-        if word.startswith("--") and len(word) > 2:
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("_", "-")
-            name = aliases.get(name, name)
-            if name.startswith("no-") and name[3:] in switches and not equals:
-                name, equals, value = name[3:], "=", "false"
-            word = f"--{name}{equals}{value}"
-        words.append(word)
-    return words
+def normalise(word: str, constants: list[Constant], aliases: dict[str, str]) -> str:
+    """Rewrite a flag to the form that the parser knows: --batch_tokens, an alias, --no-fresh for a switch."""
+    kinds = {flag_name(constant.name): constant.kind for constant in constants}
+    name, equals, value = word.partition("=")
+    name = "--" + name[2:].replace("_", "-")
+    name = "--" + aliases.get(name[2:], name[2:])
+    if name not in kinds and name.startswith("--no-") and not equals:
+        name, equals, value = "--" + name[5:], "=", "false"
+        if kinds.get(name) is not bool:
+            return word
+    return name + equals + value if word.startswith("--") and name in kinds else word
 
 
 def read_settings(
@@ -193,32 +193,28 @@ def read_settings(
     Raises UserError for an unknown flag or bad value.
     """
     constants = read_constants(script)
-    flags = {constant.name.replace("_", "-") for constant in constants}
     prog = os.path.relpath(script, REPO)
     docstring = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8"))) or ""
     parser = make_parser(constants, prog, docstring)
-    switches = {constant.name.replace("_", "-") for constant in constants if constant.kind is bool}
-    argv = normalise(sys.argv[1:] if argv is None else argv, switches, aliases or {})
-    parsed, unknown = parser.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parsed, unknown = parser.parse_known_args([normalise(word, constants, aliases or {}) for word in argv])
     if unknown:
         word = unknown[0].partition("=")[0]
-        nearest = difflib.get_close_matches(word.lstrip("-"), flags | {"help"}, n=1, cutoff=0.5)
-        hint = f"; did you mean --{nearest[0]}?" if nearest and word.startswith("-") else ""
+        flags = ["--help", *(flag_name(constant.name) for constant in constants)]
+        nearest = difflib.get_close_matches(word, flags, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]}?" if nearest and word.startswith("-") else ""
         raise UserError(f"{prog} has no flag {word}{hint} (--help lists all)")
 
-    settings = Settings(given=set(), defaults={c.name: c.value for c in constants})
-    seen = {word.partition("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
+    given = vars(parsed)
+    settings = Settings(given=set(given), defaults={c.name: c.value for c in constants})
     for constant in constants:
-        given = constant.name in seen
-        value = getattr(parsed, constant.name) if given else constant.value
-        if given:
-            settings.given.add(constant.name)
+        value = given.get(constant.name, constant.value)
         allowed = (choices or {}).get(constant.name)
         if allowed and value not in allowed and not (value is None and constant.optional):
             flag = flag_name(constant.name)
             raise UserError(f"{flag} takes {', '.join(allowed[:-1])} or {allowed[-1]}, not {value!r}")
         if constant.name.endswith("_dir"):
-            value = (Path.cwd() if given else REPO) / Path(str(value)).expanduser()
+            value = (Path.cwd() if constant.name in given else REPO) / Path(str(value)).expanduser()
         setattr(settings, constant.name, value)
     return settings
 
@@ -233,11 +229,22 @@ def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def require_at_least(least: int, settings: SimpleNamespace, *names: str) -> None:
-    """Raise UserError if one of these settings is below `least` (and not None)."""
-    for name in names:
-        value = getattr(settings, name)
-        require(value is None or value >= least, f"{flag_name(name)} must be {least} or more, not {value}")
+def require_within(values: object, **intervals: str) -> None:
+    """Raise UserError for an attribute of `values` outside its interval: dropout="[0, 1)". None is inside any."""
+    for name, interval in intervals.items():
+        value = getattr(values, name)
+        low, high = map(float, interval[1:-1].split(","))
+        bounds = [f"above {low:g}" if interval[0] == "(" else f"at least {low:g}"]
+        if high < math.inf:
+            bounds.append(f"below {high:g}" if interval[-1] == ")" else f"at most {high:g}")
+        inside = value is None or (
+            (low < value or (low == value and interval[0] == "["))
+            and (value < high or (value == high and interval[-1] == "]"))
+        )
+        if value == math.inf > low:
+            bounds.append("finite")
+        shown = flag_name(name) if isinstance(values, Settings) else name
+        require(inside, f"{shown} must be {' and '.join(bounds)}, not {value}")
 
 
 def require_seed(seed: int) -> None:

@@ -1,52 +1,67 @@
-"""What train.py does at each evaluation: the loss on validation windows, and a sample story."""
+"""What train.py does at each evaluation: the loss on validation windows, a sample story, and a copy if it is best."""
 
 import math
-from types import SimpleNamespace
 
-import numpy as np
 import torch
 
-from model.batches import Data, number_stories, to_device
+from model.batches import number_stories, to_device
+from model.checkpoint import save_checkpoint
 from model.decoder import Decoder
 from model.generation import DEFAULT_SAMPLING, generate_all, text_tokenizer
 from model.gpt import GPT
-from model.runtime import Runtime, tokens_at_once
+from model.metrics import Metrics
+from model.resume import TrainingState
+from model.run import Run
+from model.runtime import tokens_at_once
+
+
+def evaluate(run: Run, state: TrainingState, metrics: Metrics) -> str:
+    """Evaluate the model, add the result to the metrics, and save a model that is the best so far; in one line, how
+    good it is."""
+    row = {"step": state.step, "tokens": state.step * run.tokens_per_step, **validate(run, state.model)}
+    metrics.add({**row, "sample": write_sample(run, state.model)})
+    metrics.draw()
+    state.last_evaluation = state.step
+    loss, mark = row["validation_loss"], ""
+    if loss < state.best_loss:
+        state.best_loss, mark = loss, "; best so far"
+        save_checkpoint(run.folder / "best.pt", state.snapshot(run))
+    bits = row["bits_per_byte"]
+    return f"step {state.step:,}: validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte{mark}"
 
 
 @torch.no_grad()
-def validate(
-    model: GPT, validation: np.ndarray, data: Data, runtime: Runtime, mask_stories: bool
-) -> dict[str, float]:
+def validate(run: Run, model: GPT) -> dict[str, float]:
     """Mean loss over the validation windows, in nats per token and in bits per byte of text."""
     model.eval()
-    total = 0.0
-    config = model.config
+    total, runtime, config = 0.0, run.runtime, model.config
     chunk = max(1, tokens_at_once(runtime.device, config.vocab_size) // config.block_size)
-    for first in range(0, len(validation), chunk):
-        windows = to_device(validation[first : first + chunk], runtime.device)
+    for first in range(0, len(run.validation), chunk):
+        windows = to_device(run.validation[first : first + chunk], runtime.device)
         inputs, targets = windows[:, :-1], windows[:, 1:]
-        story_ids = number_stories(inputs, data.eot_id) if mask_stories else None
+        story_ids = number_stories(inputs, run.data.eot_id) if run.recipe.mask_stories else None
         with runtime.autocast():
             total += model(inputs, targets, story_ids).item() * len(windows)
     model.train()
-    loss = total / len(validation)
+    loss = total / len(run.validation)
     return {
         "validation_loss": loss,
-        "bits_per_byte": loss / math.log(2) / data.validation.bytes_per_token,
+        "bits_per_byte": loss / math.log(2) / run.data.validation.bytes_per_token,
     }
 
 
-def write_sample(model: GPT, data: Data, settings: SimpleNamespace) -> str:
+def write_sample(run: Run, model: GPT) -> str:
     """A story from the sample prompt, with the same seed at each evaluation."""
+    settings, eot_id = run.settings, run.data.eot_id
     if not settings.sample_tokens:
         return ""
-    tokenizer = text_tokenizer(data.tokenizer_json)
-    ids = [data.eot_id, *tokenizer.encode(settings.sample_prompt, add_special_tokens=False).ids]
+    tokenizer = text_tokenizer(run.data.tokenizer_json)
+    ids = [eot_id, *tokenizer.encode(settings.sample_prompt, add_special_tokens=False).ids]
     strict = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)  # sampling's cumulative sums have no deterministic CUDA kernel
     (written,) = generate_all(
-        Decoder(model), [ids], settings.sample_tokens, data.eot_id, DEFAULT_SAMPLING, [settings.seed]
+        Decoder(model), [ids], settings.sample_tokens, eot_id, DEFAULT_SAMPLING, [settings.seed]
     )
     torch.use_deterministic_algorithms(strict, warn_only=warns)
     return tokenizer.decode(ids[1:] + written, skip_special_tokens=False)

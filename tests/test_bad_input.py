@@ -49,7 +49,10 @@ def test_steps_out_of_order_name_the_command_to_run(run, packed, tmp_path):
         (["--micro-batch", "-1"], ["--micro-batch"]),
         (["--dropout", "1"], ["dropout"]),
         (["--head-size", "-2"], ["head_size must be at least 1"]),
+        (["--head-size", "33"], ["head_size is 33"]),
         (["--rope-base", "0"], ["rope_base must be above 0"]),
+        (["--max-minutes", "inf"], ["max_minutes must be above 0 and finite, not inf"]),
+        (["--learning-rate", "nan"], ["learning_rate must be above 0, not nan"]),
     ],
 )
 def test_train_refuses(run, packed, tmp_path, flags, needles):
@@ -122,6 +125,7 @@ def test_no_checkpoint_that_loads(run, packed, trained, tmp_path):
         (["--top-p", "0"], ["top_p"]),
         (["--num-samples", "0"], ["--num-samples"]),
         (["--max-tokens", "0"], ["--max-tokens"]),
+        (["--max-tokens", "1000000000000"], ["--max-tokens must be at least 1 and at most 100000"]),
         (["--prompts-file", "nowhere.txt"], ["nowhere.txt"]),
         (["--promt", "x"], ["did you mean --prompt?"]),
     ],

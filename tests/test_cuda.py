@@ -1,5 +1,6 @@
 """What only a GPU can show: run where one is, skipped elsewhere. The CPU's results are the reference."""
 
+import itertools
 import json
 import signal
 import sys
@@ -149,8 +150,11 @@ def test_scores_are_those_of_the_cpu(run, packed, tmp_path, train):
 def test_no_step_between_two_logged_ones_waits_for_the_gpu(packed, tmp_path, monkeypatch):
     """PyTorch raises an error at whatever synchronises."""
 
-    def agree(state, *_):  # at the end of each step
-        torch.cuda.set_sync_debug_mode("error" if 2 <= state.step < 8 else "default")
+    steps = itertools.count()
+
+    def agree(_, seconds):  # before the first step, and at the end of each
+        torch.cuda.set_sync_debug_mode("error" if 2 <= next(steps) < 8 else "default")
+        return seconds
 
     places = ["--data-dir", packed, "--checkpoint-dir", tmp_path / "run"]
     flags = [
@@ -158,7 +162,9 @@ def test_no_step_between_two_logged_ones_waits_for_the_gpu(packed, tmp_path, mon
         "--device",
         DEVICE,
         "--max-steps",
-        10,
+        20,
+        "--grow-at",  # after the steps in question, as what comes before the decay is saved after step 8
+        0.95,
         "--log-interval",
         100,
         "--eval-interval",
@@ -166,7 +172,7 @@ def test_no_step_between_two_logged_ones_waits_for_the_gpu(packed, tmp_path, mon
         *places,
     ]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-    monkeypatch.setattr(train_script, "agree", agree)
+    monkeypatch.setattr(train_script.StopRequest, "agree", agree)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         train_script.main()

@@ -411,8 +411,8 @@ def test_a_report_of_stories_alone(evaluate, tmp_path):
     ("flags", "needle"),
     [
         (["--split", "test"], "--split takes train, validation or all, not 'test'"),
-        (["--max-samples", "-1"], "--max-samples must be 0"),
-        (["--num-stories", "-1"], "--num-stories must be 0"),
+        (["--max-samples", "-1"], "--max-samples must be at least 0"),
+        (["--num-stories", "-1"], "--num-stories must be at least 0"),
         (["--seed", "-1"], "seed must be 0 or more"),
         (["--checkpoint", "best", "41"], "there is no checkpoint '41'"),
         (["--text", "none.txt"], "there is no file or folder none.txt"),

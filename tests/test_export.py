@@ -26,7 +26,7 @@ from model.decoder import Decoder
 from model.generation import Sampling, generate_all
 from model.gpt import GPT
 from model.huggingface import from_config_json, load_pretrained, to_config_json, token_table
-from model.resume import settle
+from model.run import settle
 from model.settings import UserError, read_settings
 
 torch.set_num_threads(1)
@@ -389,6 +389,14 @@ def test_a_run_that_began_otherwise_is_not_changed(make, packed, trained):
     settings = read_settings(REPO / "train.py", ["--init-from", "model.pt"])
     with pytest.raises(UserError, match="init_from None is now model.pt.*--fresh"):
         settle(settings, load_checkpoint(trained / "best.pt"), load_data(packed), True)
+
+
+def test_weights_that_do_not_fit_their_configuration_are_refused(trained, tmp_path):
+    checkpoint = load_checkpoint(trained / "best.pt")
+    checkpoint["config"]["n_embd"] = 32
+    save_checkpoint(tmp_path / "model.pt", checkpoint)
+    with pytest.raises(UserError, match="do not fit together .*size mismatch"):
+        load_pretrained(str(tmp_path / "model.pt"))
 
 
 def edit_config(folder, **changes):

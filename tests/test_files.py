@@ -5,8 +5,8 @@ import os
 import pytest
 
 from model import files
+from model.checkpoint import only_one
 from model.files import atomic_folder, remove_leftovers
-from model.resume import only_one
 from model.settings import UserError
 
 DEAD = 2**22 + 1  # beyond the numbers that Linux gives to processes

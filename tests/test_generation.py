@@ -347,6 +347,17 @@ def test_an_end_marker_in_the_text_is_text(tokenizer):
     assert tokenizer.token_to_id("<|endoftext|>") == EOT
 
 
+def test_a_streamed_story_keeps_the_spaces_that_tokens_only_mark(monkeypatch, capsys):
+    """As in tokenizers that are not byte-level: a story's first token begins with a space only after a prompt."""
+    vocabulary = {word: k for k, word in enumerate(["<|endoftext|>", "▁Once", "▁upon", "▁a", "▁time", "."])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    monkeypatch.setattr(script, "generate", lambda *_: ([token] for token in [2, 3, 4, 5, None]))
+    config = GPTConfig(vocab_size=6, block_size=16, n_layer=1, n_head=1, n_embd=4)
+    row = script.Writer(Decoder(GPT(config)), tokenizer, EOT, GREEDY, max_tokens=100).stream("Once", seed=3)
+    assert capsys.readouterr().out == "Once upon a time.\n" and row["story"] == " upon a time."
+
+
 @pytest.mark.parametrize("text", [" a cat.", " Zoë saw a 🐉!", "🐉", " ends in half: \udcf0"])
 def test_a_streamed_story_is_the_story(tokenizer, monkeypatch, capsys, text):
     ids = tokenizer.encode(text.replace("\udcf0", "🐉"), add_special_tokens=False).ids

@@ -428,6 +428,12 @@ def test_what_a_killed_run_left_is_removed(run, tmp_path):
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == sorted([*mine, "raw"])
 
 
+def test_more_built_in_stories_than_the_grammar_makes_are_refused(run, tmp_path):
+    flags = ["--source", "sample", "--max-stories", 1_000_000, "--data-dir", tmp_path]
+    assert_one_line_error(run("data/ingestion.py", *flags), "--source sample makes at most 50,000 stories")
+    assert not (tmp_path / "raw").exists()
+
+
 def test_built_in_stories(run, tmp_path):
     run("data/ingestion.py", "--source", "sample", "--max-stories", 60, "--data-dir", tmp_path / "a", check=0)
     run("data/ingestion.py", "--source", "sample", "--max-stories", 30, "--data-dir", tmp_path / "b", check=0)

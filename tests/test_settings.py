@@ -63,6 +63,10 @@ def read(script):
     return read
 
 
+def test_a_value_that_looks_like_a_flag_is_not_rewritten(read):
+    assert read("--prompt", "--Hello_there friend").prompt == ["--Hello_there friend"]
+
+
 def test_only_commented_upper_case_constants_are_settings(script):
     assert [constant.name for constant in read_constants(script)] == NAMES
 

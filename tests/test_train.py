@@ -18,16 +18,17 @@ from model.batches import Batches, Data, Split, load_data, validation_windows
 from model.bigrams import begin_as_bigrams
 from model.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from model.config import PRESETS, GPTConfig, Recipe
-from model.console import ProgressBar, StopRequest, print_end, print_plan
+from model.console import ProgressBar, print_end, print_plan
+from model.forward import prepare_forward
 from model.gpt import GPT
 from model.metrics import smooth, write_samples
-from model.resume import TrainingState, rewind, settle
+from model.processes import Processes, StopRequest
+from model.resume import TrainingState, rewind
+from model.run import Run, settle
 from model.runtime import (
-    Processes,
     Runtime,
     choose_runtime,
     peak_flops,
-    prepare_forward,
     ran_out_of_memory,
 )
 from model.sampled_softmax import Shortlists
@@ -62,6 +63,12 @@ def train(packed, tmp_path, monkeypatch, capsys):
         return folder, capsys.readouterr()
 
     return train
+
+
+def make_run(**parts):
+    """A run that has only these parts."""
+    empty = dict.fromkeys("settings config recipe data batches validation runtime".split())
+    return Run(**{**empty, "processes": Processes(), **parts})
 
 
 def metrics(folder):
@@ -180,7 +187,10 @@ def test_validation_keeps_to_the_story_too(packed):
         for begin, end in zip(begins, [*begins[1:], 64], strict=True):
             ids = torch.tensor([window[begin : end + 1]])
             total += model(ids[:, :-1], ids[:, 1:]).item() * (end - begin)
-    losses = [validate(model, windows, data, runtime, mask)["validation_loss"] for mask in (True, False)]
+    losses = []
+    for mask in (True, False):
+        run = make_run(data=data, validation=windows, runtime=runtime, recipe=Recipe(mask_stories=mask))
+        losses.append(validate(run, model)["validation_loss"])
     assert losses[0] == pytest.approx(total / (64 * len(windows)), rel=1e-5)
     assert losses[1] != pytest.approx(losses[0], rel=1e-4)
 
@@ -226,12 +236,15 @@ def test_the_second_half_of_the_blocks_joins_later(train, bigrams):
 @pytest.mark.parametrize(("depth", "grow_at"), [(2, 0.8), (4, 0.8), (4, 0.0)])
 def test_the_time_left_includes_that_steps_become_slower(limits, depth, grow_at):
     """Against steps counted one by one, from step 100 after 50 seconds, at half a second per step for now."""
-    recipe = Recipe(**{"max_steps": 1_000, "grow_at": grow_at, **limits})
-    model = GPT(GPTConfig(400, 32, 4, 2, 32))
+    recipe = Recipe(**{"max_steps": 1_000, "grow_at": grow_at, "batch_tokens": 512, **limits})
+    config = GPTConfig(400, 32, 4, 2, 32)
+    model = GPT(config)
     model.set_depth(depth)
     state = TrainingState(model, [], None, step=100, seconds=50.0)
     runtime = Runtime(torch.device("cpu"), torch.float32, False, "")
-    bar = ProgressBar(state, recipe, 512, runtime, Processes(rank=1, count=2), shortlist_size=100)
+    run = make_run(recipe=recipe, config=config, runtime=runtime, processes=Processes(rank=1, count=2))
+    vars(run)["shortlists"] = SimpleNamespace(size=100)
+    bar = ProgressBar(run, state)
     bar.speed = 1_024.0
     slower = model.flops_per_token(4, 100) / model.flops_per_token(depth, 100)
     assert 1 < slower < 2 if depth == 2 else slower == 1
@@ -320,8 +333,10 @@ def test_a_run_moves_from_one_process_to_two_and_back(train, packed, tmp_path):
     np.testing.assert_allclose(losses(folder), losses(whole), rtol=1e-5)
 
 
-def test_torchrun_restarts_a_killed_worker_and_the_losses_stay_the_same(train, packed, tmp_path):
-    flags = ["--max-steps", 40, "--save-interval", 2]
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
+def test_torchrun_restarts_a_killed_worker_and_the_losses_stay_the_same(train, packed, tmp_path, fresh):
+    """With --fresh, too: a restart resumes the new run instead of moving it aside."""
+    flags = ["--max-steps", 40, "--save-interval", 2, *fresh]
     one, _ = train("one", "--dtype", "float32", *flags)
     command = torchrun_command(2, packed, tmp_path / "two", *flags)
     command.insert(command.index("--standalone"), "--max-restarts=1")
@@ -333,7 +348,7 @@ def test_torchrun_restarts_a_killed_worker_and_the_losses_stay_the_same(train, p
     os.kill(int(workers[1]), signal.SIGKILL)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "resuming" in output
+    assert "resuming" in output and not list(tmp_path.glob("two-*"))
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(one), rtol=1e-5)
 
 
@@ -399,6 +414,14 @@ def test_a_finished_run_made_longer_is_the_longer_run(train):
     assert (folder / "shorter_12_metrics.jsonl").exists()
 
 
+def test_a_run_made_longer_goes_on_from_its_end_if_what_came_before_its_decay_is_damaged(train):
+    folder, _ = train("run")
+    (folder / "before_decay.pt").write_bytes(b"not a checkpoint")
+    _, result = train("run", "--max-steps", 16, tiny=["--compile", "off"])
+    assert "before_decay.pt does not load" in result.err and "going on from step 12" in result.err
+    assert load_checkpoint(folder / "ckpt_16.pt")["step"] == 16
+
+
 def test_only_a_run_in_its_decay_goes_back(train):
     """What a shorter run left from before its decay does not count for a longer one that is far from its own."""
     folder, _ = train("run", "--max-steps", 12)
@@ -407,7 +430,12 @@ def test_only_a_run_in_its_decay_goes_back(train):
     steps = {"far from it": 40, "in it": 15}
     for max_steps in steps.values():
         then["settings"]["max_steps"] = max_steps
-        rewound, checkpoint = rewind(folder, path, then, Recipe(max_steps=80), first=False)
+        run = make_run(
+            settings=SimpleNamespace(checkpoint_dir=folder),
+            recipe=Recipe(max_steps=80),
+            processes=Processes(rank=1, count=2),
+        )
+        rewound, checkpoint = rewind(run, path, then)
         assert checkpoint["step"] == (12 if max_steps == steps["far from it"] else 5)
         assert (rewound == path) == (max_steps == steps["far from it"])
 
@@ -429,11 +457,20 @@ def test_fresh_moves_the_old_run_aside(train, tmp_path):
     assert load_checkpoint(folder / "ckpt_12.pt")["settings"]["seed"] == 2
 
 
-def test_fresh_moves_nothing_where_the_new_run_cannot_begin(train):
-    folder, _ = train("run")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--n-head", 5], "not divisible"),
+        (["--seed", -1], "seed must be"),
+        (["--block-size", 10_000_000], "longer than"),
+        (["--device", "cuda"], "no CUDA GPU"),
+    ],
+)
+def test_fresh_moves_nothing_where_the_new_run_cannot_begin(train, flags, message):
+    folder, _ = train("run", "--max-steps", 1)
     before = sorted(folder.iterdir())
-    with pytest.raises(UserError, match="not divisible"):
-        train("run", "--fresh", "--n-head", 5)
+    with pytest.raises(UserError, match=message):
+        train("run", "--fresh", *flags)
     assert sorted(folder.iterdir()) == before and [path.name for path in folder.parent.glob("run*")] == [
         "run"
     ]
@@ -451,13 +488,13 @@ def test_the_command_to_resume_has_the_flags_that_no_checkpoint_remembers(monkey
         "--device",
         "cpu",
     ]
-    settings = read_settings(REPO / "train.py", flags)
-    print_end(SimpleNamespace(step=3), settings, 512, finished=False)
+    state = SimpleNamespace(step=3)
+    print_end(make_run(settings=read_settings(REPO / "train.py", flags)), state, finished=False)
     wanted = "resume with: python train.py --device cpu --checkpoint-dir 'my run'\n"
     assert capsys.readouterr().out.endswith(wanted)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    print_end(SimpleNamespace(step=3), read_settings(REPO / "train.py", []), 512, finished=False)
+    print_end(make_run(settings=read_settings(REPO / "train.py", [])), state, finished=False)
     assert capsys.readouterr().out.endswith("resume with: torchrun --nproc_per_node=2 train.py\n")
 
 
@@ -644,10 +681,12 @@ def test_where_memory_runs_out_it_takes_half_or_says_what_to_take(train, monkeyp
 
 @pytest.mark.parametrize(("windows", "fits", "chosen"), [(64, 13, 8), (128, 14, 8), (8, 16, 8), (17, 5, 5)])
 def test_micro_batches_are_equal_if_slightly_smaller_ones_are(monkeypatch, windows, fits, chosen):
-    monkeypatch.setattr("model.runtime.guess_micro_batch", lambda model, runtime: fits)
+    monkeypatch.setattr("model.forward.guess_micro_batch", lambda model, runtime: fits)
     model = GPT(GPTConfig(vocab_size=16, block_size=4, n_layer=1, n_head=1, n_embd=4))
     runtime = Runtime(torch.device("cpu"), torch.float32, False, "")
-    assert prepare_forward(model, runtime, windows, Processes(), False, None, wanted=0)[1] == chosen
+    recipe = Recipe(sampled_softmax=False, mask_stories=False)
+    run = make_run(settings=SimpleNamespace(micro_batch=0), runtime=runtime, recipe=recipe)
+    assert prepare_forward(run, model, windows)[1] == chosen
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory. Tried", "CUBLAS_STATUS_ALLOC_FAILED when calling"])
@@ -779,5 +818,8 @@ def test_many_epochs_without_dropout_get_a_hint(capsys, steps, minutes, dropout,
         TrainingState(GPT(config), [], None),
         Runtime(torch.device("cpu"), torch.float32, False, ""),
     )
-    print_plan(settings, recipe, Data(split, split, 16, 0, ""), state, runtime, Processes())
+    data = Data(split, split, 16, 0, "")
+    print_plan(
+        make_run(settings=settings, config=config, recipe=recipe, data=data, runtime=runtime), state, None
+    )
     assert ("--dropout 0.1 prevents overfitting" in capsys.readouterr().out) == hinted

@@ -1,0 +1,71 @@
+"""The forward pass of training: compiled if possible, with a micro-batch that fits in memory."""
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model.gpt import GPT
+from model.run import Run
+from model.runtime import Runtime, ran_out_of_memory
+from model.settings import first_line, require, warn
+
+
+def guess_micro_batch(model: GPT, runtime: Runtime) -> int:
+    """Windows per forward pass: on a GPU what should fit in free memory, on a CPU what is fastest."""
+    config = model.config
+    tokens = 4_096
+    if runtime.device.type == "cuda":
+        bytes_per_token = 40 * config.n_layer * config.n_embd + 12 * config.vocab_size
+        tokens = int(0.5 * torch.cuda.mem_get_info(runtime.device)[0] / bytes_per_token)
+    return max(1, min(tokens, 131_072) // config.block_size)
+
+
+def prepare_forward(run: Run, model: GPT, windows: int) -> tuple[nn.Module, int]:
+    """The function (idx, targets, stories, shortlist) -> loss, compiled if possible, and the micro-batch in windows,
+    for a process that has so many windows in each step.
+
+    With several processes, its backward pass averages their gradients. Runs it on each size of micro-batch, so that
+    failures come before the first step: if memory runs out, it halves the micro-batch; if compilation fails, it falls
+    back to eager mode.
+    """
+    runtime, wanted = run.runtime, run.settings.micro_batch
+    shortlist = run.shortlists and run.shortlists.shortlist(0, runtime.device)  # any step's would do
+    micro_batch = min(wanted or guess_micro_batch(model, runtime), windows)
+    if not wanted:  # prefer slightly smaller but equal micro-batches, so that only one size is compiled
+        fewest = -(-windows // micro_batch)
+        count = next((n for n in range(fewest, 2 * fewest) if windows % n == 0), fewest)
+        micro_batch = -(-windows // count)
+    forward = model
+    if runtime.compile:
+        # On a CPU, dropout is faster with PyTorch's random numbers than with the compiler's, and as in eager mode.
+        options = {"fallback_random": runtime.device.type == "cpu"}
+        forward = torch.compile(model, dynamic=False, options=options)
+    while True:
+        sizes = {micro_batch, windows % micro_batch or micro_batch}  # the last of a step may be smaller
+        try:
+            for size in sizes:
+                # sliced from longer rows like the windows of a step: other strides would trigger a recompilation
+                rows = torch.zeros(size, model.config.block_size + 1, dtype=torch.long, device=runtime.device)
+                inputs, targets = rows[:, :-1], rows[:, 1:]
+                with runtime.autocast():
+                    loss = forward(
+                        inputs, targets, inputs.int() if run.recipe.mask_stories else None, shortlist
+                    )
+                loss.backward()
+        except Exception as error:  # compilation can fail in many ways; eager mode still works
+            loss = None  # frees the memory held by the failed attempt
+            if ran_out_of_memory(error):
+                require(micro_batch > 1, "not even one window fits in the GPU's memory: use a smaller model")
+                micro_batch //= 2
+            elif forward is model:
+                raise
+            else:
+                warn(f"torch.compile does not work here, continuing without it: {first_line(error)}")
+                forward, runtime.compile = model, False
+        else:
+            break
+        finally:
+            model.zero_grad(set_to_none=True)
+    if run.processes.count > 1:
+        forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return forward, micro_batch

@@ -1,0 +1,119 @@
+"""The processes that train together, how they agree, and how they stop."""
+
+import atexit
+import os
+import signal
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.settings import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train together; just one without torchrun."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    restarts: int = 0  # how often torchrun has restarted them
+
+    @property
+    def first(self) -> bool:
+        """The process that prints and writes."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def have_the_same(self, number: int) -> bool:
+        """Whether all processes have the same number."""
+        if self.count == 1:
+            return True
+        extremes = torch.tensor([number, -number])
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        return extremes.sum().item() == 0
+
+    def total(self, value: Tensor) -> float:
+        """Sum of a scalar tensor over all processes."""
+        if self.count > 1:
+            dist.all_reduce(value)
+        return value.item()
+
+
+def start_processes(device: str) -> Processes:
+    """Join torchrun's process group (nccl on CUDA, gloo elsewhere), if there is one."""
+    if "RANK" not in os.environ:
+        return Processes()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
+    processes = Processes(*(int(os.environ.get(name, 0)) for name in names))
+    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    if cuda:
+        if processes.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"there are only {torch.cuda.device_count()} GPUs here: lower torchrun's --nproc_per_node to that"
+            )
+        torch.cuda.set_device(processes.local_rank)
+    # torchrun keeps one store across restarts; the prefix hides the addresses of dead workers from new ones.
+    store, rank, count = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {processes.restarts}", store)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+    return processes
+
+
+def stop_processes() -> None:
+    """Leave the process group.
+
+    While an error is on its way, the other processes may be in a collective operation, and leaving would wait for
+    them: then this process just ends, once Python has printed the error.
+    """
+    kind = sys.exc_info()[0] or SystemExit
+    if not dist.is_initialized():
+        return
+    if issubclass(kind, SystemExit):
+        dist.destroy_process_group()
+    else:
+        atexit.register(end_at_once, 2 if issubclass(kind, UserError) else 1)
+
+
+def end_at_once(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class StopRequest:
+    """True after Ctrl-C or SIGTERM; the step is finished and saved. A second Ctrl-C stops at once."""
+
+    def __init__(self, processes: Processes):
+        self.received, self.agreed, self.processes = 0, 0, processes
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def __bool__(self) -> bool:
+        return self.agreed != 0
+
+    def receive(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        if self.processes.count == 1:  # several processes stop together, in agree()
+            self.agreed = number
+        if self.processes.first:
+            print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+
+    def agree(self, seconds: float) -> float:
+        """Let all processes know whether one is to stop; return the longest of their training times."""
+        if self.processes.count > 1:
+            # on the CPU, to avoid waiting for the GPU
+            facts = torch.tensor([self.received, seconds], dtype=torch.float64)
+            dist.all_reduce(facts, op=dist.ReduceOp.MAX)
+            self.agreed, seconds = int(facts[0]), float(facts[1])
+        return seconds

@@ -1,0 +1,199 @@
+"""What stays the same from a run's first step to its last: a new run takes its settings from its preset, a resumed one
+from its checkpoint."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from model.batches import Batches, Data, fingerprints, load_data, validation_windows
+from model.checkpoint import STARTED_EARLIER
+from model.config import CONFIG_FIELDS, LEARNING_RATES, PRESETS, RECIPE_FIELDS, GPTConfig, Recipe
+from model.files import command, shown
+from model.huggingface import Pretrained, load_pretrained, token_table
+from model.processes import Processes
+from model.runtime import Runtime, choose_device, choose_runtime
+from model.sampled_softmax import Shortlists, make_shortlists
+from model.settings import UserError, require
+
+# Settings that identify a run; the others may change when it resumes.
+FIXED = ("preset", "init_from", *CONFIG_FIELDS, "seed", "batch_tokens", "optimizer")
+KEPT = (
+    *dict.fromkeys((*FIXED, *RECIPE_FIELDS)),
+    "dtype",
+    "compile",
+    "deterministic",
+    "micro_batch",
+    "save_interval",
+    "eval_tokens",
+    "log_interval",
+    "sample_prompt",
+    "sample_tokens",
+)
+
+# A pretrained model's context, which may be very long, is cut to this unless BLOCK_SIZE is set.
+CONTEXT_LIMIT = 1_024
+# Fraction of the preset's learning rate used for a pretrained model, which should change gently
+PRETRAINED_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Run:
+    settings: SimpleNamespace  # all filled in
+    config: GPTConfig
+    recipe: Recipe
+    data: Data
+    batches: Batches
+    validation: np.ndarray  # windows of validation tokens, (N, block_size + 1)
+    runtime: Runtime
+    processes: Processes
+    pretrained: Pretrained | None = None  # a new model's initial weights
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.checkpoint_dir
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.recipe.tokens_per_step(self.config.block_size)
+
+    @functools.cached_property
+    def shortlists(self) -> Shortlists | None:
+        """Of a sampled softmax; None if the softmax is over the whole vocabulary."""
+        return make_shortlists(self.batches, self.config.vocab_size) if self.recipe.sampled_softmax else None
+
+    @property
+    def softmax_size(self) -> int:
+        return self.shortlists.size if self.shortlists else self.config.vocab_size
+
+
+def plan_run(settings: SimpleNamespace, processes: Processes, checkpoint: dict | None) -> Run:
+    """Fill in and check the settings of a new run, or of one that goes on from a checkpoint, and read its data.
+
+    Raises UserError, before anything is written, if something does not fit.
+    """
+    data = load_data(settings.data_dir, settings.verify)
+    device = choose_device(settings.device)
+    pretrained = None
+    if settings.init_from and not checkpoint:
+        pretrained = load_pretrained(settings.init_from)
+    config, recipe = settle(settings, checkpoint, data, device.type == "cpu", pretrained)
+    windows = recipe.windows_per_step(config.block_size)
+    require(
+        windows >= processes.count,
+        f"a step has {windows} windows for {processes.count} processes: use fewer, or a larger --batch-tokens",
+    )
+    count = max(1, settings.eval_tokens // config.block_size)
+    return Run(
+        settings,
+        config,
+        recipe,
+        data,
+        Batches(data.train.tokens, config.block_size, windows, settings.seed),
+        validation_windows(data.validation.tokens, config.block_size, count),
+        choose_runtime(device, settings.dtype, settings.compile, settings.deterministic),
+        processes,
+        pretrained,
+    )
+
+
+def settle(
+    settings: SimpleNamespace,
+    checkpoint: dict | None,
+    data: Data,
+    on_cpu: bool,
+    pretrained: Pretrained | None = None,
+) -> tuple[GPTConfig, Recipe]:
+    """Fill in every setting that was left open; return the model's shape and the recipe.
+
+    A new run takes them from its preset, and its shape from the pretrained model, if any. A resumed run keeps its
+    own, except those set by a flag or edited in the script since it started. Raises UserError, listing the
+    settings that may not change, if any did.
+    """
+    bigrams, growing = settings.bigram_start, settings.grow_at
+    if checkpoint is None:
+        fill_from_preset(settings, data, on_cpu, pretrained)
+    else:
+        keep_from_checkpoint(settings, checkpoint, data)
+    if settings.vocab_size < data.vocab_size:
+        raise UserError(f"vocab_size {settings.vocab_size} is below the tokenizer's {data.vocab_size}")
+    config = GPTConfig(**{name: getattr(settings, name) for name in CONFIG_FIELDS})
+    if checkpoint is None and settings.bigram_start and (pretrained or not config.can_hold_bigrams):
+        require(
+            not bigrams,
+            "--bigram-start needs modern blocks with an untied output head (--no-tie-weights), and no --init-from",
+        )
+        settings.bigram_start = False
+    if checkpoint is None and pretrained:
+        require(not growing, "--grow-at is for new models: those of --init-from train whole")
+        settings.grow_at = 0.0
+    return config, Recipe(**{name: getattr(settings, name) for name in RECIPE_FIELDS})
+
+
+def left_open(settings: SimpleNamespace, name: str) -> bool:
+    """Whether a setting is to be filled in; `--max-minutes none`, though, means no limit."""
+    return getattr(settings, name) is None and not (name == "max_minutes" and name in settings.given)
+
+
+def fill_from_preset(
+    settings: SimpleNamespace, data: Data, on_cpu: bool, pretrained: Pretrained | None
+) -> None:
+    preset = PRESETS[settings.preset]
+    recipe = preset.recipe
+    if on_cpu:
+        recipe = recipe.on_cpu(
+            recipe.max_minutes if left_open(settings, "max_minutes") else settings.max_minutes
+        )
+    values = {**vars(recipe), **vars(preset.config), "vocab_size": data.vocab_size}
+    if settings.optimizer not in (None, recipe.optimizer):
+        values["learning_rate"] = LEARNING_RATES[settings.optimizer]
+    if pretrained:
+        values |= shape_of(pretrained, settings, data)
+        values["learning_rate"] *= PRETRAINED_SHARE
+    for name in (*CONFIG_FIELDS, *RECIPE_FIELDS):
+        if left_open(settings, name):
+            setattr(settings, name, values[name])
+    if settings.save_interval is None:
+        settings.save_interval = settings.eval_interval
+
+
+def shape_of(pretrained: Pretrained, settings: SimpleNamespace, data: Data) -> dict[str, object]:
+    """A pretrained model's shape, whatever the preset; only context length and dropout may be chosen.
+
+    Raises UserError if the settings ask for another shape, or the stories were packed with another tokenizer.
+    """
+    shape = {name: value for name, value in vars(pretrained.config).items() if name != "dropout"}
+    shape["block_size"] = min(shape["block_size"], CONTEXT_LIMIT)
+    for name, value in shape.items():
+        asked = getattr(settings, name)
+        fits = asked in (None, value) or name == "block_size"
+        require(fits, f"{settings.init_from} has {name} {value}, which --init-from cannot change to {asked}")
+    require(
+        token_table(pretrained.tokenizer_json) == token_table(data.tokenizer_json),
+        f"the stories were packed with another tokenizer than that of {settings.init_from}: run "
+        f"{command('data/train_tokenizer.py')} --kind {settings.init_from}, then {command('data/prepare_data.py')}",
+    )
+    return shape
+
+
+def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data) -> None:
+    saved, then = checkpoint["settings"], checkpoint["defaults"]
+    edited = {name for name, value in settings.defaults.items() if name in then and value != then[name]}
+    require(set(KEPT) <= saved.keys(), STARTED_EARLIER)
+    differences = []
+    for name in KEPT:
+        value = getattr(settings, name)
+        if name not in settings.given | edited or left_open(settings, name):
+            setattr(settings, name, saved[name])
+        elif name in FIXED and value != saved[name]:
+            differences.append(f"{name} {saved[name]} is now {value}")
+    current = fingerprints(data)
+    differences += [f"changed {name}" for name, value in checkpoint["data"].items() if value != current[name]]
+    if differences:
+        raise UserError(
+            f"the run in {shown(settings.checkpoint_dir)} cannot be resumed with: {'; '.join(differences)}. "
+            "Change that back, or start a new run with --fresh (it moves the old one aside) "
+            "or another --checkpoint-dir"
+        )
