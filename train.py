@@ -164,7 +164,8 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
     loss_of, settings.micro_batch = prepare_forward(run, state.model, len(mine))
     if processes.first:
         micro_batches = -(-len(mine) // settings.micro_batch)
-        print(f"micro-batch  {settings.micro_batch} windows, {micro_batches} per step", flush=True)
+        flex = "; FlexAttention within stories" * state.model.flex
+        print(f"micro-batch  {settings.micro_batch} windows, {micro_batches} per step{flex}", flush=True)
     metrics = Metrics(folder, state.step, state.last_evaluation) if processes.first else None
     progress_bar = ProgressBar(run, state)
     stop = StopRequest(processes)

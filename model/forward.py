@@ -1,13 +1,16 @@
 """The forward pass of training: compiled if possible, with a micro-batch that fits in memory."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.gpt import GPT
+from model.config import GPTConfig
+from model.gpt import GPT, Attention, rotary_tables, story_mask
 from model.run import Run
 from model.runtime import Runtime, ran_out_of_memory
 from model.settings import first_line, require, warn
+
+FLEX_FROM = 512  # shortest context for flex_attention
 
 
 def guess_micro_batch(model: GPT, runtime: Runtime) -> int:
@@ -18,6 +21,59 @@ def guess_micro_batch(model: GPT, runtime: Runtime) -> int:
         bytes_per_token = 40 * config.n_layer * config.n_embd + 12 * config.vocab_size
         tokens = int(0.5 * torch.cuda.mem_get_info(runtime.device)[0] / bytes_per_token)
     return max(1, min(tokens, 131_072) // config.block_size)
+
+
+def flex_pays(run: Run) -> bool:
+    """Whether flex_attention should be tried: it skips what the story mask hides, half of a context of 512 or more.
+
+    It has no dropout, and its kernels for older GPUs are slow.
+    """
+    device, config = run.runtime.device, run.config
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    fits = run.runtime.compile and run.runtime.dtype == torch.bfloat16 and not config.dropout
+    return able and fits and run.recipe.mask_stories and config.block_size >= FLEX_FROM
+
+
+def flex_is_right(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether flex_attention, compiled, gives the output and gradients of plain attention here, in one random layer.
+
+    Some versions of PyTorch computed wrong gradients for some shapes and GPUs without a word.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        layer = Attention(config).to(device).eval()
+        x = torch.randn(2, config.block_size, config.n_embd, device=device, requires_grad=True)
+        stories = (torch.rand(x.shape[:2], device=device) < 0.01).cumsum(1, dtype=torch.int32)
+        upstream = torch.randn(x.shape, device=device, dtype=dtype)
+        rotary = None
+        if config.blocks == "modern":
+            rotary = tuple(table.to(device) for table in rotary_tables(config))
+
+        def attend(x: Tensor, blocks: bool) -> Tensor:
+            return layer(x, rotary, story_mask(stories, blocks))
+
+        results = []
+        for function, blocks in ((torch.compile(attend, dynamic=False), True), (attend, False)):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                y = function(x, blocks)
+            gradients = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
+            results.append([y.float(), *(gradient.float() for gradient in gradients)])
+    return all((a - b).norm() <= 0.05 * b.norm() for a, b in zip(*results, strict=True))
+
+
+def choose_flex(run: Run, device: torch.device) -> bool:
+    """Whether compiled code should mask stories by flex_attention."""
+    if not flex_pays(run):
+        return False
+    try:
+        if flex_is_right(run.config, device, run.runtime.dtype):
+            return True
+        reason = "its results are wrong here"
+    except Exception as error:  # its compilation can fail in many ways
+        reason = first_line(error)
+    warn(f"FlexAttention does not work here ({reason}), continuing with slower attention")
+    torch.compiler.reset()
+    return False
 
 
 def prepare_forward(run: Run, model: GPT, windows: int) -> tuple[nn.Module, int]:
@@ -35,7 +91,7 @@ def prepare_forward(run: Run, model: GPT, windows: int) -> tuple[nn.Module, int]
         fewest = -(-windows // micro_batch)
         count = next((n for n in range(fewest, 2 * fewest) if windows % n == 0), fewest)
         micro_batch = -(-windows // count)
-    forward = model
+    forward, model.flex = model, choose_flex(run, runtime.device)
     if runtime.compile:
         # On a CPU, dropout is faster with PyTorch's random numbers than with the compiler's, and as in eager mode.
         options = {"fallback_random": runtime.device.type == "cpu"}
@@ -59,6 +115,9 @@ def prepare_forward(run: Run, model: GPT, windows: int) -> tuple[nn.Module, int]
                 micro_batch //= 2
             elif forward is model:
                 raise
+            elif model.flex:
+                warn(f"FlexAttention does not work here, continuing without it: {first_line(error)}")
+                model.flex = False
             else:
                 warn(f"torch.compile does not work here, continuing without it: {first_line(error)}")
                 forward, runtime.compile = model, False

@@ -8,13 +8,16 @@ Shapes: B sequences, T tokens each, C = n_embd, H heads of size D, V = vocab_siz
 """
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import NORM_EPS, GPTConfig
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 # Longest context for which CPU training uses plain_attention
 PLAIN_UP_TO = 512
@@ -50,6 +53,23 @@ def causal(T: int, device: torch.device) -> Tensor:
     return torch.ones(T, T, dtype=torch.bool, device=device).tril()
 
 
+def story_mask(stories: Tensor, blocks: bool = False) -> "Tensor | BlockMask":
+    """Who may attend to whom, given each token's story (B, T): earlier tokens of the same story, and itself.
+
+    A bool tensor (B, 1, T, T), or with `blocks` the form that flex_attention takes, which skips blocks of 128 by 128
+    in which no token may attend to any other.
+    """
+    B, T = stories.shape
+    if not blocks:
+        return causal(T, stories.device) & (stories[:, None, :, None] == stories[:, None, None, :])
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def same(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (stories[b, q] == stories[b, k])
+
+    return create_block_mask(same, B, None, T, T, device=stories.device)
+
+
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropout: float = 0.0) -> Tensor:
     """Attention that materialises the (T, T) scores, with a float32 softmax, (B, H, T, D) -> (B, H, T, D).
 
@@ -64,7 +84,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropou
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, T, C) -> (B, T, C), with the mask `seen` (B, 1, T, T) or a causal one."""
+    """Multi-head self-attention, (B, T, C) -> (B, T, C), with the mask `seen` of story_mask(), or a causal one."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -77,7 +97,9 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim)
             self.k_norm = RMSNorm(config.head_dim)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, seen: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, seen: "Tensor | BlockMask | None" = None
+    ) -> Tensor:
         B, T, _ = x.shape
         # q is (B, H, T, D); k and v may have fewer heads
         q, k, v = self.qkv(x).view(B, T, -1, self.config.head_dim).transpose(1, 2).split(self.heads, dim=1)
@@ -87,7 +109,12 @@ class Attention(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         if k.size(1) < q.size(1):  # not every attention kernel supports grouped-query attention
             k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
-        if self.training and x.device.type == "cpu" and T <= PLAIN_UP_TO:
+        if not (seen is None or isinstance(seen, Tensor)):
+            from torch.nn.attention.flex_attention import flex_attention
+
+            # its kernel on a CPU reads v wrongly where it is not contiguous, so none is trusted to
+            y = flex_attention(q, k, v.contiguous(), block_mask=seen)
+        elif self.training and x.device.type == "cpu" and T <= PLAIN_UP_TO:
             y = plain_attention(q, k, v, seen, dropout)
         else:
             y = F.scaled_dot_product_attention(q, k, v, seen, dropout_p=dropout, is_causal=seen is None)
@@ -132,7 +159,9 @@ class Block(nn.Module):
         self.mlp = GELUMLP(config) if config.blocks == "gpt2" else SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, seen: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, seen: "Tensor | BlockMask | None" = None
+    ) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), rotary, seen))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -158,6 +187,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.depth = config.n_layer  # blocks in use: see set_depth()
+        self.flex = False  # whether compiled code masks stories by flex_attention: see model/forward.py
         self.norm = make_norm(config)
         if not config.tie_weights:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -205,7 +235,7 @@ class GPT(nn.Module):
             rotary = self.rotary_cos[:T], self.rotary_sin[:T]
         seen = None
         if stories is not None:
-            seen = causal(T, idx.device) & (stories[:, None, :, None] == stories[:, None, None, :])
+            seen = story_mask(stories, blocks=self.flex and torch.compiler.is_compiling())
         x = self.dropout(x)
         for block in self.blocks[: self.depth]:
             x = block(x, rotary, seen)

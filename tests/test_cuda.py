@@ -57,6 +57,17 @@ def test_a_gpu_learns_as_the_cpu_does(train, blocks, dtype, compiled, tolerance)
         assert losses(found, key) == pytest.approx(losses(exact, key), rel=tolerance)
 
 
+def test_flex_attention_learns_as_plain_attention_does(run, packed, tmp_path):
+    shape = ["--block-size", 512, "--batch-tokens", 4096, "--max-steps", 12, "--data-dir", packed]
+    printed = {}
+    for device in ("cpu", DEVICE):
+        flags = [*TINY, *shape, "--checkpoint-dir", tmp_path / device, "--device", device]
+        printed[device] = run("train.py", *flags, check=0).stdout
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert "FlexAttention within stories" in printed[DEVICE]
+    assert losses(tmp_path / DEVICE) == pytest.approx(losses(tmp_path / "cpu"), rel=2e-2)
+
+
 @pytest.mark.parametrize(
     ("dtype", "compiled", "dropout"),
     [("float32", "off", 0.1), ("bfloat16", "on", 0.1), ("float16", "on", 0)],

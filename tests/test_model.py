@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_mask
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model.config import PRESETS, GPTConfig
-from model.gpt import GPT, plain_attention
+from model.gpt import GPT, plain_attention, story_mask
 from model.huggingface import to_config_json, to_huggingface
 from model.settings import UserError
 
@@ -345,6 +346,28 @@ def test_flops_are_those_that_torch_counts(blocks, sizes, tied):
 def test_a_shape_that_cannot_be_is_a_user_error(changes, message):
     with pytest.raises(UserError, match=message):
         GPTConfig(**changes)
+
+
+@pytest.mark.parametrize("length", [64, 300])
+def test_a_story_mask_in_blocks_is_the_same_mask(length):
+    torch.manual_seed(0)
+    stories = (torch.rand(3, length) < 0.05).cumsum(1)
+    seen = story_mask(stories, blocks=True).mask_mod
+    assert torch.equal(create_mask(seen, 3, 1, length, length, device="cpu"), story_mask(stories))
+
+
+@torch.no_grad()
+def test_compiled_flex_attention_gives_the_same_logits():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=64, block_size=160, n_layer=1, n_head=2, n_embd=32)).eval()
+    for parameter in model.parameters():  # so that what a token sees matters
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids = torch.randint(64, (2, 160))
+    stories = (ids < 2).cumsum(1)
+    plain, across = model(ids, None, stories), model(ids)
+    model.flex = True
+    found = torch.compile(model, dynamic=False)(ids, None, stories)
+    assert (found - plain).abs().max() < 1e-4 < 0.1 < (across - plain).abs().max()
 
 
 def test_odd_heads_do_for_gpt2():

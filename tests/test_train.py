@@ -19,8 +19,8 @@ from model.bigrams import begin_as_bigrams
 from model.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from model.config import PRESETS, GPTConfig, Recipe
 from model.console import ProgressBar, print_end, print_plan
-from model.forward import prepare_forward
-from model.gpt import GPT
+from model.forward import choose_flex, prepare_forward
+from model.gpt import GPT, story_mask
 from model.metrics import smooth, write_samples
 from model.processes import Processes, StopRequest
 from model.resume import TrainingState, rewind
@@ -687,6 +687,27 @@ def test_micro_batches_are_equal_if_slightly_smaller_ones_are(monkeypatch, windo
     recipe = Recipe(sampled_softmax=False, mask_stories=False)
     run = make_run(settings=SimpleNamespace(micro_batch=0), runtime=runtime, recipe=recipe)
     assert prepare_forward(run, model, windows)[1] == chosen
+
+
+@pytest.mark.parametrize("blocks", ["modern", "gpt2"])
+def test_flex_attention_is_used_only_if_it_is_right(monkeypatch, capsys, blocks):
+    """On a CPU it has no gradients, so plain attention takes its place here: with the right mask, then a wrong one."""
+    config = GPTConfig(vocab_size=16, block_size=64, n_layer=1, n_head=2, n_embd=16, blocks=blocks)
+    run = make_run(
+        config=config, runtime=Runtime(torch.device("cpu"), torch.float32, True, ""), recipe=Recipe()
+    )
+    assert not choose_flex(run, torch.device("cpu"))  # not even tried
+    monkeypatch.setattr("model.forward.flex_pays", lambda run: True)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    mask = {"right": lambda stories, blocks: story_mask(stories)}
+    mask["wrong"] = lambda stories, blocks: story_mask(torch.zeros_like(stories) if blocks else stories)
+    for name in mask:
+        monkeypatch.setattr("model.forward.story_mask", mask[name])
+        assert choose_flex(run, torch.device("cpu")) == (name == "right")
+    assert "FlexAttention does not work here (its results are wrong here)" in capsys.readouterr().err
+    monkeypatch.setattr("model.forward.story_mask", story_mask)
+    assert not choose_flex(run, torch.device("cpu"))
+    assert "does not support backward on CPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory. Tried", "CUBLAS_STATUS_ALLOC_FAILED when calling"])
