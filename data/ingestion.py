@@ -55,7 +55,8 @@ DATA_DIR = "data"  # folder for raw/, tokenizer/ and processed/
 FORMAT = 2
 TINYSTORIES = "roneneldan/TinyStories"
 SAMPLE_STORIES = 20_000
-MOST_SAMPLE_STORIES = 50_000  # beyond, ever more stories of the grammar are near copies, which it rejects
+# beyond, the grammar makes ever more near copies, which it rejects
+MOST_SAMPLE_STORIES = 50_000
 # numbers that a NumberSet collects before sorting them in
 LATEST = 1_000_000
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from model.files import command, shown
 from model.resume import TrainingState
-from model.run import KEPT, Run
+from model.run import NOT_KEPT, Run
 from model.runtime import peak_flops
 from model.settings import flag_name
 
@@ -128,7 +128,7 @@ def print_end(run: Run, state: TrainingState, finished: bool) -> None:
             program = program.replace("python", f"torchrun --nproc_per_node={workers}", 1)
         flags = []  # the checkpoint remembers the others
         for name in settings.defaults:
-            if name in settings.given and name not in (*KEPT, "fresh"):
+            if name in settings.given & NOT_KEPT - {"fresh"}:
                 value = getattr(settings, name)
                 flags += [flag_name(name), shown(value) if isinstance(value, Path) else str(value)]
         print(

@@ -22,7 +22,7 @@ from model.checkpoint import (
 from model.config import RECIPE_FIELDS, Recipe
 from model.gpt import GPT
 from model.optimizer import make_optimizers
-from model.run import KEPT, Run
+from model.run import Run, kept_settings
 from model.settings import require, warn
 
 
@@ -48,7 +48,7 @@ class TrainingState:
         """This state as a checkpoint, enough to resume, generate, evaluate and export."""
         return {
             "config": asdict(self.model.config),
-            "settings": {name: getattr(run.settings, name) for name in KEPT},
+            "settings": {name: getattr(run.settings, name) for name in kept_settings(run.settings)},
             "defaults": run.settings.defaults,
             "depth": self.model.depth,
             "weights": self.model.state_dict(),

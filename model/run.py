@@ -19,19 +19,9 @@ from model.sampled_softmax import Shortlists, make_shortlists
 from model.settings import UserError, require
 
 # Settings that identify a run; the others may change when it resumes.
-FIXED = ("preset", "init_from", *CONFIG_FIELDS, "seed", "batch_tokens", "optimizer")
-KEPT = (
-    *dict.fromkeys((*FIXED, *RECIPE_FIELDS)),
-    "dtype",
-    "compile",
-    "deterministic",
-    "micro_batch",
-    "save_interval",
-    "eval_tokens",
-    "log_interval",
-    "sample_prompt",
-    "sample_tokens",
-)
+FIXED = {"preset", "init_from", *CONFIG_FIELDS, "seed", "batch_tokens", "optimizer"}
+# Settings that a checkpoint does not remember: where and how a run is resumed
+NOT_KEPT = {"device", "data_dir", "checkpoint_dir", "keep", "verify", "fresh"}
 
 # A pretrained model's context, which may be very long, is cut to this unless BLOCK_SIZE is set.
 CONTEXT_LIMIT = 1_024
@@ -178,12 +168,16 @@ def shape_of(pretrained: Pretrained, settings: SimpleNamespace, data: Data) -> d
     return shape
 
 
+def kept_settings(settings: SimpleNamespace) -> list[str]:
+    return [name for name in settings.defaults if name not in NOT_KEPT]
+
+
 def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data) -> None:
-    saved, then = checkpoint["settings"], checkpoint["defaults"]
+    saved, then, kept = checkpoint["settings"], checkpoint["defaults"], kept_settings(settings)
     edited = {name for name, value in settings.defaults.items() if name in then and value != then[name]}
-    require(set(KEPT) <= saved.keys(), STARTED_EARLIER)
+    require(set(kept) <= saved.keys(), STARTED_EARLIER)
     differences = []
-    for name in KEPT:
+    for name in kept:
         value = getattr(settings, name)
         if name not in settings.given | edited or left_open(settings, name):
             setattr(settings, name, saved[name])
