@@ -71,16 +71,26 @@ def story_mask(stories: Tensor, blocks: bool = False) -> "Tensor | BlockMask":
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """Attention that materialises the (T, T) scores, with a float32 softmax, (B, H, T, D) -> (B, H, T, D).
+    """Causal attention that materialises the scores, with a float32 softmax, (B, H, T, D) -> (B, H, T, D).
 
-    On a CPU this trains twice as fast as the fused kernel, whose backward pass is slow there.
+    On a CPU this trains faster than the fused kernel, whose backward pass is slow there. In float32, products dominate:
+    queries are taken in quarters, each with the keys up to its end only. In bfloat16 that does not pay.
     """
+    T = q.size(2)
     if seen is None:
-        seen = causal(q.size(2), q.device)
-    scores = (q * q.size(-1) ** -0.5) @ k.mT
-    scores = scores + torch.where(seen, 0.0, -math.inf)  # promotes the scores to float32
-    weights = scores.softmax(dim=-1).type_as(v)
-    return (F.dropout(weights, dropout) if dropout else weights) @ v
+        seen = causal(T, q.device)
+    q = q * q.size(-1) ** -0.5
+    rows = -(-T // 4) if v.dtype == torch.float32 else T
+    parts = []
+    for first in range(0, T, rows):
+        end = min(first + rows, T)
+        scores = q[:, :, first:end] @ k[:, :, :end].mT
+        scores = scores + torch.where(
+            seen[..., first:end, :end], 0.0, -math.inf
+        )  # promotes the scores to float32
+        weights = scores.softmax(dim=-1).type_as(v)
+        parts.append((F.dropout(weights, dropout) if dropout else weights) @ v[:, :, :end])
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 class Attention(nn.Module):
