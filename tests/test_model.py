@@ -391,6 +391,21 @@ def test_a_cpu_takes_smaller_steps_the_smaller_the_shorter_the_run_and_grows():
     assert own.on_cpu(None) == own.on_cpu(1) == own
 
 
+@pytest.mark.parametrize("length", [1, 2, 5, 8, 37])
+@pytest.mark.parametrize("masked", [True, False])
+def test_plain_attention_is_the_fused_one(length, masked):
+    """Output and gradients, also where the quarters of the queries are uneven or empty."""
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 2, 3, length, 4).requires_grad_()
+    seen = story_mask((torch.rand(2, length) < 0.2).cumsum(1)) if masked else None
+    plain = plain_attention(*inputs.unbind(), seen)
+    fused = F.scaled_dot_product_attention(*inputs.unbind(), seen, is_causal=not masked)
+    torch.testing.assert_close(plain, fused, atol=1e-6, rtol=1e-5)
+    upstream = torch.randn_like(plain)
+    gradients = [torch.autograd.grad(y, inputs, upstream)[0] for y in (plain, fused)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
 def test_plain_attention_drops_its_weights_and_scales_the_rest():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 8, 4).unbind()
