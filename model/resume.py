@@ -38,9 +38,8 @@ class TrainingState:
     seconds: float = 0.0  # training time in them
     best_loss: float = math.inf  # lowest validation loss so far
     last_evaluation: int = -1  # step of the latest evaluation
-    not_finite: Tensor = field(
-        default_factory=lambda: torch.zeros((), dtype=torch.int)
-    )  # steps in a row so far
+    # how many steps in a row, up to now, had a loss or gradient that is not finite; on the model's device
+    not_finite: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int))
 
     COUNTERS = ("step", "seconds", "best_loss", "last_evaluation")
 
