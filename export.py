@@ -16,7 +16,7 @@ from tokenizers import processors
 from torch import Tensor
 
 from model.checkpoint import find_checkpoint, load_model
-from model.config import GPTConfig
+from model.config import GPTConfig, Recipe
 from model.files import atomic_folder, atomic_write, shown, size_text
 from model.generation import DEFAULT_SAMPLING
 from model.huggingface import needs, plain_tokenizer, to_config_json, to_huggingface
@@ -96,7 +96,7 @@ def check_output(output: Path, gguf: bool, overwrite: bool) -> None:
 def list_facts(path: Path, checkpoint: dict, config: GPTConfig, parameters: int) -> dict[str, str]:
     """The facts for the model card, in its order."""
     settings, step = checkpoint["settings"], checkpoint["step"]
-    tokens = step * max(1, settings["batch_tokens"] // config.block_size) * config.block_size
+    tokens = step * Recipe(batch_tokens=settings["batch_tokens"]).tokens_per_step(config.block_size)
     origin = f", from {settings['init_from']}" if settings.get("init_from") else ""
     facts = {
         "preset": settings["preset"] + origin,

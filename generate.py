@@ -131,12 +131,13 @@ class Writer:
             note(f"note: a prompt of {len(ids):,} tokens exceeds the context of {room}; only its end is used")
         return ids
 
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
     def continuation(self, encoded: list[int], ids: list[int]) -> str:
         """The text of new tokens. Decoded with their prompt: some tokenizers mark a word's space in its first token."""
-        both, prompt, alone = (
-            self.tokenizer.decode(part, skip_special_tokens=False) for part in (encoded + ids, encoded, ids)
-        )
-        return both[len(prompt) :] if both.startswith(prompt) else alone
+        prompt, both = self.decode(encoded), self.decode(encoded + ids)
+        return both[len(prompt) :] if both.startswith(prompt) else self.decode(ids)
 
     def row(self, prompt: str, encoded: list[int], ids: list[int], seed: int) -> dict:
         reason = "length" if len(ids) >= self.max_tokens else "end_of_story"

@@ -220,7 +220,18 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
         if reading:
             progress_bar.update(loss)
         if logging and processes.first:
-            metrics.add_step(run, state, loss, norm, rate, progress_bar.speed)
+            row = {
+                "step": state.step,
+                "train_loss": loss if math.isfinite(loss) else None,
+                "learning_rate": rate,
+                "gradient_norm": norm.item() if norm.isfinite() else None,
+                "tokens": state.step * run.tokens_per_step,
+                "seconds": round(state.seconds, 6),
+                "tokens_per_second": round(progress_bar.speed),
+            }
+            if device.type == "cuda":
+                row["gpu_bytes"] = torch.cuda.max_memory_allocated()
+            metrics.add(row)
         state.seconds = stop.agree(state.seconds)
 
     progress_bar.close()

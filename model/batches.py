@@ -140,9 +140,7 @@ class Batches:
         self.windows_per_step = windows_per_step
         self.windows_per_epoch = len(tokens) // block_size
         self._resident: Tensor | None = None
-        self._ahead: tuple[int, np.ndarray] | None = (
-            None  # a first step, and the starts of AHEAD steps from there on
-        )
+        self._ahead: tuple[int, np.ndarray] | None = None  # a first step, the starts of AHEAD steps from it
 
     def move_to(self, device: torch.device, budget: float) -> None:
         """Keep the tokens in device memory, if they take at most `budget` bytes there.

@@ -127,8 +127,9 @@ def print_end(run: Run, state: TrainingState, finished: bool) -> None:
             workers = os.environ.get("LOCAL_WORLD_SIZE", 1)
             program = program.replace("python", f"torchrun --nproc_per_node={workers}", 1)
         flags = []  # the checkpoint remembers the others
+        forgotten = settings.given & (NOT_KEPT - {"fresh"})
         for name in settings.defaults:
-            if name in settings.given & NOT_KEPT - {"fresh"}:
+            if name in forgotten:
                 value = getattr(settings, name)
                 flags += [flag_name(name), shown(value) if isinstance(value, Path) else str(value)]
         print(

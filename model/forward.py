@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.config import GPTConfig
 from model.gpt import GPT, Attention, rotary_tables, story_mask
 from model.run import Run
 from model.runtime import Runtime, ran_out_of_memory
@@ -34,17 +33,18 @@ def flex_pays(run: Run) -> bool:
     return able and fits and run.recipe.mask_stories and config.block_size >= FLEX_FROM
 
 
-def flex_is_right(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> bool:
+def flex_is_right(run: Run) -> bool:
     """Whether flex_attention, compiled, gives the output and gradients of plain attention here, in one random layer.
 
     Some versions of PyTorch computed wrong gradients for some shapes and GPUs without a word.
     """
+    config, runtime, device = run.config, run.runtime, run.runtime.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         layer = Attention(config).to(device).eval()
         x = torch.randn(2, config.block_size, config.n_embd, device=device, requires_grad=True)
         stories = (torch.rand(x.shape[:2], device=device) < 0.01).cumsum(1, dtype=torch.int32)
-        upstream = torch.randn(x.shape, device=device, dtype=dtype)
+        upstream = torch.randn(x.shape, device=device, dtype=runtime.dtype)
         rotary = None
         if config.blocks == "modern":
             rotary = tuple(table.to(device) for table in rotary_tables(config))
@@ -54,19 +54,19 @@ def flex_is_right(config: GPTConfig, device: torch.device, dtype: torch.dtype) -
 
         results = []
         for function, blocks in ((torch.compile(attend, dynamic=False), True), (attend, False)):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with runtime.autocast():
                 y = function(x, blocks)
             gradients = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
             results.append([y.float(), *(gradient.float() for gradient in gradients)])
     return all((a - b).norm() <= 0.05 * b.norm() for a, b in zip(*results, strict=True))
 
 
-def choose_flex(run: Run, device: torch.device) -> bool:
+def choose_flex(run: Run) -> bool:
     """Whether compiled code should mask stories by flex_attention."""
     if not flex_pays(run):
         return False
     try:
-        if flex_is_right(run.config, device, run.runtime.dtype):
+        if flex_is_right(run):
             return True
         reason = "its results are wrong here"
     except Exception as error:  # its compilation can fail in many ways
@@ -91,7 +91,7 @@ def prepare_forward(run: Run, model: GPT, windows: int) -> tuple[nn.Module, int]
         fewest = -(-windows // micro_batch)
         count = next((n for n in range(fewest, 2 * fewest) if windows % n == 0), fewest)
         micro_batch = -(-windows // count)
-    forward, model.flex = model, choose_flex(run, runtime.device)
+    forward, model.flex = model, choose_flex(run)
     if runtime.compile:
         # On a CPU, dropout is faster with PyTorch's random numbers than with the compiler's, and as in eager mode.
         options = {"fallback_random": runtime.device.type == "cpu"}
@@ -103,10 +103,9 @@ def prepare_forward(run: Run, model: GPT, windows: int) -> tuple[nn.Module, int]
                 # sliced from longer rows like the windows of a step: other strides would trigger a recompilation
                 rows = torch.zeros(size, model.config.block_size + 1, dtype=torch.long, device=runtime.device)
                 inputs, targets = rows[:, :-1], rows[:, 1:]
+                story_ids = inputs.int() if run.recipe.mask_stories else None
                 with runtime.autocast():
-                    loss = forward(
-                        inputs, targets, inputs.int() if run.recipe.mask_stories else None, shortlist
-                    )
+                    loss = forward(inputs, targets, story_ids, shortlist)
                 loss.backward()
         except Exception as error:  # compilation can fail in many ways; eager mode still works
             loss = None  # frees the memory held by the failed attempt

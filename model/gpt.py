@@ -84,10 +84,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropou
     parts = []
     for first in range(0, T, rows):
         end = min(first + rows, T)
-        scores = q[:, :, first:end] @ k[:, :, :end].mT
-        scores = scores + torch.where(
-            seen[..., first:end, :end], 0.0, -math.inf
-        )  # promotes the scores to float32
+        hidden = torch.where(seen[..., first:end, :end], 0.0, -math.inf)  # float32, as then are the scores
+        scores = q[:, :, first:end] @ k[:, :, :end].mT + hidden
         weights = scores.softmax(dim=-1).type_as(v)
         parts.append((F.dropout(weights, dropout) if dropout else weights) @ v[:, :, :end])
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]

@@ -1,16 +1,10 @@
 """A run's metrics.jsonl, and the loss curve and samples drawn from it alone."""
 
 import json
-import math
 import re
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from model.files import atomic_write, write_text
-from model.resume import TrainingState
-from model.run import Run
 
 
 class Metrics:
@@ -35,23 +29,6 @@ class Metrics:
         self.rows.append(row)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-
-    def add_step(
-        self, run: Run, state: TrainingState, loss: float, norm: Tensor, rate: float, speed: float
-    ) -> None:
-        """Add a training row."""
-        row = {
-            "step": state.step,
-            "train_loss": loss if math.isfinite(loss) else None,
-            "learning_rate": rate,
-            "gradient_norm": norm.item() if norm.isfinite() else None,
-            "tokens": state.step * run.tokens_per_step,
-            "seconds": round(state.seconds, 6),
-            "tokens_per_second": round(speed),
-        }
-        if norm.is_cuda:
-            row["gpu_bytes"] = torch.cuda.max_memory_allocated()
-        self.add(row)
 
     def draw(self) -> None:
         """Rewrite loss_curve.png and samples.md."""

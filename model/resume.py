@@ -87,8 +87,8 @@ def begin(run: Run, checkpoint: dict | None) -> TrainingState:
         model.load_state_dict(run.pretrained.with_context(run.config.block_size).weights)
     optimizers = make_optimizers(model, recipe, low_precision=run.runtime.dtype == torch.bfloat16)
     scaler = torch.amp.GradScaler(device.type, enabled=run.runtime.dtype == torch.float16)
-    state = TrainingState(model, optimizers, scaler)
-    state.not_finite = state.not_finite.to(device)
+    not_finite = torch.zeros((), dtype=torch.int, device=device)
+    state = TrainingState(model, optimizers, scaler, not_finite=not_finite)
     if checkpoint:
         state.restore(checkpoint)
         return state
@@ -127,10 +127,8 @@ def rewind(run: Run, path: Path, checkpoint: dict) -> tuple[Path, dict]:
         print(
             f"extended run: going back to before the learning-rate decay; step {step:,} is kept as shorter_*"
         )
-        for file in [
-            path,
-            *(run.folder / name for name in ("metrics.jsonl", "loss_curve.png", "samples.md")),
-        ]:
+        results = (run.folder / name for name in ("metrics.jsonl", "loss_curve.png", "samples.md"))
+        for file in (path, *results):
             if file.exists():
                 shutil.copy2(file, run.folder / f"shorter_{step}_{file.name}")
         for file in list_checkpoints(run.folder):

@@ -165,17 +165,20 @@ def make_parser(constants: list[Constant], prog: str, description: str) -> Parse
     return parser
 
 
-def normalise(word: str, constants: list[Constant], aliases: dict[str, str]) -> str:
-    """Rewrite a flag to the form that the parser knows: --batch_tokens, an alias, --no-fresh for a switch."""
-    kinds = {flag_name(constant.name): constant.kind for constant in constants}
-    name, equals, value = word.partition("=")
-    name = "--" + name[2:].replace("_", "-")
-    name = "--" + aliases.get(name[2:], name[2:])
-    if name not in kinds and name.startswith("--no-") and not equals:
-        name, equals, value = "--" + name[5:], "=", "false"
-        if kinds.get(name) is not bool:
-            return word
-    return name + equals + value if word.startswith("--") and name in kinds else word
+def normalise(word: str, kinds: dict[str, type], aliases: dict[str, str]) -> str:
+    """Rewrite a flag to the form that the parser knows: --batch_tokens, an alias, --no-fresh for a switch.
+
+    `kinds` maps all flags, without their dashes, to their types. Any other word stays as it is.
+    """
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    name = name.replace("_", "-")
+    name = aliases.get(name, name)
+    if name in kinds:
+        return f"--{name}{equals}{value}"
+    switch = name.removeprefix("no-")
+    return f"--{switch}=false" if switch != name and kinds.get(switch) is bool and not equals else word
 
 
 def read_settings(
@@ -196,13 +199,13 @@ def read_settings(
     prog = os.path.relpath(script, REPO)
     docstring = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8"))) or ""
     parser = make_parser(constants, prog, docstring)
+    kinds = {flag_name(constant.name)[2:]: constant.kind for constant in constants}
     argv = sys.argv[1:] if argv is None else argv
-    parsed, unknown = parser.parse_known_args([normalise(word, constants, aliases or {}) for word in argv])
+    parsed, unknown = parser.parse_known_args([normalise(word, kinds, aliases or {}) for word in argv])
     if unknown:
         word = unknown[0].partition("=")[0]
-        flags = ["--help", *(flag_name(constant.name) for constant in constants)]
-        nearest = difflib.get_close_matches(word, flags, n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]}?" if nearest and word.startswith("-") else ""
+        nearest = difflib.get_close_matches(word.lstrip("-"), ["help", *kinds], n=1, cutoff=0.5)
+        hint = f"; did you mean --{nearest[0]}?" if nearest and word.startswith("-") else ""
         raise UserError(f"{prog} has no flag {word}{hint} (--help lists all)")
 
     given = vars(parsed)
@@ -237,12 +240,12 @@ def require_within(values: object, **intervals: str) -> None:
         bounds = [f"above {low:g}" if interval[0] == "(" else f"at least {low:g}"]
         if high < math.inf:
             bounds.append(f"below {high:g}" if interval[-1] == ")" else f"at most {high:g}")
+        elif value == math.inf:
+            bounds.append("finite")
         inside = value is None or (
             (low < value or (low == value and interval[0] == "["))
             and (value < high or (value == high and interval[-1] == "]"))
         )
-        if value == math.inf > low:
-            bounds.append("finite")
         shown = flag_name(name) if isinstance(values, Settings) else name
         require(inside, f"{shown} must be {' and '.join(bounds)}, not {value}")
 

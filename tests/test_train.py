@@ -696,17 +696,17 @@ def test_flex_attention_is_used_only_if_it_is_right(monkeypatch, capsys, blocks)
     run = make_run(
         config=config, runtime=Runtime(torch.device("cpu"), torch.float32, True, ""), recipe=Recipe()
     )
-    assert not choose_flex(run, torch.device("cpu"))  # not even tried
+    assert not choose_flex(run)  # not even tried
     monkeypatch.setattr("model.forward.flex_pays", lambda run: True)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     mask = {"right": lambda stories, blocks: story_mask(stories)}
     mask["wrong"] = lambda stories, blocks: story_mask(torch.zeros_like(stories) if blocks else stories)
     for name in mask:
         monkeypatch.setattr("model.forward.story_mask", mask[name])
-        assert choose_flex(run, torch.device("cpu")) == (name == "right")
+        assert choose_flex(run) == (name == "right")
     assert "FlexAttention does not work here (its results are wrong here)" in capsys.readouterr().err
     monkeypatch.setattr("model.forward.story_mask", story_mask)
-    assert not choose_flex(run, torch.device("cpu"))
+    assert not choose_flex(run)
     assert "does not support backward on CPU" in capsys.readouterr().err
 
 
