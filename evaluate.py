@@ -19,22 +19,21 @@ import shlex
 import sys
 import time
 from datetime import datetime, timezone
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from data.hub import why_offline
 from data.story_files import find_files, read_file, tidy
 from model.batches import Data, Split, fingerprints, load_data
 from model.candidates import Candidate, find_candidate, load_candidate
+from model.errors import UserError, require, run_script
 from model.files import file_to_write, shown, size_text, write_json, write_text
-from model.generation import text_tokenizer
 from model.report import QUALITY_COLUMNS, SCORE_COLUMNS, cells, render, transposed
 from model.runtime import Runtime, choose_device, choose_runtime
 from model.scoring import bootstrap, interval, score_stories
-from model.settings import UserError, read_settings, require, require_seed, require_within, run_script
+from model.settings import read_settings, require_seed, require_within
 from model.story_quality import Story, describe, read_written
+from model.tokenizer import text_tokenizer
 
 CHECKPOINT: list[str] = []  # files, folders, "best", "latest", steps or Hugging Face models; default: latest
 CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
@@ -85,8 +84,6 @@ def main() -> None:
     needed = not files or settings.given & {"num_stories", "prompt"}
     names = settings.checkpoint or ([None] if needed else [])
     found = [find_candidate(settings.checkpoint_dir, name) for name in names]
-    if any(isinstance(name, str) and not Path(name).exists() for name in found):
-        why_offline()  # when offline, every download would be retried
     data = read_data(settings)
     stories, source = read_stories(settings, data)
     runtime = choose_runtime(choose_device(settings.device), settings.dtype, "off")

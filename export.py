@@ -17,12 +17,14 @@ from torch import Tensor
 
 from model.checkpoint import find_checkpoint, load_model
 from model.config import GPTConfig, Recipe
+from model.errors import require, run_script
 from model.files import atomic_folder, atomic_write, shown, size_text
-from model.generation import DEFAULT_SAMPLING
-from model.huggingface import needs, plain_tokenizer, to_config_json, to_huggingface
+from model.generation import Sampling
+from model.huggingface import needs, to_config_json, to_huggingface
 from model.llama_cpp import write_gguf
 from model.metrics import read_rows
-from model.settings import REPO, read_settings, require, run_script
+from model.settings import REPO, read_settings
+from model.tokenizer import END_OF_TEXT, text_tokenizer
 
 CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; None: best, else latest
 CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
@@ -31,7 +33,6 @@ OUTPUT: str | None = None  # folder or file to write; None: named after the pres
 DTYPE = "float32"  # of the weights (in gguf: of the matrices): float32, float16, bfloat16 or (gguf only) q8_0
 OVERWRITE = False  # replace an earlier export
 
-END_OF_TEXT = "<|endoftext|>"
 # Files in a folder for transformers
 FILES = (
     "config.json",
@@ -120,7 +121,7 @@ def make_files(
     """The files, by name, of a folder that transformers' from_pretrained loads."""
     save = needs("safetensors.torch", "--format hf").save
     eot_id = checkpoint["eot_id"]
-    tokenizer = plain_tokenizer(checkpoint["tokenizer"])
+    tokenizer = text_tokenizer(checkpoint["tokenizer"])
     # In training every story followed an end-of-text token, so the tokenizer prepends one to every text.
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A",
@@ -138,8 +139,8 @@ def make_files(
         **{f"{role}_token_id": eot_id for role in ("bos", "eos", "pad")},
         "max_length": config.block_size,
         "do_sample": True,
-        "temperature": DEFAULT_SAMPLING.temperature,
-        "top_p": DEFAULT_SAMPLING.top_p,
+        "temperature": Sampling().temperature,
+        "top_p": Sampling().top_p,
     }
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
     values = {

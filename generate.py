@@ -22,10 +22,11 @@ from tokenizers.decoders import DecodeStream
 
 from model.checkpoint import find_checkpoint, load_model
 from model.decoder import Decoder, choose_weights
+from model.errors import require, run_script
 from model.files import file_to_write, read_text, shown, write_text
 from model.generation import Sampling, generate
 from model.runtime import choose_device
-from model.settings import flag_name, read_settings, require, require_within, run_script
+from model.settings import flag_name, read_settings, require_within
 
 CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; None: best, else latest
 CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps

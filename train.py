@@ -27,6 +27,7 @@ from model.batches import dropout_seed, number_stories
 from model.checkpoint import BEFORE_DECAY, load_latest, only_one, prune, save_checkpoint, set_aside
 from model.config import BLOCK_FAMILIES, OPTIMIZERS, PRESETS, SCHEDULES
 from model.console import ProgressBar, print_end, print_plan
+from model.errors import UserError, require, run_script
 from model.files import shown
 from model.forward import prepare_forward
 from model.metrics import Metrics
@@ -35,7 +36,7 @@ from model.processes import Processes, StopRequest, start_processes, stop_proces
 from model.resume import TrainingState, begin, rewind
 from model.run import Run, plan_run
 from model.runtime import ran_out_of_memory
-from model.settings import UserError, read_settings, require, require_within, run_script
+from model.settings import read_settings, require_within
 from model.validation import evaluate
 
 # Edit these or pass them as flags: MAX_STEPS is --max-steps. None takes the preset's value.

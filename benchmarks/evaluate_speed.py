@@ -21,9 +21,10 @@ from evaluate import read_stories
 from model.batches import load_data
 from model.candidates import OwnModel
 from model.checkpoint import find_checkpoint
+from model.errors import run_script
 from model.runtime import Runtime, choose_device, choose_runtime, tokens_at_once
 from model.scoring import score_stories
-from model.settings import read_settings, run_script
+from model.settings import read_settings
 
 CHECKPOINT: str | None = None  # as for evaluate.py
 CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps

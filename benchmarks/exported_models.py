@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.settings import REPO, read_settings, run_script
+from model.errors import run_script
+from model.settings import REPO, read_settings
 
 CHECKPOINT = "best"  # a file or folder, "best", "latest" or a step
 CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps

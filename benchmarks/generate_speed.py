@@ -33,10 +33,11 @@ from model.batches import load_data
 from model.checkpoint import find_checkpoint, load_model
 from model.config import PRESETS, GPTConfig
 from model.decoder import Decoder, KVCache
+from model.errors import UserError, run_script
 from model.generation import Sampling, generate_all
 from model.gpt import GPT
 from model.runtime import choose_device, device_name
-from model.settings import REPO, UserError, read_settings, run_script
+from model.settings import REPO, read_settings
 
 PRESET = "stories-15m"  # model shape
 STREAMS = 64  # batch size, measured as well as a single story
@@ -49,7 +50,7 @@ CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
 DATA_DIR = "data"  # folder with tokenizer/ and processed/, for measuring the cost
 MAX_SAMPLES = 256  # validation stories for measuring the cost
 
-SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+SAMPLING = Sampling()
 FINAL_NORM = 18.0
 
 

@@ -25,8 +25,9 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from model.checkpoint import list_checkpoints, load_checkpoint  # noqa: E402
+from model.errors import UserError, require, run_script  # noqa: E402
 from model.runtime import choose_device  # noqa: E402
-from model.settings import UserError, read_settings, require, run_script  # noqa: E402
+from model.settings import read_settings  # noqa: E402
 
 MINUTES = 8.0  # minutes of training per recipe
 SHORT = 0.05  # fraction of MINUTES for a second run of the default recipe; 0 skips it

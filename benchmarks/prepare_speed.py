@@ -27,8 +27,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from data.sample_stories import sample_stories
 from data.stories import read_manifest
 from data.story_files import read_file
+from model.errors import require, run_script
 from model.files import sha256_file
-from model.settings import REPO, read_settings, require, run_script
+from model.settings import REPO, read_settings
 
 STORIES: str | None = None  # a file of stories to build the corpus from; None: the built-in ones
 MEGABYTES = 200  # corpus size

@@ -28,9 +28,10 @@ sys.path.insert(0, str(REPO))
 
 from model.batches import load_data  # noqa: E402
 from model.config import PRESETS  # noqa: E402
+from model.errors import UserError, run_script  # noqa: E402
 from model.gpt import GPT  # noqa: E402
 from model.runtime import choose_device, peak_flops  # noqa: E402
-from model.settings import UserError, read_settings, run_script  # noqa: E402
+from model.settings import read_settings  # noqa: E402
 
 PRESET = "stories-9m"  # model shape, by name from model/config.py
 DEVICE = "auto"  # auto, cpu, cuda or mps

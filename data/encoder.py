@@ -19,9 +19,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from data.stories import END_OF_TEXT
-from model.files import command, shown
-from model.settings import UserError, first_line, require
+from model.errors import UserError
+from model.tokenizer import END_OF_TEXT, read_tokenizer
 
 # GPT-2's pattern, as pre_tokenizers.ByteLevel applies it, for characters whose class is the same in every Unicode
 # version: Latin-1 and English punctuation. Stories with other characters go to the tokenizer.
@@ -33,21 +32,6 @@ WORD = re.compile(
 UNUSUAL = re.compile("[^\x00-\xff\u2010-\u2027]")
 TABLE_WORDS = 500_000  # about 100 MB
 LONG_WORD = 100  # letters; longer words rarely repeat
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    step = command("data/train_tokenizer.py")
-    require(path.is_file(), f"no tokenizer yet in {shown(path.parent)}: run {step}")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(f"{shown(path)} is not a tokenizer ({first_line(error)}): run {step}") from None
-    known = tokenizer.token_to_id(END_OF_TEXT) is not None
-    require(known, f"{shown(path)} has no {END_OF_TEXT} token to separate stories: run {step}")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # a literal <|endoftext|> in a story is text
-    return tokenizer
 
 
 class Encoder:
@@ -114,7 +98,7 @@ def encode_all(
     process killed during a write leaves the others waiting.)
     """
     if workers == 1:
-        encoder = Encoder(load_tokenizer(tokenizer_file), dtype)
+        encoder = Encoder(read_tokenizer(tokenizer_file), dtype)
         yield from ((batch, encoder(batch)) for batch in batches)
         return
     started = [start_worker(tokenizer_file, dtype) for _ in range(workers)]
@@ -151,7 +135,7 @@ def start_worker(tokenizer_file: Path, dtype: str) -> tuple[BaseProcess, Connect
 
 
 def work(pipe: Connection, tokenizer_file: Path, dtype: str) -> None:
-    encoder = Encoder(load_tokenizer(tokenizer_file), dtype)
+    encoder = Encoder(read_tokenizer(tokenizer_file), dtype)
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         while True:
             pipe.send_bytes(encoder(pipe.recv()))

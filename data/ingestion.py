@@ -41,8 +41,9 @@ from data.stories import (
     read_manifest,
 )
 from data.story_files import find_files, read_file, tidy
+from model.errors import UserError, require, run_script
 from model.files import atomic_folder, require_space, sha256_file, shown, size_text, write_json
-from model.settings import REPO, UserError, read_settings, require, require_within, run_script
+from model.settings import REPO, read_settings, require_within
 
 SOURCE: list[str] = ["hub"]  # hub (TinyStories), sample (built-in), a hub data set's name[:config], or files
 VALIDATION_SOURCE: list[str] = []  # like --source; none: the hub's validation split, else a random share

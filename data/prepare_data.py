@@ -21,9 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from data.encoder import Encoder, encode_all, load_tokenizer
+from data.encoder import Encoder, encode_all
 from data.stories import (
-    END_OF_TEXT,
     SPLITS,
     Progress,
     next_step,
@@ -32,8 +31,10 @@ from data.stories import (
     read_manifest,
 )
 from model.config import GPTConfig
+from model.errors import UserError, require, run_script
 from model.files import atomic_write, read_json, require_space, sha256_file, shown, size_text, write_json
-from model.settings import UserError, read_settings, require, require_within, run_script
+from model.settings import read_settings, require_within
+from model.tokenizer import END_OF_TEXT, read_tokenizer
 
 WORKERS = 0  # encoding processes; 0: one per core
 DATA_DIR = "data"  # folder for raw/, tokenizer/ and processed/
@@ -51,7 +52,7 @@ def main():
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallelism is across processes
     manifest = read_manifest(settings.data_dir)
     tokenizer_file = tokenizer_path(settings)
-    tokenizer = load_tokenizer(tokenizer_file)
+    tokenizer = read_tokenizer(tokenizer_file)
     end = tokenizer.token_to_id(END_OF_TEXT)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     wanted = {

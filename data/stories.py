@@ -8,10 +8,9 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
+from model.errors import require
 from model.files import command, read_json, shown
-from model.settings import require
 
-END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "validation")
 BATCH = 1_000  # stories per batch
 BATCH_BYTES = 1 << 23  # approximate limit: long stories make smaller batches

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from data.stories import BATCH, END_OF_TEXT, Progress, slices
+from data.stories import BATCH, Progress, slices
+from model.errors import UserError, first_line, require
 from model.files import shown
-from model.settings import UserError, first_line, require
+from model.tokenizer import END_OF_TEXT
 
 FILE_TYPES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # allowed after the first four

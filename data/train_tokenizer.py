@@ -26,10 +26,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # train and encode on a
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data.hub import why_offline
-from data.stories import END_OF_TEXT, Progress, next_step, open_split, raw_batches, read_manifest
+from data.stories import Progress, next_step, open_split, raw_batches, read_manifest
+from model.errors import UserError, first_line, require, run_script
 from model.files import atomic_write, read_json, sha256_file, shown, write_json
-from model.settings import UserError, first_line, read_settings, require, require_within, run_script
+from model.hub import hub_errors
+from model.settings import read_settings, require_within
+from model.tokenizer import END_OF_TEXT
 
 KIND = "bpe"  # bpe (trained here), gpt2 (GPT-2's 50,257 tokens), char, a Hugging Face folder or name, or a checkpoint
 VOCAB_SIZE = 10_000  # for bpe: `<|endoftext|>`, the 256 bytes and learned word pieces
@@ -150,14 +152,8 @@ def load_gpt2(stories: object, settings: SimpleNamespace) -> Tokenizer:
 
 
 def gpt2_from_hub() -> models.BPE:
-    offline = why_offline()
-    try:
+    with hub_errors("GPT-2's vocabulary", "use --gpt2-files vocab.json merges.txt"):
         return Tokenizer.from_pretrained("gpt2").model
-    except Exception as error:  # the hub's client and tokenizers raise different ones
-        reason = offline or first_line(error)
-        raise UserError(
-            f"cannot load GPT-2's vocabulary from the hub: {reason}; use --gpt2-files vocab.json merges.txt"
-        ) from None
 
 
 def gpt2_from_files(names: list[str]) -> models.BPE:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.errors import UserError
 from model.files import command, read_json, sha256_file, shown
-from model.settings import UserError, require_seed
+from model.settings import require_seed
 
 PREPARE = command("data/prepare_data.py")
 COUNTED = 2**23  # at most so many tokens, in pieces, where frequencies are counted

@@ -14,11 +14,13 @@ from tqdm import tqdm
 
 from model.checkpoint import find_checkpoint, load_model
 from model.decoder import Decoder
+from model.errors import UserError, require, warn
 from model.files import sha256_file, shown
-from model.generation import DEFAULT_SAMPLING, generate_all
+from model.generation import Sampling, generate_all
+from model.hub import why_offline
 from model.metrics import read_rows
-from model.settings import UserError, require, warn
 from model.story_quality import Story
+from model.tokenizer import text_tokenizer
 
 # Longest generated story, in tokens; generate.py's default
 MAX_TOKENS = 400
@@ -111,7 +113,7 @@ class OwnModel(Candidate):
         return Decoder(self.network, graphs=True)
 
     def continue_ids(self, prompts: list[list[int]], seeds: list[int]) -> list[tuple[list[int], bool]]:
-        written = generate_all(self.decoder, prompts, MAX_TOKENS, self.end_id, DEFAULT_SAMPLING, seeds)
+        written = generate_all(self.decoder, prompts, MAX_TOKENS, self.end_id, Sampling(), seeds)
         return [(ids, len(ids) < MAX_TOKENS) for ids in written]
 
 
@@ -128,10 +130,7 @@ class TransformersModel(Candidate):
             hasattr(tokenizer, "backend_tokenizer"),
             f"the tokenizer of {name} has no fast version (tokenizer.json), which scoring needs",
         )
-        self.tokenizer = tokenizer.backend_tokenizer
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
-        self.tokenizer.encode_special_tokens = True
+        self.tokenizer = text_tokenizer(tokenizer.backend_tokenizer.to_str())
         special = [t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None]
         require(bool(special), f"the tokenizer of {name} has no end-of-text token, which scoring needs")
         self.start_id, self.end_id = special[0], special[-1]
@@ -187,8 +186,8 @@ class TransformersModel(Candidate):
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         options = {
             "do_sample": True,
-            "temperature": DEFAULT_SAMPLING.temperature,
-            "top_p": DEFAULT_SAMPLING.top_p,
+            "temperature": Sampling().temperature,
+            "top_p": Sampling().top_p,
             "top_k": 0,
         }
         options |= {"max_new_tokens": min(MAX_TOKENS, self.block_size - width), "eos_token_id": self.end_id}
@@ -204,6 +203,8 @@ class TransformersModel(Candidate):
 
 def load_transformers(name: str) -> tuple[nn.Module, object]:
     """Load model and tokenizer from a folder or hub name. Raises UserError if they do not load."""
+    if not Path(name).is_dir():
+        why_offline()  # before transformers reads whether it is to stay offline
     try:
         import transformers
     except ImportError:

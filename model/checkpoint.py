@@ -23,10 +23,10 @@ import torch
 from tokenizers import Tokenizer
 
 from model.config import GPTConfig
+from model.errors import UserError, first_line, warn
 from model.files import atomic_write, command, remove_leftovers, shown
-from model.generation import text_tokenizer
 from model.gpt import GPT
-from model.settings import UserError, first_line, warn
+from model.tokenizer import text_tokenizer
 
 FORMAT = 1
 BEFORE_DECAY = "before_decay.pt"

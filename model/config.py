@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field, fields, replace
 
-from model.settings import require, require_within
+from model.errors import require
+from model.settings import require_within
 
 BLOCK_FAMILIES = ("modern", "gpt2")
 OPTIMIZERS = ("muon", "adamw")

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import NORM_EPS
+from model.errors import UserError
 from model.gpt import GPT, Block, RMSNorm
-from model.settings import UserError
 
 EPS = NORM_EPS["modern"]
 

@@ -10,7 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from model.settings import REPO, UserError, require
+from model.errors import UserError, require
+from model.settings import REPO
 
 
 @contextlib.contextmanager

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model.errors import first_line, require, warn
 from model.gpt import GPT, Attention, rotary_tables, story_mask
 from model.run import Run
 from model.runtime import Runtime, ran_out_of_memory
-from model.settings import first_line, require, warn
 
 FLEX_FROM = 512  # shortest context for flex_attention
 

@@ -5,36 +5,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.decoder import Decoder, KVCache
-from model.settings import first_line, require_seed, require_within, warn
-
-
-def text_tokenizer(tokenizer_json: str) -> Tokenizer:
-    """A tokenizer that encodes an end-of-text marker within a story as text, never as the token."""
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+from model.errors import first_line, warn
+from model.settings import require_seed, require_within
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings, applied in transformers' order: repetition penalty, temperature, top-k, top-p, min-p."""
+    """Sampling settings, applied in transformers' order: repetition penalty, temperature, top-k, top-p, min-p.
+
+    The defaults are those of generate.py, of sample stories, and of an exported model.
+    """
 
     temperature: float = 0.8  # 0: always the most likely token
     top_k: int = 0  # only the k most likely; 0: off
-    top_p: float = 1.0  # only the most likely that together hold this probability; 1: off
+    top_p: float = 0.95  # only the most likely that together hold this probability; 1: off
     min_p: float = 0.0  # only tokens with at least this share of the top probability; 0: off
     repetition_penalty: float = 1.0  # above 1: tokens that already occurred become less likely
 
     def __post_init__(self):
         require_within(self, temperature="[0, inf)", top_k="[0, inf)", top_p="(0, 1]", min_p="[0, 1)")
         require_within(self, repetition_penalty="(0, inf)")
-
-
-DEFAULT_SAMPLING = Sampling(temperature=0.8, top_p=0.95)  # generate.py's defaults
 
 
 def next_distribution(

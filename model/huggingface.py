@@ -13,13 +13,14 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.checkpoint import load_checkpoint, load_model
 from model.config import NORM_EPS, GPTConfig
+from model.errors import UserError, first_line, require
 from model.gpt import GPT
-from model.settings import UserError, first_line, require
+from model.hub import hub_errors
+from model.tokenizer import text_tokenizer
 
 # Our modules -> theirs, {} is the layer. If there are several, ours is one matrix with the rows of all.
 MODULES = {
@@ -235,18 +236,10 @@ def find_pretrained(name: str, *patterns: str) -> Path:
         return folder
     hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not folder.exists()
     require(bool(hub_name), f"{name} is not a folder or the name of a model on the Hugging Face hub")
-    from huggingface_hub import snapshot_download
+    with hub_errors(f"{name} (no folder here)", "give the folder of a model"):
+        from huggingface_hub import snapshot_download
 
-    from data.hub import why_offline
-
-    offline = why_offline()
-    try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as error:  # of the hub's client or its HTTP library
-        reason = offline or first_line(error)
-        raise UserError(
-            f"there is no folder {name}, and it cannot be loaded from the hub: {reason}"
-        ) from None
 
 
 def load_tokenizer_json(name: str) -> str:
@@ -257,7 +250,7 @@ def load_tokenizer_json(name: str) -> str:
     path = find_pretrained(name, "tokenizer.json") / "tokenizer.json"
     require(path.is_file(), f"{name} has no tokenizer.json")
     try:
-        return plain_tokenizer(path.read_text(encoding="utf-8")).to_str(pretty=True)
+        return text_tokenizer(path.read_text(encoding="utf-8")).to_str(pretty=True)
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(f"{path} is not a tokenizer: {first_line(error)}") from None
 
@@ -287,20 +280,3 @@ def load_pretrained(name: str) -> Pretrained:
     except Exception as error:  # of json or safetensors
         raise UserError(f"{name} does not load: {first_line(error)}") from None
     return Pretrained(config, weights, load_tokenizer_json(name))
-
-
-def plain_tokenizer(tokenizer_json: str) -> Tokenizer:
-    """The tokenizer without added special tokens, truncation or padding."""
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    tokenizer.post_processor = None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def token_table(tokenizer_json: str) -> tuple:
-    """Everything that determines a text's token ids: tokenizers are the same if theirs are equal."""
-    parts = json.loads(Tokenizer.from_str(tokenizer_json).to_str())
-    cut = {key: value for key, value in (parts["pre_tokenizer"] or {}).items() if key != "trim_offsets"}
-    added = {token["content"]: token["id"] for token in parts["added_tokens"]}
-    return parts["normalizer"], cut, parts["model"]["vocab"], parts["model"].get("merges"), added

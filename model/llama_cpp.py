@@ -7,8 +7,8 @@ from types import ModuleType
 from torch import Tensor
 
 from model.config import NORM_EPS, GPTConfig
+from model.errors import require
 from model.huggingface import TRANSPOSED, needs
-from model.settings import require
 
 SPACE = "\u2581"  # llama.cpp's spelling of a space if tokens are characters
 BLOCK = 32  # weights that share a scale in q8_0

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.settings import UserError
+from model.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from model.checkpoint import (
     step_of,
 )
 from model.config import RECIPE_FIELDS, Recipe
+from model.errors import require, warn
 from model.gpt import GPT
 from model.optimizer import make_optimizers
 from model.run import Run, kept_settings
-from model.settings import require, warn
 
 
 @dataclass

@@ -11,12 +11,13 @@ import numpy as np
 from model.batches import Batches, Data, fingerprints, load_data, validation_windows
 from model.checkpoint import STARTED_EARLIER
 from model.config import CONFIG_FIELDS, LEARNING_RATES, PRESETS, RECIPE_FIELDS, GPTConfig, Recipe
+from model.errors import UserError, require
 from model.files import command, shown
-from model.huggingface import Pretrained, load_pretrained, token_table
+from model.huggingface import Pretrained, load_pretrained
 from model.processes import Processes
 from model.runtime import Runtime, choose_device, choose_runtime
 from model.sampled_softmax import Shortlists, make_shortlists
-from model.settings import UserError, require
+from model.tokenizer import token_table
 
 # Settings that identify a run; the others may change when it resumes.
 FIXED = {"preset", "init_from", *CONFIG_FIELDS, "seed", "batch_tokens", "optimizer"}

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from model.settings import REPO, UserError, warn
+from model.errors import UserError, warn
+from model.settings import REPO
 
 # Dense bfloat16 (float16 on the T4 and V100) peak in FLOP/s, from the vendors' data sheets
 PEAK_FLOPS = {

@@ -12,37 +12,20 @@ A value that may be None, or a list, needs a type annotation.
 import argparse
 import ast
 import difflib
-import errno
 import io
 import math
 import os
-import signal
 import sys
-import textwrap
-import threading
 import tokenize
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+from model.errors import UserError, require
+
 REPO = Path(__file__).resolve().parent.parent
 
-# Errors that the user can fix: a missing file, a full disk, a folder that is not writable
-FILE_ERRORS = "ENOENT ENOSPC ENOTDIR EISDIR EEXIST ENAMETOOLONG EDQUOT EFBIG EACCES EROFS EPERM".split()
-
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's error, short enough for a one-line message."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # a heading says nothing by itself
-    return textwrap.shorten(text, 300, placeholder="...").rstrip(".")
-
-
-class UserError(Exception):
-    """An error that the user can fix. Its text is one line: what is wrong, and what to do."""
 
 
 class NoSuchSetting(UserError, AttributeError):
@@ -222,12 +205,6 @@ def read_settings(
     return settings
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise UserError(message) unless the condition holds."""
-    if not condition:
-        raise UserError(message)
-
-
 def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -253,41 +230,3 @@ def require_within(values: object, **intervals: str) -> None:
 def require_seed(seed: int) -> None:
     """Raise UserError if torch's or numpy's random generators would reject the seed."""
     require(0 <= seed < 2**63, f"seed must be 0 or more and below 2**63, not {seed}")
-
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
-def stop_again(failure: object) -> None:
-    """Re-send SIGINT/SIGTERM if its exception was raised inside a finalizer, where Python discards it."""
-    again = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(failure.exc_type)
-    if again:
-        threading.Timer(0.01, signal.pthread_kill, [threading.main_thread().ident, again]).start()
-    else:
-        sys.__unraisablehook__(failure)
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main(). Errors that the user can fix end in one line and exit status 2."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that cleanup code runs
-    sys.unraisablehook = stop_again
-    try:
-        main()
-        sys.stdout.flush()
-    except UserError as error:
-        message = str(error)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, such as `head`, is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as error:
-        if errno.errorcode.get(error.errno) not in FILE_ERRORS:
-            raise
-        message = f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
-    else:
-        return
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from model.batches import Data
+from model.errors import UserError, require
 from model.files import read_text
-from model.generation import text_tokenizer
-from model.settings import UserError, require
+from model.tokenizer import text_tokenizer
 
 # Shortest span, in tokens, that counts as copied; a power of two
 SPAN = 8

@@ -7,12 +7,13 @@ import torch
 from model.batches import number_stories, to_device
 from model.checkpoint import save_checkpoint
 from model.decoder import Decoder
-from model.generation import DEFAULT_SAMPLING, generate_all, text_tokenizer
+from model.generation import Sampling, generate_all
 from model.gpt import GPT
 from model.metrics import Metrics
 from model.resume import TrainingState
 from model.run import Run
 from model.runtime import tokens_at_once
+from model.tokenizer import text_tokenizer
 
 
 def evaluate(run: Run, state: TrainingState, metrics: Metrics) -> str:
@@ -61,7 +62,7 @@ def write_sample(run: Run, model: GPT) -> str:
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)  # sampling's cumulative sums have no deterministic CUDA kernel
     (written,) = generate_all(
-        Decoder(model), [ids], settings.sample_tokens, eot_id, DEFAULT_SAMPLING, [settings.seed]
+        Decoder(model), [ids], settings.sample_tokens, eot_id, Sampling(), [settings.seed]
     )
     torch.use_deterministic_algorithms(strict, warn_only=warns)
     return tokenizer.decode(ids[1:] + written, skip_special_tokens=False)

@@ -21,9 +21,9 @@ from model.checkpoint import (
     save_checkpoint,
 )
 from model.config import GPTConfig, Recipe
+from model.errors import UserError
 from model.gpt import GPT
 from model.optimizer import make_optimizers
-from model.settings import UserError
 
 torch.set_num_threads(1)
 

@@ -7,8 +7,8 @@ import torch
 
 from model.config import GPTConfig
 from model.decoder import Decoder, KVCache, choose_weights, matrix
+from model.errors import UserError
 from model.gpt import GPT
-from model.settings import UserError
 
 FAMILIES = ("modern", "gpt2")
 CPU = torch.device("cpu")

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from data import encoder, prepare_data
-from data.encoder import WORD, Encoder, encode_all, encodes_word_by_word, load_tokenizer
+from data.encoder import WORD, Encoder, encode_all, encodes_word_by_word
+from model.tokenizer import read_tokenizer
 
 USUAL = [chr(code) for code in (*range(256), *range(0x2010, 0x2028))]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(packed):
-    return load_tokenizer(packed / "tokenizer" / "tokenizer.json")
+    return read_tokenizer(packed / "tokenizer" / "tokenizer.json")
 
 
 def encoded_by_the_library(tokenizer, stories):

@@ -19,8 +19,8 @@ from test_scoring import EOT, STORIES, make_model, make_tokenizer, score
 import evaluate as script
 from model.candidates import TransformersModel
 from model.checkpoint import save_checkpoint
+from model.errors import UserError
 from model.scoring import score_stories
-from model.settings import UserError
 
 TRAIN = [f"Cat {k} sat on the mat and saw a dog." for k in range(10)]
 CPU = torch.device("cpu")

@@ -23,11 +23,13 @@ from model.batches import load_data
 from model.checkpoint import load_checkpoint, load_model, save_checkpoint
 from model.config import GPTConfig
 from model.decoder import Decoder
+from model.errors import UserError
 from model.generation import Sampling, generate_all
 from model.gpt import GPT
-from model.huggingface import from_config_json, load_pretrained, to_config_json, token_table
+from model.huggingface import from_config_json, load_pretrained, to_config_json
 from model.run import settle
-from model.settings import UserError, read_settings
+from model.settings import read_settings
+from model.tokenizer import token_table
 
 torch.set_num_threads(1)
 

@@ -6,8 +6,8 @@ import pytest
 
 from model import files
 from model.checkpoint import only_one
+from model.errors import UserError
 from model.files import atomic_folder, remove_leftovers
-from model.settings import UserError
 
 DEAD = 2**22 + 1  # beyond the numbers that Linux gives to processes
 

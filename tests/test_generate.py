@@ -14,6 +14,9 @@ import sys
 import pytest
 from conftest import REPO, assert_one_line_error
 
+from model.candidates import MAX_TOKENS
+from model.generation import Sampling
+from model.settings import read_constants
 from model.story_quality import read_written
 
 
@@ -24,6 +27,12 @@ def generate(run, trained):
 
 def read_rows(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_its_defaults_are_those_of_stories_in_training_evaluation_and_exports():
+    values = {constant.name: constant.value for constant in read_constants(REPO / "generate.py")}
+    assert Sampling(**{name: values[name] for name in vars(Sampling())}) == Sampling()
+    assert values["max_tokens"] == MAX_TOKENS
 
 
 def test_a_seed_makes_a_story_repeatable(generate):

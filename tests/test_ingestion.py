@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from data import ingestion
 from data.stories import BATCH_BYTES, raw_batches
 from data.story_files import find_files, read_file
-from model.settings import UserError
+from model.errors import UserError
 
 STORIES = [
     "Once there was a cat.\n\nIt purred.",

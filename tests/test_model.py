@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model.config import PRESETS, GPTConfig
+from model.errors import UserError
 from model.gpt import GPT, plain_attention, story_mask
 from model.huggingface import to_config_json, to_huggingface
-from model.settings import UserError
 
 torch.set_num_threads(1)
 

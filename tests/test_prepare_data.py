@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data import prepare_data
 from data.stories import read_manifest
-from model.settings import UserError
+from model.errors import UserError
 
 STORIES = [f"Story {number}: Tim saw {number % 7} big caf\u00e9s 🐉.\n\nThe end." for number in range(120)]
 STORIES += ["A story that spells <|endoftext|> out.", "<|endoftext|>", "日本語"]

@@ -10,11 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from model import scoring
 from model.candidates import OwnModel
 from model.config import GPTConfig
-from model.generation import text_tokenizer
+from model.errors import UserError
 from model.gpt import GPT
 from model.runtime import Runtime
 from model.scoring import Scores, bootstrap, interval, score_stories, sliding_windows
-from model.settings import UserError
+from model.tokenizer import text_tokenizer
 
 torch.set_num_threads(1)
 

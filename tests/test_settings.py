@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from conftest import REPO, assert_one_line_error
 
-from model.settings import UserError, read_constants, read_settings
+from model.errors import UserError
+from model.settings import read_constants, read_settings
 
 SCRIPT = '''"""A script of one page."""
 import sys
 sys.path.insert(0, {repo!r})
-from model.settings import read_settings, run_script
+from model.errors import run_script
+from model.settings import read_settings
 
 STEPS = 65_536  # optimizer steps, 100 % of them
 RATE = 0.5  # a number
@@ -253,7 +255,7 @@ def test_help_and_values_through_a_real_command_line(script, tmp_path):
 FAILING = """
 import sys
 sys.path.insert(0, {repo!r})
-from model.settings import UserError, run_script
+from model.errors import UserError, run_script
 
 def main():
     print("some output")
@@ -349,7 +351,7 @@ def test_a_signal_during_garbage_collection_still_stops(tmp_path, name, status):
         f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(REPO)!r})
-from model.settings import run_script
+from model.errors import run_script
 
 class Finalized:
     def __del__(self):

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from model import story_quality
 from model.batches import Data, Split
-from model.settings import UserError
+from model.errors import UserError
 from model.story_quality import (
     SPAN,
     Story,

@@ -19,6 +19,7 @@ from model.bigrams import begin_as_bigrams
 from model.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from model.config import PRESETS, GPTConfig, Recipe
 from model.console import ProgressBar, print_end, print_plan
+from model.errors import UserError
 from model.forward import choose_flex, prepare_forward
 from model.gpt import GPT, story_mask
 from model.metrics import smooth, write_samples
@@ -32,7 +33,7 @@ from model.runtime import (
     ran_out_of_memory,
 )
 from model.sampled_softmax import Shortlists
-from model.settings import UserError, read_settings
+from model.settings import read_settings
 from model.validation import validate
 from train import main
 

@@ -1,0 +1,42 @@
+"""Tokenizers as the scripts use them: text in, the ids of exactly this text out."""
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from model.errors import UserError, first_line, require
+from model.files import command, shown
+
+END_OF_TEXT = "<|endoftext|>"  # follows each story; the token before a story is the end of the one before
+
+
+def text_tokenizer(tokenizer_json: str) -> Tokenizer:
+    """A tokenizer that adds no token, cuts nothing off, and encodes an end-of-text marker within a story as text."""
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.encode_special_tokens = True
+    tokenizer.post_processor = None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer that step 2 wrote. Raises UserError if it is missing, damaged or cannot separate stories."""
+    step = command("data/train_tokenizer.py")
+    require(path.is_file(), f"no tokenizer yet in {shown(path.parent)}: run {step}")
+    try:
+        tokenizer = text_tokenizer(path.read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{shown(path)} is not a tokenizer ({first_line(error)}): run {step}") from None
+    known = tokenizer.token_to_id(END_OF_TEXT) is not None
+    require(known, f"{shown(path)} has no {END_OF_TEXT} token to separate stories: run {step}")
+    return tokenizer
+
+
+def token_table(tokenizer_json: str) -> tuple:
+    """Everything that determines a text's token ids: tokenizers are the same if theirs are equal."""
+    parts = json.loads(Tokenizer.from_str(tokenizer_json).to_str())
+    cut = {key: value for key, value in (parts["pre_tokenizer"] or {}).items() if key != "trim_offsets"}
+    added = {token["content"]: token["id"] for token in parts["added_tokens"]}
+    return parts["normalizer"], cut, parts["model"]["vocab"], parts["model"].get("merges"), added
