@@ -193,7 +193,7 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
 
         # The second half of the blocks joins; so far, they have added nothing
         if recipe.depth(progress, run.config.n_layer) > state.model.depth:
-            anew = " (compiling them takes a moment)" if run.runtime.compile else ""
+            anew = " (compiling them takes a moment)" if run.runtime.compile and device.type != "cpu" else ""
             progress_bar.say(
                 f"step {state.step:,}: from here on, all {run.config.n_layer} layers train{anew}"
             )

@@ -1,5 +1,7 @@
 """The forward pass of training: compiled if possible, with a micro-batch that fits in memory."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -76,6 +78,20 @@ def choose_flex(run: Run) -> bool:
     return False
 
 
+def compile_model(model: GPT) -> nn.Module:
+    """The model, to be compiled when it is first called.
+
+    On a CPU its parts are compiled one by one: as the blocks are alike, one compilation serves all of them, and those
+    that join late. That takes a fraction of the time, and the code is about as fast (benchmarks/RESULTS.md).
+    """
+    if model.head_weight.device.type != "cpu":
+        return torch.compile(model, dynamic=False)
+    for part in (*model.blocks, model.norm, model.cross_entropy):
+        # dropout is faster with PyTorch's random numbers than with the compiler's, and as in eager mode
+        part.compile(dynamic=False, options={"fallback_random": True})
+    return model
+
+
 def prepare_forward(run: Run, model: GPT, windows: int) -> tuple[nn.Module, int]:
     """The function (idx, targets, stories, shortlist) -> loss, compiled if possible, and the micro-batch in windows,
     for a process that has so many windows in each step.
@@ -91,11 +107,8 @@ def prepare_forward(run: Run, model: GPT, windows: int) -> tuple[nn.Module, int]
         fewest = -(-windows // micro_batch)
         count = next((n for n in range(fewest, 2 * fewest) if windows % n == 0), fewest)
         micro_batch = -(-windows // count)
-    forward, model.flex = model, choose_flex(run)
-    if runtime.compile:
-        # On a CPU, dropout is faster with PyTorch's random numbers than with the compiler's, and as in eager mode.
-        options = {"fallback_random": runtime.device.type == "cpu"}
-        forward = torch.compile(model, dynamic=False, options=options)
+    model.flex = choose_flex(run)
+    forward = compile_model(model) if runtime.compile else model
     while True:
         sizes = {micro_batch, windows % micro_batch or micro_batch}  # the last of a step may be smaller
         try:
@@ -112,18 +125,21 @@ def prepare_forward(run: Run, model: GPT, windows: int) -> tuple[nn.Module, int]
             if ran_out_of_memory(error):
                 require(micro_batch > 1, "not even one window fits in the GPU's memory: use a smaller model")
                 micro_batch //= 2
-            elif forward is model:
+            elif not runtime.compile:
                 raise
             elif model.flex:
                 warn(f"FlexAttention does not work here, continuing without it: {first_line(error)}")
                 model.flex = False
             else:
                 warn(f"torch.compile does not work here, continuing without it: {first_line(error)}")
-                forward, runtime.compile = model, False
+                torch.compiler.set_stance("force_eager")
+                runtime.compile = False
         else:
             break
         finally:
             model.zero_grad(set_to_none=True)
     if run.processes.count > 1:
-        forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():  # PyTorch 2.13 renames an argument
+            warnings.simplefilter("ignore", FutureWarning)
+            forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
     return forward, micro_batch

@@ -181,6 +181,21 @@ class Shortlist(NamedTuple):
     log_counts: Tensor  # (K,) float32: logarithm of how many tokens each stands for, 0 for itself alone
 
 
+class CrossEntropy(nn.Module):
+    """Mean cross-entropy in nats per token (float32) of hidden states (B, T, C), given the output matrix (V, C) and
+    the targets (B, T); from a shortlist, an estimate."""
+
+    def forward(
+        self, states: Tensor, head_weight: Tensor, targets: Tensor, shortlist: Shortlist | None = None
+    ) -> Tensor:
+        if shortlist is None:
+            logits = F.linear(states, head_weight)
+        else:
+            logits = F.linear(states, head_weight[shortlist.ids]) + shortlist.log_counts
+            targets = torch.searchsorted(shortlist.ids, targets.contiguous())
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -199,6 +214,7 @@ class GPT(nn.Module):
         self.norm = make_norm(config)
         if not config.tie_weights:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.cross_entropy = CrossEntropy()
         self.initialise()
 
     @torch.no_grad()
@@ -256,20 +272,15 @@ class GPT(nn.Module):
         stories: Tensor | None = None,
         shortlist: Shortlist | None = None,
     ) -> Tensor:
-        """Logits (B, T, V), or with targets (B, T) the mean cross-entropy in nats per token (float32).
+        """Logits (B, T, V), or with targets (B, T) their mean cross-entropy in nats per token (float32).
 
         With `stories` (B, T), the index of each token's story, a token attends only within its own story. With a
         `shortlist`, which must contain all targets, the cross-entropy is an estimate from these tokens alone.
         """
         states = self.hidden(idx, stories)
-        if shortlist is None:
-            logits = F.linear(states, self.head_weight)
-        else:
-            logits = F.linear(states, self.head_weight[shortlist.ids]) + shortlist.log_counts
-            targets = torch.searchsorted(shortlist.ids, targets.contiguous())
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return F.linear(states, self.head_weight)
+        return self.cross_entropy(states, self.head_weight, targets, shortlist)
 
     def count_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

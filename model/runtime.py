@@ -1,5 +1,6 @@
 """Device, precision and compilation; each automatic choice comes with its reason."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -35,6 +36,10 @@ class Runtime:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def eager(self) -> contextlib.AbstractContextManager:
+        """Run without compiled code: for a few batches, compiling takes longer than it saves."""
+        return torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext()
 
 
 def choose_device(name: str) -> torch.device:

@@ -41,7 +41,7 @@ def validate(run: Run, model: GPT) -> dict[str, float]:
         windows = to_device(run.validation[first : first + chunk], runtime.device)
         inputs, targets = windows[:, :-1], windows[:, 1:]
         story_ids = number_stories(inputs, run.data.eot_id) if run.recipe.mask_stories else None
-        with runtime.autocast():
+        with runtime.autocast(), runtime.eager():
             total += model(inputs, targets, story_ids).item() * len(windows)
     model.train()
     loss = total / len(run.validation)

@@ -317,6 +317,7 @@ def test_four_processes_train_as_one_does(train, packed, tmp_path):
     one, _ = train("one", "--dtype", "float32", *LARGE_VOCABULARY)
     result = torchrun(4, packed, tmp_path / "four", *LARGE_VOCABULARY)
     assert result.stdout.count("steps: 12") == 1  # only the first process speaks
+    assert "Warning" not in result.stderr, result.stderr
     np.testing.assert_allclose(losses(tmp_path / "four"), losses(one), rtol=1e-5)
 
 
@@ -379,6 +380,7 @@ def test_where_compilation_fails_it_warns_once_and_goes_on(train, monkeypatch):
     torch._dynamo.reset()
     _, result = train("run", "--compile", "on")
     lines = result.err.strip().splitlines()
+    torch.compiler.set_stance("default")
     assert len(lines) == 1 and lines[0].startswith("warning: torch.compile does not work here"), result.err
 
 
