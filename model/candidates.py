@@ -184,11 +184,12 @@ class TransformersModel(Candidate):
         width = max(map(len, prompts))
         idx = torch.tensor([[self.end_id] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        sampling = Sampling()
         options = {
             "do_sample": True,
-            "temperature": Sampling().temperature,
-            "top_p": Sampling().top_p,
-            "top_k": 0,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
         }
         options |= {"max_new_tokens": min(MAX_TOKENS, self.block_size - width), "eos_token_id": self.end_id}
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -29,6 +29,11 @@ def first_line(error: Exception) -> str:
     return textwrap.shorten(text, 300, placeholder="...").rstrip(".")
 
 
+def is_file_error(error: Exception) -> bool:
+    """Whether it is one of FILE_ERRORS, which run_script reports in one line."""
+    return isinstance(error, OSError) and errno.errorcode.get(error.errno) in FILE_ERRORS
+
+
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
@@ -58,7 +63,7 @@ def run_script(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        if errno.errorcode.get(error.errno) not in FILE_ERRORS:
+        if not is_file_error(error):
             raise
         message = f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
     else:

@@ -5,7 +5,7 @@ import functools
 import sys
 from collections.abc import Iterator
 
-from model.errors import UserError, first_line
+from model.errors import UserError, first_line, is_file_error
 
 
 @functools.cache
@@ -43,8 +43,7 @@ def hub_errors(what: str, instead: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        full_disk = isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError)
-        if full_disk and not offline:
-            raise
+        if is_file_error(error) and not offline:
+            raise  # such as a full disk
         reason = offline or first_line(error)
         raise UserError(f"cannot load {what} from the hub: {reason}; {instead}") from None
