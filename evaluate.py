@@ -14,12 +14,16 @@ tokenizer. Intervals are 95 %, by bootstrap over stories.
 """
 
 import hashlib
+import os
 import platform
 import shlex
 import sys
 import time
 from datetime import datetime, timezone
 from types import SimpleNamespace
+
+# Keep idle OpenMP threads from spinning for long, so that a shared CPU stays usable; set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 

@@ -12,14 +12,14 @@ import sys
 import time
 from types import SimpleNamespace
 
-# MKL's sums may depend on where numbers lie in memory, and so a story on how many are written with it; not in this
-# mode, which must be set before torch is imported.
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# Keep idle OpenMP threads from spinning for long, so that a shared CPU stays usable; set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from model import kernels
 from model.checkpoint import find_checkpoint, load_model
 from model.decoder import Decoder, choose_weights
 from model.errors import require, run_script
@@ -43,7 +43,7 @@ SEED: int | None = None  # of the first story; the next uses SEED + 1; None: a r
 INTERACTIVE = False  # read prompts from the keyboard and continue each
 OUTPUT: str | None = None  # write the stories to this .jsonl file instead of printing them
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
-DTYPE = "auto"  # weights: float32, float16 (auto on x86 CPUs) or int8 (x86 only; fastest for one story)
+DTYPE = "auto"  # weights: float32, float16 (GPUs only) or int8 (CPUs only, where auto takes it); fewer bits are faster
 
 # Limit on the KV cache; further stories wait for the next batch
 BATCH_BYTES = 2 * 1024**3
@@ -79,6 +79,8 @@ def main() -> None:
     writer = Writer(decoder, tokenizer, checkpoint["eot_id"], sampling, settings.max_tokens)
     seed = secrets.randbelow(1_000_000) if settings.seed is None else settings.seed
     size = f"{model.count_parameters():,} parameters in {weights}"
+    if device.type == "cpu" and (reason := kernels.load()[1]):
+        size += f" (slower than it could be: {reason})"
     note(f"{shown(path)}: step {checkpoint['step']:,}, {size}; seed {seed}")
 
     if settings.interactive:

@@ -83,7 +83,7 @@ def list_contenders(
     model = GPT(config).eval().to(device)
     torch.nn.init.constant_(model.norm.weight, FINAL_NORM)
     contenders: dict[str, Callable[[], float]] = {}
-    for weights in ("float32", "float16", "int8") if device.type == "cpu" else ("float32", "float16"):
+    for weights in ("float32", "int8" if device.type == "cpu" else "float16"):
         decoder = Decoder(model, weights, graphs=True)
         for streams in (1, settings.streams):
             write = partial(
@@ -215,7 +215,7 @@ def print_cost(path: Path, device: torch.device, stories: list[str]) -> None:
     ]
     size = sum(len(tokenizer.decode(ids[1:]).encode()) for ids in sequences)
     exact = None
-    for weights in ("float32", "float16", "int8") if device.type == "cpu" else ("float32", "float16"):
+    for weights in ("float32", "int8" if device.type == "cpu" else "float16"):
         decoder, nats = Decoder(model, weights), 0.0
         for first in range(0, len(sequences), 64):
             part = sequences[first : first + 64]

@@ -1,90 +1,93 @@
 """The network for token-by-token decoding, with a KV cache and low-precision weights.
 
 Decoding one story is memory-bound: every token reads all weights. So weights may be stored in fewer bits than
-activations, which on a CPU stay in float32. The number of operations comes next, so RMSNorm weights are folded into
-the next matrix. `GPT` is the plain version.
+activations. The number of operations comes next, so the weights of norms are folded into the next matrix, and on a CPU
+two kernels in C do everything. `GPT` is the plain version.
 
-Shapes: B sequences, T tokens each, C = n_embd, H heads of size D, V = vocab_size.
+Shapes: B sequences, T tokens each, N = B T, C = n_embd, H heads of size D, V = vocab_size.
 """
 
-import copy
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import kernels
 from model.config import NORM_EPS
 from model.errors import UserError
-from model.gpt import GPT, Block, RMSNorm
-
-EPS = NORM_EPS["modern"]
-
-Function = Callable[[Tensor], Tensor]
-
-
-def half_on_cpu() -> bool:
-    return "fbgemm" in torch.backends.quantized.supported_engines
-
-
-def half_rows() -> int:
-    """The number of rows of which float16 products need a multiple, so that each row comes out the same in any company.
-
-    Without AVX-512, rows are computed in groups of up to six, and groups of one or two add up in another order.
-    """
-    return 1 if torch.cpu.get_capabilities().get("avx512_f") else 3
+from model.gpt import GPT, Block
 
 
 def choose_weights(device: torch.device, name: str) -> str:
-    """float32, float16 or int8. `auto`: float16 on CPUs that use it in float32 arithmetic (x86), else float32."""
+    """float32, float16 or int8. `auto`: int8 on a CPU that has the kernels for it, else float32."""
     if name == "auto":
-        return "float16" if device.type == "cpu" and half_on_cpu() else "float32"
+        return "int8" if device.type == "cpu" and kernels.load()[0] else "float32"
     if name == "int8" and device.type != "cpu":
         raise UserError("int8 weights are for CPUs: use --dtype float16 or float32 on a GPU")
-    if name != "float32" and device.type == "cpu" and not half_on_cpu():
-        raise UserError(f"{name} weights need an x86 CPU: use --dtype float32")
+    if name == "int8" and not kernels.load()[0]:
+        raise UserError(f"int8 weights need a C compiler: use --dtype float32 ({kernels.load()[1]})")
+    if name == "float16" and device.type == "cpu":
+        raise UserError("float16 weights are for GPUs: use --dtype int8 or float32 on a CPU")
     return name
 
 
-def matrix(weight: Tensor, bias: Tensor | None, kind: str) -> Function:
-    """x (N, in) -> x @ weight.T + bias, (N, out), for a weight (out, in) stored as `kind`.
+class Window(NamedTuple):
+    """Where the new tokens of a step are: positions in the KV cache."""
 
-    On a CPU, float16 and int8 compute each row bit-identically, however many rows there are.
+    new: slice | Tensor
+    seen: slice  # what attention covers
+    mask: Tensor | None  # (T or 1, seen): what each of them sees; None: everything up to itself
+
+
+class Linear:
+    """x (N, in) -> residual (N, out) + prepare(x) @ weight.T + bias, for a weight (out, in).
+
+    `prepare` is rms_norm, layer_norm (both without weights of their own), swiglu (of 2 in numbers), gelu or nothing.
     """
-    weight = weight.detach()
-    if kind == "int8" and weight.size(1) % 16:  # the kernel reads 16 numbers at a time, even past the end
-        kind = "float16"
-    if kind == "int8":  # one scale per row; the kernel's input and output are bfloat16
-        scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
-        rounded, scale = (weight / scale[:, None]).round().to(torch.int8), scale.bfloat16()
-        multiply = torch._weight_int8pack_mm
-        if bias is None:
-            return lambda x: multiply(x.bfloat16(), rounded, scale).type_as(x)
-        return lambda x: multiply(x.bfloat16(), rounded, scale).type_as(x) + bias
-    if kind == "float16" and weight.device.type == "cpu":
-        packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-        multiply, rows = torch.ops.quantized.linear_dynamic_fp16.default, half_rows()
-        if rows == 1:
-            return lambda x: multiply(x, packed)
-        return lambda x: multiply(F.pad(x, (0, 0, 0, -len(x) % rows)), packed)[: len(x)]
-    columns = weight.t().contiguous()  # this layout makes single-row products twice as fast on a CPU
-    if bias is None:
-        return lambda x: x @ columns
-    return lambda x: torch.addmm(bias, x, columns)
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, prepare: str, eps: float):
+        self.columns = weight.t().contiguous()  # this layout makes single-row products twice as fast on a CPU
+        self.bias, self.prepare, self.eps = bias, prepare, eps
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.prepare == "rms_norm":
+            x = F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        elif self.prepare == "layer_norm":
+            x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        elif self.prepare == "swiglu":
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        elif self.prepare == "gelu":
+            x = F.gelu(x, approximate="tanh")
+        out = x @ self.columns if self.bias is None else torch.addmm(self.bias, x, self.columns)
+        return out if residual is None else residual + out
 
 
-class UnitRMS:
-    """x / rms(x) over the last dimension, (..., n) -> (..., n), up to a factor `gain`, folded into what follows."""
+class Attention:
+    """qkv (N, 3 C) -> (N, C), for keys and values (B, H, room, D) of all positions, which are extended.
 
-    def __init__(self, size: int, like: Tensor):
-        self.fused = like.is_cuda  # elsewhere F.rms_norm is eight operations, this is three
-        self.gain = 1.0 if self.fused else size**0.5
-        self.floor = like.new_tensor((size * EPS) ** 0.5)
+    `cos` and `sin` (2, 1, 1, block_size, D) turn queries and keys after their norms, whose weights they contain; None:
+    neither.
+    """
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.fused:
-            return F.rms_norm(x, x.shape[-1:], eps=EPS)
-        return x / torch.hypot(torch.linalg.vector_norm(x, 2, -1, True), self.floor)
+    def __init__(self, cos: Tensor | None, sin: Tensor | None, eps: float):
+        self.cos, self.sin, self.eps = cos, sin, eps
+
+    def __call__(self, qkv: Tensor, keys: Tensor, values: Tensor, window: Window) -> Tensor:
+        B, H, _, D = keys.shape
+        heads = qkv.view(B, -1, 3, H, D).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        qk, v = heads[:2], heads[2]
+        if self.cos is not None:
+            qk = F.rms_norm(qk, (D,), eps=self.eps)
+            turned = qk.roll(D // 2, -1)
+            qk = torch.addcmul(qk * self.cos[:, :, :, window.new], turned, self.sin[:, :, :, window.new])
+        q, k = qk
+        keys[:, :, window.new], values[:, :, window.new] = k, v
+        k, v = keys[:, :, window.seen], values[:, :, window.seen]
+        causal = q.size(2) > 1 and window.mask is None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=window.mask, is_causal=causal)
+        return y.transpose(1, 2).reshape(len(qkv), -1)
 
 
 class KVCache:
@@ -124,94 +127,82 @@ class Decoder:
     @torch.inference_mode()
     def __init__(self, model: GPT, weights: str = "float32", graphs: bool = False):
         """`graphs`: replay each step as a CUDA graph; only if nothing else (such as training) uses the GPU."""
-        self.graphs = graphs and model.head_weight.is_cuda
-        self.config, self.device, self.weights = model.config, model.head_weight.device, weights
-        if weights == "float16" and self.device.type != "cpu":  # then activations are float16 too
-            model = copy.deepcopy(model).half()
-        self.embedding = model.token_embedding.weight.detach()
-        self.modern = self.config.blocks == "modern"
-        if not self.modern:
-            self.position_embedding = model.position_embedding.weight.detach()
-        self.unit_rms = UnitRMS(self.config.n_embd, self.embedding)
-        self.unit_rms_head = UnitRMS(self.config.head_dim, self.embedding)
-        self.layers = [self.arrange(block, model) for block in model.blocks]
-        self.head = self.after(model.norm, model.head_weight, None)
+        like = model.head_weight
+        self.graphs = graphs and like.is_cuda
+        self.config, self.device, self.weights = model.config, like.device, weights
+        self.dtype = torch.float16 if weights == "float16" else like.dtype  # of activations, too
+        self.native = like.device.type == "cpu" and like.dtype == torch.float32 and bool(kernels.load()[0])
+        self.eps = NORM_EPS[self.config.blocks]
+        self.embedding, self.position_embedding = model.token_embedding.weight.detach().to(self.dtype), None
+        if self.config.blocks == "gpt2":
+            self.position_embedding = model.position_embedding.weight.detach().to(self.dtype)
+        self.blocks = [self.arrange(block, model) for block in model.blocks]
+        self.head = self.linear(model.head_weight, None, model.norm)
+        self.network = kernels.Network(self.blocks, self.head, self.eps) if self.native else None
 
-    def after(self, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Function:
-        """x -> norm(x) @ weight.T + bias, with the weight of an RMSNorm folded into the matrix."""
-        if isinstance(norm, RMSNorm):
-            norm, weight = self.unit_rms, weight * norm.weight * self.unit_rms.gain
-        multiply = matrix(weight, bias, self.weights)
-        return lambda x: multiply(norm(x))
+    def linear(self, weight: Tensor, bias: Tensor | None, prepare: nn.Module | str = "nothing") -> Linear:
+        """A Linear; a norm as `prepare` is one whose own weight and bias are folded into the matrix."""
+        if isinstance(prepare, nn.Module):
+            if (shift := getattr(prepare, "bias", None)) is not None:
+                bias = weight @ shift if bias is None else weight @ shift + bias
+            weight = weight * prepare.weight
+            prepare = "rms_norm" if self.config.blocks == "modern" else "layer_norm"
+        bias = None if bias is None else bias.detach().to(self.dtype)
+        if self.native:
+            return kernels.Linear(weight.detach(), bias, prepare, int8=self.weights == "int8")
+        return Linear(weight.detach().to(self.dtype), bias, prepare, self.eps)
 
     def arrange(self, block: Block, model: GPT) -> tuple:
-        """A block as (qkv, cos, sin, project, hidden, down), functions (N, in) -> (N, out) except cos and sin.
-
-        For modern blocks these are rotary tables (2, 1, 1, block_size, D) for queries and keys, with the weights of
-        their norms folded in; for gpt2 blocks, None.
-        """
+        """A block as (qkv, attention, project, up, down)."""
         attention, mlp, cos, sin = block.attention, block.mlp, None, None
-        if self.modern:
+        if self.config.blocks == "modern":
             half = self.config.head_dim // 2
-            scale = torch.stack((attention.q_norm.weight, attention.k_norm.weight)) * self.unit_rms_head.gain
-            scale = scale[:, None, None, None]
+            scale = torch.stack((attention.q_norm.weight, attention.k_norm.weight))[:, None, None, None]
             signs = torch.cat((-torch.ones(half), torch.ones(half))).to(scale)
-            cos, sin = model.rotary_cos * scale, model.rotary_sin * signs * scale.roll(half, -1)
-            gate_up = self.after(block.mlp_norm, mlp.gate_up.weight, None)
-
-            def hidden(x: Tensor) -> Tensor:
-                gate, up = gate_up(x).chunk(2, dim=-1)
-                return F.silu(gate) * up
+            cos = (model.rotary_cos * scale).to(self.dtype)
+            sin = (model.rotary_sin * signs * scale.roll(half, -1)).to(self.dtype)
+            up, activation = mlp.gate_up, "swiglu"
         else:
-            up = self.after(block.mlp_norm, mlp.up.weight, mlp.up.bias)
-
-            def hidden(x: Tensor) -> Tensor:
-                return F.gelu(up(x), approximate="tanh")
-
+            up, activation = mlp.up, "gelu"
         weight = attention.qkv.weight
         if self.config.kv_heads < self.config.n_head:  # repeat keys and values for each query head
             each = weight.unflatten(0, (-1, self.config.head_dim)).split(attention.heads)
             repeats = (1, *[self.config.n_head // self.config.kv_heads] * 2)
             parts = [part.repeat_interleave(n, 0) for part, n in zip(each, repeats, strict=True)]
             weight = torch.cat(parts).flatten(0, 1)
-        qkv = self.after(block.attention_norm, weight, attention.qkv.bias)
-        project = matrix(attention.proj.weight, attention.proj.bias, self.weights)
-        return qkv, cos, sin, project, hidden, matrix(mlp.down.weight, mlp.down.bias, self.weights)
+        return (
+            self.linear(weight, attention.qkv.bias, block.attention_norm),
+            Attention(cos, sin, self.eps),
+            self.linear(attention.proj.weight, attention.proj.bias),
+            self.linear(up.weight, up.bias, block.mlp_norm),
+            self.linear(mlp.down.weight, mlp.down.bias, activation),
+        )
 
     def __call__(self, ids: Tensor, cache: KVCache, graph: bool = False) -> Tensor:
         """With `graph`: one token each, and only what a CUDA graph can replay. Attention covers the whole cache with
         a mask, and cache.next holds the position.
         """
-        B, T = ids.shape
-        start, end, C = cache.length, cache.length + T, self.config.n_embd
+        start, end = cache.length, cache.length + ids.size(1)
         if end > cache.room:
             raise ValueError(f"{end} tokens exceed the context of {cache.room}")
-        mask, new, seen = None, slice(start, end), slice(0, end)
-        if graph:
-            mask, new, seen = (cache.positions <= cache.next)[None], cache.next, slice(None)
-        elif start and T > 1:  # causal mask: the past, and new tokens up to itself
-            mask = torch.ones(T, end, dtype=torch.bool, device=ids.device).tril(start)
         x = F.embedding(ids, self.embedding)
-        if not self.modern:
-            x = x + self.position_embedding[new]
-        x = x.view(B * T, C)
-        for layer, (qkv, cos, sin, project, hidden, down) in enumerate(self.layers):
-            heads = qkv(x).view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-            qk, v = heads[:2], heads[2]
-            if self.modern:
-                qk = self.unit_rms_head(qk)
-                turned = qk.roll(self.config.head_dim // 2, -1)
-                qk = torch.addcmul(qk * cos[:, :, :, new], turned, sin[:, :, :, new])
-            q, k = qk
-            keys, values = cache.k[layer], cache.v[layer]
-            keys[:, :, new], values[:, :, new] = k, v
-            y = F.scaled_dot_product_attention(
-                q, keys[:, :, seen], values[:, :, seen], attn_mask=mask, is_causal=T > 1 and mask is None
-            )
-            x = x + project(y.transpose(1, 2).reshape(B * T, -1))
-            x = x + down(hidden(x))
+        if self.position_embedding is not None:
+            x = x + self.position_embedding[cache.next if graph else slice(start, end)]
+        logits = self.network(x, cache) if self.network else self.plain(x, cache, graph)
         cache.length = end
-        cache.next += T
-        last = x if T == 1 else x.view(B, T, C)[:, -1]
-        logits = self.head(last)
+        cache.next += ids.size(1)
         return logits.float() if logits.dtype == torch.float16 else logits
+
+    def plain(self, x: Tensor, cache: KVCache, graph: bool) -> Tensor:
+        """Embeddings (B, T, C) -> logits (B, V), in PyTorch's operations."""
+        (B, T, _), start, end = x.shape, cache.length, cache.length + x.size(1)
+        window = Window(slice(start, end), slice(0, end), None)
+        if graph:
+            window = Window(cache.next, slice(None), (cache.positions <= cache.next)[None])
+        elif start and T > 1:  # causal mask: the past, and new tokens up to itself
+            window = window._replace(mask=torch.ones(T, end, dtype=torch.bool, device=x.device).tril(start))
+        x = x.view(B * T, -1)
+        for layer, (qkv, attention, project, up, down) in enumerate(self.blocks):
+            x = project(attention(qkv(x), cache.k[layer], cache.v[layer], window), x)
+            x = down(up(x), x)
+        return self.head(x.view(B, T, -1)[:, -1])

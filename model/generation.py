@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model import kernels
 from model.decoder import Decoder, KVCache
 from model.errors import first_line, warn
 from model.settings import require_seed, require_within
@@ -45,23 +46,18 @@ def next_distribution(
         )
         logits = torch.where(previous, penalised, logits)
     if sampling.temperature == 0:
-        likeliest = logits.argmax(-1, keepdim=True)
-        return torch.ones_like(likeliest, dtype=logits.dtype), likeliest
-    # Subtract the maximum first, and avoid a divisor that float32 flushes to 0: then any temperature works.
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)
-    everything = logits.softmax(-1)
+        first = logits.argmax(-1, keepdim=True)
+        return torch.ones_like(first, dtype=logits.dtype), first
+    temperature = max(sampling.temperature, 1e-30)  # float32 flushes smaller divisors to 0
     vocabulary = logits.size(-1)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
-        return everything, None
+        return softmax(logits, temperature), None
     # On a CPU, sorting the whole vocabulary costs more than the model. The top few nearly always include all that
     # the filters keep. A GPU sorts fast, but checking this would force it to synchronise.
     count = vocabulary if logits.is_cuda else sampling.top_k or 64
     while True:
         count = min(count, vocabulary)
-        if count == vocabulary:
-            probabilities, ids = everything.sort(descending=True)
-        else:
-            probabilities, ids = everything.topk(count)
+        probabilities, ids = likeliest(logits, count, temperature)
         outside = torch.zeros_like(probabilities, dtype=torch.bool)
         if sampling.top_k:
             outside[:, sampling.top_k :] = True
@@ -76,6 +72,19 @@ def next_distribution(
             probabilities = probabilities.masked_fill(outside, 0)
             return probabilities / probabilities.sum(-1, keepdim=True), ids
         count *= 8
+
+
+def softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Probabilities (B, V). With the maximum subtracted first, any temperature works."""
+    return ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+
+
+def likeliest(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The probabilities (B, count) of the likeliest tokens, in descending order, and their ids."""
+    if count <= 512 and logits.device.type == "cpu" and logits.dtype == torch.float32 and kernels.load()[0]:
+        return kernels.likeliest(logits, count, temperature)
+    probabilities = softmax(logits, temperature)
+    return probabilities.sort(descending=True) if count == logits.size(-1) else probabilities.topk(count)
 
 
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# The tests of several processes share the CPU, so their threads must not spin while they wait.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import pytest
 import torch
 

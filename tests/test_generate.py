@@ -91,32 +91,6 @@ def test_a_sample_is_the_story_that_its_seed_gives_alone(generate, tmp_path):
     assert alone == "One day" + story + "\n"
 
 
-ALONE_AND_TOGETHER = """
-import generate, torch
-from model.config import GPTConfig
-from model.decoder import Decoder, KVCache
-from model.gpt import GPT
-
-torch.manual_seed(0)
-model = GPT(GPTConfig(vocab_size=64, block_size=256, n_layer=1, n_head=4, n_embd=256)).eval()
-ids = torch.randint(64, (8, 120))
-for weights in ("float16", "int8"):
-    decoder = Decoder(model, weights)
-    caches = [KVCache(decoder, rows, 256) for rows in (8, 1, 1)]
-    for position in range(120):
-        now = ids[:, position : position + 1]
-        together, first, last = (decoder(part, cache) for part, cache in zip((now, now[:1], now[-1:]), caches))
-        assert torch.equal(together[[0, -1]], torch.cat([first, last])), (weights, position)
-"""
-
-
-def test_a_story_does_not_depend_on_those_written_with_it():
-    """Bit for bit, on two threads, between which attention is divided by sequences."""
-    environment = {key: value for key, value in os.environ.items() if key != "MKL_CBWR"}
-    command = [sys.executable, "-c", ALONE_AND_TOGETHER]
-    subprocess.run(command, cwd=REPO, env={**environment, "OMP_NUM_THREADS": "2"}, check=True, timeout=120)
-
-
 def test_a_checkpoint_file_is_all_it_needs(run, trained, tmp_path):
     shutil.copy(trained / "best.pt", tmp_path / "alone.pt")
     result = run("generate.py", "--checkpoint", "alone.pt", "--max-tokens", 5, cwd=tmp_path, check=0)

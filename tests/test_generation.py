@@ -50,7 +50,7 @@ def continue_without_cache(model, prompt, max_tokens, sampling, seed):
     for turn in range(max_tokens):
         while len(ids) - begin > block_size:  # full: only the last half of the context stays
             begin += block_size + 1 - max(1, block_size // 2)
-        logits = model(torch.tensor([ids[begin:]]))[:, -1].float()
+        logits = model(torch.tensor([ids[begin:]]))[:, -1]
         occurred = torch.zeros_like(logits, dtype=torch.bool)
         occurred[0, [token for token in ids if token != EOT]] = True
         probabilities, order = next_distribution(logits, occurred, sampling)
@@ -73,13 +73,15 @@ WAYS = [
 @pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "penalised", "sampled", "filtered"])
 @pytest.mark.parametrize("blocks", FAMILIES)
 def test_the_cache_changes_no_token(blocks, sampling):
-    """Also past the context, where the window slides."""
+    """Also past the context, where the window slides; in float64, and in float32 with the kernels in C."""
     model = make_model(blocks)
-    lengths = []
+    exact, fast, lengths = make_model(blocks).double(), Decoder(model), []
+    assert fast.network is not None
     for seed, prompt in enumerate(PROMPTS + LONG):
-        written = generate_all(Decoder(model), [prompt], 60, EOT, sampling, [seed])[0]
-        assert written == continue_without_cache(model, prompt, 60, sampling, seed)
-        lengths.append(len(prompt) + len(written))
+        expected = continue_without_cache(exact, prompt, 60, sampling, seed)
+        assert generate_all(Decoder(exact), [prompt], 60, EOT, sampling, [seed])[0] == expected
+        assert generate_all(fast, [prompt], 60, EOT, sampling, [seed])[0] == expected
+        lengths.append(len(prompt) + len(expected))
     assert max(lengths) > 4 * model.config.block_size
 
 

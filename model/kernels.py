@@ -1,0 +1,172 @@
+"""The kernels of decoding on a CPU (kernels.c), compiled by the machine's C compiler when first needed.
+
+PyTorch's operations take some 5 microseconds each, and a token of a small model needs hundreds: more time than its
+weights take to arrive from memory.
+"""
+
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.errors import first_line
+from model.files import atomic_write
+from model.settings import REPO
+
+if TYPE_CHECKING:
+    from model.decoder import Attention, KVCache
+
+SOURCE = Path(__file__).with_suffix(".c")
+CACHE = REPO / ".cache" / "kernels"
+# The numbers stay those of the standard with these; compilers vectorise less without.
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+# First with threads: those of PyTorch, whose OpenMP library is loaded already. Where it is another, without.
+OPENMP = ("-fopenmp", "-fopenmp-simd")
+PREPARATIONS = ("nothing", "rms_norm", "layer_norm", "swiglu", "gelu")  # in the order of kernels.c
+
+
+@functools.cache
+def load() -> tuple[ctypes.PyDLL | None, str]:
+    """The kernels, or None and the reason why there are none on this machine."""
+    names = [os.environ.get("CC", ""), "gcc", "clang", "cc"]
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None:
+        return None, "no C compiler here"
+    for openmp in OPENMP:
+        try:
+            library = ctypes.PyDLL(str(compiled([compiler, *FLAGS, openmp])))
+        except subprocess.CalledProcessError as error:
+            reason = f"{compiler}: {first_line(error.stderr.strip() or error)}"
+        except OSError as error:
+            reason = first_line(error)
+        else:
+            pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+            library.decode.argtypes = [pointer, integer, pointer, real, *[pointer] * 2, *[integer] * 8]
+            library.likeliest.argtypes = [pointer, *[integer] * 3, real, *[pointer] * 2]
+            library.decode.restype = library.likeliest.restype = None
+            return library, ""
+    return None, reason
+
+
+def compiled(command: list[str]) -> Path:
+    """The path of the shared library that `command` makes of SOURCE, for this CPU."""
+    facts = [*command, processor(), SOURCE.read_text(encoding="utf-8")]
+    path = CACHE / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        with atomic_write(path) as temporary:
+            part = temporary.with_suffix(".o")
+            # In two steps: linking with -fopenmp would load a second OpenMP library, with threads of its own.
+            steps = [*command, "-c", SOURCE, "-o", part], [command[0], "-shared", part, "-o", temporary]
+            try:
+                for step in steps:
+                    subprocess.run(step, check=True, capture_output=True, text=True)
+            finally:
+                part.unlink(missing_ok=True)
+    return path
+
+
+def processor() -> str:
+    """What tells this machine's CPU from others, for which code may have been compiled in the same folder."""
+    facts = [platform.machine(), platform.processor()]
+    if (file := Path("/proc/cpuinfo")).exists():
+        first = file.read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
+        facts += [line for line in first if line.startswith(("model name", "flags", "Features"))]
+    return repr(facts)
+
+
+class Linear(ctypes.Structure):
+    """decoder.Linear as kernels.c reads it, with weights in float32, or in int8 with one scale per row."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weights", "scales", "bias")),
+        *((name, ctypes.c_int) for name in ("out", "in", "prepare")),
+    )
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, prepare: str, int8: bool):
+        scales, (rows, columns) = None, weight.shape
+        if int8:
+            scales = (weight.abs().amax(1) / 127).clamp(min=1e-30)
+            weight = (weight / scales[:, None]).round().to(torch.int8)
+        lanes, vectors = (ctypes.c_int.in_dll(load()[0], name).value for name in ("lanes", "vectors"))
+        weight = F.pad(weight, (0, 0, 0, -rows % (lanes * vectors))).view(-1, vectors, lanes, columns)
+        weight = weight.permute(0, 3, 2, 1) if int8 else weight.permute(0, 3, 1, 2)
+        self.tensors = weight.contiguous(), scales, bias  # the structure has their addresses only
+        super().__init__(*map(address, self.tensors), rows, columns, PREPARATIONS.index(prepare))
+
+
+class Block(ctypes.Structure):
+    """A block of decoder.py as kernels.c reads it."""
+
+    _fields_ = (
+        *((name, Linear) for name in ("qkv", "project", "up", "down")),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "keys", "values")),
+    )
+
+    def __init__(self, qkv: Linear, attention: "Attention", project: Linear, up: Linear, down: Linear):
+        super().__init__(qkv, project, up, down, address(attention.cos), address(attention.sin))
+
+
+class Network:
+    """All blocks and the head of a decoder: embeddings (B, T, C), which it overwrites, -> logits (B, V).
+
+    Threads wait for each other some forty times per token. Where other programs compute, too, that may take longer
+    than one thread needs alone, so now and then both are timed. How many there are changes no bit of the result.
+    """
+
+    TRIAL, PERIOD = 4, 256  # steps with each number of threads, and steps until the next trial
+
+    def __init__(self, blocks: list[tuple], head: Linear, eps: float):
+        self.parts = blocks, head  # which keep the tensors
+        self.blocks = (Block * len(blocks))(*(Block(*block) for block in blocks))
+        self.head, self.eps, cos = head, eps, blocks[0][1].cos
+        self.positions = 0 if cos is None else cos.size(-2)
+        self.steps, self.fastest = 0, {}
+
+    def __call__(self, x: Tensor, cache: "KVCache") -> Tensor:
+        for block, keys, values in zip(self.blocks, cache.k, cache.v, strict=True):
+            block.keys, block.values = keys.data_ptr(), values.data_ptr()
+        (batch, new, _), (_, heads, room, size) = x.shape, cache.k[0].shape
+        logits = x.new_empty(batch, self.head.out)
+        shape = batch, new, cache.length, heads, size, room, self.positions
+        pointers = ctypes.addressof(self.head), self.eps, x.data_ptr(), logits.data_ptr()
+        threads = torch.get_num_threads() if new > 1 else self.choose_threads()
+        started = time.perf_counter()
+        load()[0].decode(self.blocks, len(self.blocks), *pointers, *shape, threads)
+        if new == 1:
+            self.fastest[threads] = min(time.perf_counter() - started, self.fastest.get(threads, math.inf))
+            self.steps += 1
+        return logits
+
+    def choose_threads(self) -> int:
+        """All threads, then one, then whichever took less time in its fastest step."""
+        step, every = self.steps % self.PERIOD, torch.get_num_threads()
+        if step == 0:
+            self.fastest = {}
+        if step < 2 * self.TRIAL:
+            return every if step < self.TRIAL else 1
+        return min(self.fastest, key=self.fastest.get)
+
+
+def likeliest(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The probabilities (B, count) of the likeliest tokens, in descending order, and their ids, for logits (B, V)."""
+    logits = logits.contiguous()
+    probabilities = logits.new_empty(len(logits), count)
+    ids = torch.empty(len(logits), count, dtype=torch.long)
+    pointers = probabilities.data_ptr(), ids.data_ptr()
+    load()[0].likeliest(logits.data_ptr(), *logits.shape, count, temperature, *pointers)
+    return probabilities, ids
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
