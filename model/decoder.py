@@ -26,7 +26,7 @@ def choose_weights(device: torch.device, name: str) -> str:
     if name == "int8" and device.type != "cpu":
         raise UserError("int8 weights are for CPUs: use --dtype float16 or float32 on a GPU")
     if name == "int8" and not kernels.load()[0]:
-        raise UserError(f"int8 weights need a C compiler: use --dtype float32 ({kernels.load()[1]})")
+        raise UserError(f"int8 weights need compiled kernels ({kernels.load()[1]}): use --dtype float32")
     if name == "float16" and device.type == "cpu":
         raise UserError("float16 weights are for GPUs: use --dtype int8 or float32 on a CPU")
     return name
@@ -131,7 +131,10 @@ class Decoder:
         self.graphs = graphs and like.is_cuda
         self.config, self.device, self.weights = model.config, like.device, weights
         self.dtype = torch.float16 if weights == "float16" else like.dtype  # of activations, too
-        self.native = like.device.type == "cpu" and like.dtype == torch.float32 and bool(kernels.load()[0])
+        here = like.device.type == "cpu" and self.dtype == torch.float32
+        self.native = here and kernels.load()[0] is not None
+        if weights == "int8" and not self.native:
+            raise ValueError("int8 weights need the kernels in C, which are for float32 models on a CPU")
         self.eps = NORM_EPS[self.config.blocks]
         self.embedding, self.position_embedding = model.token_embedding.weight.detach().to(self.dtype), None
         if self.config.blocks == "gpt2":

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model import kernels
@@ -37,8 +38,8 @@ def next_distribution(
     """Probabilities (B, K) of the next token after all filters, and the K tokens' ids (B, K), from logits (B, V).
 
     The ids are None if the K = V probabilities are in vocabulary order; otherwise the most likely token comes first,
-    and tokens not listed have probability 0. `previous` (B, V) is True for tokens that have occurred; None: none
-    have. Temperature 0 gives the most likely token probability 1.
+    tokens not listed have probability 0, and so may some that are, even twice. `previous` (B, V) is True for tokens
+    that have occurred; None: none have. Temperature 0 gives the most likely token probability 1.
     """
     if sampling.repetition_penalty != 1 and previous is not None:
         penalised = torch.where(
@@ -54,24 +55,36 @@ def next_distribution(
         return softmax(logits, temperature), None
     # On a CPU, sorting the whole vocabulary costs more than the model. The top few nearly always include all that
     # the filters keep. A GPU sorts fast, but checking this would force it to synchronise.
-    count = vocabulary if logits.is_cuda else sampling.top_k or 64
-    while True:
-        count = min(count, vocabulary)
-        probabilities, ids = likeliest(logits, count, temperature)
-        outside = torch.zeros_like(probabilities, dtype=torch.bool)
-        if sampling.top_k:
-            outside[:, sampling.top_k :] = True
-            probabilities = probabilities.masked_fill(outside, 0)
-            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-        if sampling.top_p < 1:
-            # Keep a token if those before it hold less than top_p; the most likely one is always kept.
-            outside |= probabilities.cumsum(-1) - probabilities >= sampling.top_p
-        if sampling.min_p > 0:
-            outside |= probabilities < sampling.min_p * probabilities[:, :1]
-        if count == vocabulary or count == sampling.top_k or outside[:, -1].all():
-            probabilities = probabilities.masked_fill(outside, 0)
-            return probabilities / probabilities.sum(-1, keepdim=True), ids
-        count *= 8
+    return filter_likeliest(
+        logits, temperature, sampling, vocabulary if logits.is_cuda else sampling.top_k or 64
+    )
+
+
+def filter_likeliest(
+    logits: Tensor, temperature: float, sampling: Sampling, count: int
+) -> tuple[Tensor, Tensor]:
+    """next_distribution() from the `count` likeliest tokens, or from more in the rows where more pass the filters."""
+    count = min(count, logits.size(-1))
+    probabilities, ids = likeliest(logits, count, temperature)
+    outside = torch.zeros_like(probabilities, dtype=torch.bool)
+    if sampling.top_k:
+        outside[:, sampling.top_k :] = True
+        probabilities = probabilities.masked_fill(outside, 0)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    if sampling.top_p < 1:
+        # Keep a token if those before it hold less than top_p; the most likely one is always kept.
+        outside |= probabilities.cumsum(-1) - probabilities >= sampling.top_p
+    if sampling.min_p > 0:
+        outside |= probabilities < sampling.min_p * probabilities[:, :1]
+    all_are_here = count in (logits.size(-1), sampling.top_k)
+    probabilities = probabilities.masked_fill(outside, 0)
+    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    if not all_are_here and (short := ~outside[:, -1]).any():
+        more, more_ids = filter_likeliest(logits[short], temperature, sampling, 8 * count)
+        padding = (0, more.size(1) - count)
+        probabilities, ids = F.pad(probabilities, padding), F.pad(ids, padding)
+        probabilities[short], ids[short] = more, more_ids
+    return probabilities, ids
 
 
 def softmax(logits: Tensor, temperature: float) -> Tensor:

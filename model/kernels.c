@@ -5,8 +5,12 @@
 
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+#define omp_get_thread_num() 0
+#endif
 
 #ifdef __AVX512F__
 #define LANES 16 /* numbers in a vector register */
@@ -23,7 +27,7 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
 /* In memory, weights lie in blocks of BLOCK rows: for each column, the BLOCK numbers of its rows. In int8, each lane of
    a vector has four of them: byte v of lane l belongs to row v * LANES + l. */
-const int lanes = LANES, vectors = VECTORS;
+const int block_rows = BLOCK;
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -39,10 +43,15 @@ typedef struct { /* x -> prepare(x) @ weights.T + bias, from `in` to `out` numbe
 typedef struct {
     Linear qkv, project, up, down;
     const float *cos, *sin; /* (2, positions, size), for queries and for keys; NULL: no rotation */
-    float *keys, *values;   /* (batch, heads, room, size) */
+    float *keys, *values;   /* (batch, heads, capacity, size) */
 } Block;
 
-static int threads; /* of the call to decode under way: there is only one at a time */
+/* What a call to decode works with: the number of threads, and memory for the inputs of a matrix (rows, deepest) and
+   for a block of each thread (deepest, BLOCK). */
+typedef struct {
+    int threads, deepest;
+    float *inputs, *blocks;
+} Room;
 
 /* e^x, within 3e-7 of it (relative), for x cut to -87 .. 87: 2^n times a polynomial, in a form that compilers
    vectorise. */
@@ -134,27 +143,26 @@ static ALWAYS_INLINE void multiply_tile(const void *block, int is_int8, int v, i
 }
 
 /* out (rows, out) = residual + linear(x), for x (rows, in). residual: NULL, or elsewhere in memory than out. */
-static void multiply(const Linear *linear, float eps, const float *x, const float *residual, float *out, int rows)
+static void multiply(const Linear *linear, float eps, const float *x, const float *residual, float *out, int rows,
+                     const Room *room)
 {
     int n = linear->out, in = linear->in, how = linear->prepare;
     const float *scales = linear->scales, *bias = linear->bias;
-    float *prepared = NULL;
     if (how != NOTHING) {
-        prepared = malloc(sizeof(float) * rows * in);
-#pragma omp parallel for num_threads(threads) if (rows > 1)
+#pragma omp parallel for num_threads(room->threads) if (rows > 1)
         for (int r = 0; r < rows; r++)
-            prepare_row(how, x + (size_t)r * in * (how == SWIGLU ? 2 : 1), prepared + (size_t)r * in, in, eps);
-        x = prepared;
+            prepare_row(how, x + (size_t)r * in * (how == SWIGLU ? 2 : 1), room->inputs + (size_t)r * in, in, eps);
+        x = room->inputs;
     }
     int tiled = rows >= TILE;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(room->threads)
     {
-        floats *expanded = tiled && scales ? aligned_alloc(64, sizeof(float) * BLOCK * in) : NULL;
+        floats *expanded = (floats *)(room->blocks + (size_t)omp_get_thread_num() * room->deepest * BLOCK);
 #pragma omp for schedule(static)
         for (int first = 0; first < n; first += BLOCK) {
             int width = n - first < BLOCK ? n - first : BLOCK;
             const void *block = (const char *)linear->weights + (size_t)first * in * (scales ? 1 : 4);
-            if (expanded) { /* int8 to float32, once for all rows */
+            if (tiled && scales) { /* int8 to float32, once for all rows */
                 for (int k = 0; k < in; k++)
                     column(block, 1, k, 0, VECTORS, expanded + k * VECTORS);
                 block = expanded;
@@ -180,9 +188,7 @@ static void multiply(const Linear *linear, float eps, const float *x, const floa
                     }
             }
         }
-        free(expanded);
     }
-    free(prepared);
 }
 
 /* Normalise a query or key (size numbers) and turn it by its position's angles, with the tables of decoder.py. */
@@ -196,15 +202,15 @@ static void turn(const float *x, const float *cos, const float *sin, float *out,
 /* out (batch, new, heads * size) = causal attention of `new` tokens of each sequence at the positions from `start` on,
    for qkv (batch, new, 3, heads, size). Extends the block's keys and values. */
 static void attend(const Block *block, float eps, const float *qkv, float *out, int batch, int new, int start,
-                   int heads, int size, int room, int positions)
+                   int heads, int size, int capacity, int positions, int threads)
 {
 #pragma omp parallel for collapse(2) num_threads(threads)
     for (int b = 0; b < batch; b++)
         for (int h = 0; h < heads; h++) {
             const float *cos = block->cos, *sin = block->sin;
-            size_t head = ((size_t)b * heads + h) * room * size;
+            size_t head = ((size_t)b * heads + h) * capacity * size;
             float *k = block->keys + head, *v = block->values + head;
-            float query[size], share[room], scale = 1 / sqrtf(size);
+            float query[size], share[capacity], scale = 1 / sqrtf(size);
             for (int t = 0; t < new; t++) {
                 int here = start + t;
                 const float *q = qkv + ((((size_t)b * new + t) * 3) * heads + h) * size;
@@ -240,29 +246,26 @@ static void attend(const Block *block, float eps, const float *qkv, float *out, 
 }
 
 /* logits (batch, vocabulary) after the last of `new` tokens of each sequence, for their embeddings x (batch, new,
-   width), which are overwritten. */
+   width), which are overwritten. scratch holds threads * BLOCK * deepest + rows * (deepest + widest + width +
+   heads * size) numbers for rows = batch * new; deepest and widest: the inputs and outputs of the largest matrices,
+   without the head's outputs. */
 void decode(const Block *blocks, int n_layer, const Linear *head, float eps, float *x, float *logits, int batch,
-            int new, int start, int heads, int size, int room, int positions, int with_threads)
+            int new, int start, int heads, int size, int capacity, int positions, float *scratch, int deepest,
+            int widest, int threads)
 {
-    int rows = batch * new, width = head->in;
-    threads = with_threads;
-    float *attended = malloc(sizeof(float) * rows * heads * size), *between = malloc(sizeof(float) * rows * width);
-    float *wide = NULL;
+    size_t rows = (size_t)batch * new, width = head->in;
+    Room room = {threads, deepest, scratch + (size_t)threads * BLOCK * deepest, scratch};
+    float *wide = room.inputs + rows * deepest, *between = wide + rows * widest, *attended = between + rows * width;
     for (const Block *block = blocks; block < blocks + n_layer; block++) {
-        int widest = block->qkv.out > block->up.out ? block->qkv.out : block->up.out;
-        wide = realloc(wide, sizeof(float) * rows * widest);
-        multiply(&block->qkv, eps, x, NULL, wide, rows);
-        attend(block, eps, wide, attended, batch, new, start, heads, size, room, positions);
-        multiply(&block->project, eps, attended, x, between, rows);
-        multiply(&block->up, eps, between, NULL, wide, rows);
-        multiply(&block->down, eps, wide, between, x, rows);
+        multiply(&block->qkv, eps, x, NULL, wide, rows, &room);
+        attend(block, eps, wide, attended, batch, new, start, heads, size, capacity, positions, threads);
+        multiply(&block->project, eps, attended, x, between, rows, &room);
+        multiply(&block->up, eps, between, NULL, wide, rows, &room);
+        multiply(&block->down, eps, wide, between, x, rows, &room);
     }
     for (int b = 0; b < batch; b++)
-        memcpy(between + (size_t)b * width, x + ((size_t)b * new + new - 1) * width, sizeof(float) * width);
-    multiply(head, eps, between, NULL, logits, batch);
-    free(attended);
-    free(between);
-    free(wide);
+        memcpy(between + b * width, x + ((size_t)b * new + new - 1) * width, sizeof(float) * width);
+    multiply(head, eps, between, NULL, logits, batch, &room);
 }
 
 /* The `count` largest of each row's n logits, largest first: their probabilities (rows, count) in
@@ -270,7 +273,7 @@ void decode(const Block *blocks, int n_layer, const Linear *head, float eps, flo
 void likeliest(const float *logits, int rows, int n, int count, float temperature, float *probabilities,
                int64_t *places)
 {
-#pragma omp parallel for if (rows > 1)
+#pragma omp parallel for if (rows > 8)
     for (int r = 0; r < rows; r++) {
         const float *x = logits + (size_t)r * n;
         float *best = probabilities + (size_t)r * count, total = 0;

@@ -4,14 +4,17 @@ PyTorch's operations take some 5 microseconds each, and a token of a small model
 weights take to arrive from memory.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,29 +36,33 @@ CACHE = REPO / ".cache" / "kernels"
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 # First with threads: those of PyTorch, whose OpenMP library is loaded already. Where it is another, without.
 OPENMP = ("-fopenmp", "-fopenmp-simd")
-PREPARATIONS = ("nothing", "rms_norm", "layer_norm", "swiglu", "gelu")  # in the order of kernels.c
+# As in kernels.c
+PREPARATIONS = ("nothing", "rms_norm", "layer_norm", "swiglu", "gelu")
+VECTORS = 4
 
 
 @functools.cache
 def load() -> tuple[ctypes.PyDLL | None, str]:
-    """The kernels, or None and the reason why there are none on this machine."""
-    names = [os.environ.get("CC", ""), "gcc", "clang", "cc"]
-    compiler = next(filter(None, map(shutil.which, names)), None)
+    """The kernels or None, and why there are none, or why they are slower than they could be; else an empty text."""
+    names = [os.environ.get("CC") or "gcc", "gcc", "clang", "cc"]
+    compiler = next((words for words in map(shlex.split, names) if words and shutil.which(words[0])), None)
     if compiler is None:
         return None, "no C compiler here"
     for openmp in OPENMP:
         try:
-            library = ctypes.PyDLL(str(compiled([compiler, *FLAGS, openmp])))
+            # not CDLL, which would let Python's other threads run meanwhile, and use the scratch memory at once
+            library = ctypes.PyDLL(str(compiled([*compiler, *FLAGS, openmp])))
         except subprocess.CalledProcessError as error:
-            reason = f"{compiler}: {first_line(error.stderr.strip() or error)}"
+            reason = f"{compiler[0]}: {first_line(error.stderr.strip() or error)}"
         except OSError as error:
             reason = first_line(error)
         else:
             pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-            library.decode.argtypes = [pointer, integer, pointer, real, *[pointer] * 2, *[integer] * 8]
+            sizes = [*[integer] * 7, pointer, *[integer] * 3]
+            library.decode.argtypes = [pointer, integer, pointer, real, *[pointer] * 2, *sizes]
             library.likeliest.argtypes = [pointer, *[integer] * 3, real, *[pointer] * 2]
             library.decode.restype = library.likeliest.restype = None
-            return library, ""
+            return library, f"one thread only with {compiler[0]}" if openmp == OPENMP[1] else ""
     return None, reason
 
 
@@ -64,16 +71,33 @@ def compiled(command: list[str]) -> Path:
     facts = [*command, processor(), SOURCE.read_text(encoding="utf-8")]
     path = CACHE / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
     if not path.exists():
-        with atomic_write(path) as temporary:
-            part = temporary.with_suffix(".o")
-            # In two steps: linking with -fopenmp would load a second OpenMP library, with threads of its own.
-            steps = [*command, "-c", SOURCE, "-o", part], [command[0], "-shared", part, "-o", temporary]
-            try:
-                for step in steps:
-                    subprocess.run(step, check=True, capture_output=True, text=True)
-            finally:
-                part.unlink(missing_ok=True)
+        try:
+            build(command, path)
+        except OSError:  # this folder cannot be written
+            path = Path(temporary_folder()) / path.name
+            build(command, path)
     return path
+
+
+def build(command: list[str], path: Path) -> None:
+    with atomic_write(path) as temporary:
+        part = temporary.with_name(f".{path.name}.o.{os.getpid()}.tmp")
+        # In two steps: linking with -fopenmp would load a second OpenMP library, with threads of its own.
+        linking = [word for word in command if word not in (*FLAGS, *OPENMP)]
+        steps = [*command, "-c", SOURCE, "-o", part], [*linking, "-shared", part, "-o", temporary]
+        try:
+            for step in steps:
+                subprocess.run(step, check=True, capture_output=True, text=True)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@functools.cache
+def temporary_folder() -> str:
+    """A folder that is removed when Python ends."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def processor() -> str:
@@ -82,6 +106,8 @@ def processor() -> str:
     if (file := Path("/proc/cpuinfo")).exists():
         first = file.read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
         facts += [line for line in first if line.startswith(("model name", "flags", "Features"))]
+    else:
+        facts.append(platform.node())
     return repr(facts)
 
 
@@ -90,7 +116,7 @@ class Linear(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weights", "scales", "bias")),
-        *((name, ctypes.c_int) for name in ("out", "in", "prepare")),
+        *((name, ctypes.c_int) for name in ("outputs", "inputs", "prepare")),
     )
 
     def __init__(self, weight: Tensor, bias: Tensor | None, prepare: str, int8: bool):
@@ -98,8 +124,8 @@ class Linear(ctypes.Structure):
         if int8:
             scales = (weight.abs().amax(1) / 127).clamp(min=1e-30)
             weight = (weight / scales[:, None]).round().to(torch.int8)
-        lanes, vectors = (ctypes.c_int.in_dll(load()[0], name).value for name in ("lanes", "vectors"))
-        weight = F.pad(weight, (0, 0, 0, -rows % (lanes * vectors))).view(-1, vectors, lanes, columns)
+        block = ctypes.c_int.in_dll(load()[0], "block_rows").value
+        weight = F.pad(weight, (0, 0, 0, -rows % block)).view(-1, VECTORS, block // VECTORS, columns)
         weight = weight.permute(0, 3, 2, 1) if int8 else weight.permute(0, 3, 1, 2)
         self.tensors = weight.contiguous(), scales, bias  # the structure has their addresses only
         super().__init__(*map(address, self.tensors), rows, columns, PREPARATIONS.index(prepare))
@@ -121,9 +147,11 @@ class Network:
     """All blocks and the head of a decoder: embeddings (B, T, C), which it overwrites, -> logits (B, V).
 
     Threads wait for each other some forty times per token. Where other programs compute, too, that may take longer
-    than one thread needs alone, so now and then both are timed. How many there are changes no bit of the result.
+    than one thread needs alone, so now and then both are timed, for a few sequences: more take so long anyway that
+    waiting hardly matters. The number of threads changes no bit of the result.
     """
 
+    FEW = 8
     TRIAL, PERIOD = 4, 256  # steps with each number of threads, and steps until the next trial
 
     def __init__(self, blocks: list[tuple], head: Linear, eps: float):
@@ -131,30 +159,47 @@ class Network:
         self.blocks = (Block * len(blocks))(*(Block(*block) for block in blocks))
         self.head, self.eps, cos = head, eps, blocks[0][1].cos
         self.positions = 0 if cos is None else cos.size(-2)
+        matrices = [part for block in blocks for part in block if isinstance(part, Linear)]
+        self.deepest = max(matrix.inputs for matrix in (*matrices, head))
+        self.widest = max(matrix.outputs for matrix in matrices)
+        self.block_rows = ctypes.c_int.in_dll(load()[0], "block_rows").value
+        self.scratch = torch.empty(0)
         self.steps, self.fastest = 0, {}
 
     def __call__(self, x: Tensor, cache: "KVCache") -> Tensor:
+        (batch, new, width), (sequences, heads, capacity, size) = x.shape, cache.k[0].shape
+        end = cache.length + new
+        if batch != sequences or end > capacity or (self.positions and end > self.positions):
+            raise ValueError(f"{batch} sequences of {end} tokens do not fit the cache or the context")
         for block, keys, values in zip(self.blocks, cache.k, cache.v, strict=True):
             block.keys, block.values = keys.data_ptr(), values.data_ptr()
-        (batch, new, _), (_, heads, room, size) = x.shape, cache.k[0].shape
-        logits = x.new_empty(batch, self.head.out)
-        shape = batch, new, cache.length, heads, size, room, self.positions
+        timed = new == 1 and batch <= self.FEW
+        threads = self.choose_threads() if timed else torch.get_num_threads()
+        needed = threads * self.block_rows * self.deepest
+        needed += batch * new * (self.deepest + self.widest + width + heads * size)
+        if len(self.scratch) < needed:
+            self.scratch = x.new_empty(needed)
+        logits = x.new_empty(batch, self.head.outputs)
         pointers = ctypes.addressof(self.head), self.eps, x.data_ptr(), logits.data_ptr()
-        threads = torch.get_num_threads() if new > 1 else self.choose_threads()
+        shape = batch, new, cache.length, heads, size, capacity, self.positions
+        scratch = self.scratch.data_ptr(), self.deepest, self.widest
         started = time.perf_counter()
-        load()[0].decode(self.blocks, len(self.blocks), *pointers, *shape, threads)
-        if new == 1:
+        load()[0].decode(self.blocks, len(self.blocks), *pointers, *shape, *scratch, threads)
+        if timed:
             self.fastest[threads] = min(time.perf_counter() - started, self.fastest.get(threads, math.inf))
             self.steps += 1
         return logits
 
     def choose_threads(self) -> int:
-        """All threads, then one, then whichever took less time in its fastest step."""
+        """All threads, then one (once only, if that is much slower), then whichever had the fastest step."""
         step, every = self.steps % self.PERIOD, torch.get_num_threads()
-        if step == 0:
-            self.fastest = {}
-        if step < 2 * self.TRIAL:
-            return every if step < self.TRIAL else 1
+        if step == 0 or every not in self.fastest:
+            self.steps, self.fastest = 0, {}
+            return every
+        if step < self.TRIAL:
+            return every
+        if step < 2 * self.TRIAL and self.fastest.get(1, 0) < 2 * self.fastest[every]:
+            return 1
         return min(self.fastest, key=self.fastest.get)
 
 

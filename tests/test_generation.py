@@ -86,20 +86,34 @@ def test_the_cache_changes_no_token(blocks, sampling):
 
 
 @pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "penalised", "sampled", "filtered"])
+@pytest.mark.parametrize("weights", ["float64", "float32", "int8"])
 @pytest.mark.parametrize("blocks", FAMILIES)
-def test_a_sequence_is_the_same_in_any_company(blocks, sampling):
-    model = make_model(blocks, noise=0.15).double()
+def test_a_sequence_is_the_same_in_any_company(blocks, weights, sampling):
+    model = make_model(blocks, noise=0.15)
+    decoder = Decoder(model.double()) if weights == "float64" else Decoder(model, weights)
     prompts = PROMPTS + LONG
     seeds = list(range(10, 10 + len(prompts)))
     alone = [
-        generate_all(Decoder(model), [p], 40, EOT, sampling, [s])[0]
-        for p, s in zip(prompts, seeds, strict=True)
+        generate_all(decoder, [p], 40, EOT, sampling, [s])[0] for p, s in zip(prompts, seeds, strict=True)
     ]
-    assert generate_all(Decoder(model), prompts, 40, EOT, sampling, seeds) == alone
-    turned = generate_all(Decoder(model), prompts[::-1], 40, EOT, sampling, seeds[::-1])
+    assert generate_all(decoder, prompts, 40, EOT, sampling, seeds) == alone
+    turned = generate_all(decoder, prompts[::-1], 40, EOT, sampling, seeds[::-1])
     assert turned == alone[::-1]
     if sampling == Sampling(temperature=1.0, top_p=1.0):  # where some end early, and the others go on
         assert len({len(written) for written in alone}) > 3
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_p=1.0, min_p=1e-3), Sampling(top_k=700)])
+def test_a_distribution_has_the_same_bits_beside_flatter_ones(sampling):
+    """Of which some need 64, some 512 and some all of 10,000 tokens."""
+    logits = torch.randn(12, 10_000, generator=torch.Generator().manual_seed(0))
+    logits *= torch.tensor([[9.0], [2.5], [0.1]]).repeat(4, 1)
+    together, ids = next_distribution(logits, None, sampling)
+    for row in range(len(logits)):
+        alone, alone_ids = next_distribution(logits[row : row + 1], None, sampling)
+        count = alone.size(1)
+        assert torch.equal(together[row, :count], alone[0]) and not together[row, count:].any()
+        assert torch.equal(ids[row, :count], alone_ids[0])
 
 
 @pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "penalised", "sampled", "filtered"])
@@ -218,7 +232,7 @@ def distribution(logits, previous, sampling):
     probabilities, ids = next_distribution(logits, previous, sampling)
     if ids is None:
         return probabilities
-    return torch.zeros_like(logits).scatter_(1, ids, probabilities)
+    return torch.zeros_like(logits).scatter_add_(1, ids, probabilities)  # ids of probability 0 may repeat
 
 
 CHOICES = {
