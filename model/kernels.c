@@ -21,6 +21,7 @@
 #endif
 #define VECTORS 4 /* as many as there are int8 in a lane */
 #define BLOCK (VECTORS * LANES)
+#define AHEAD 4096 /* bytes: the next page of memory, from which processors do not fetch by themselves */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -132,6 +133,8 @@ static ALWAYS_INLINE void multiply_tile(const void *block, int is_int8, int v, i
         UNROLL for (int i = 0; i < count; i++)
             sums[r][i] = (floats){0};
     for (int k = 0; k < in; k++) {
+        if (rows == 1)
+            __builtin_prefetch((const char *)block + (size_t)k * BLOCK * (is_int8 ? 1 : 4) + AHEAD);
         column(block, is_int8, k, v, count, w);
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int i = 0; i < count; i++)
@@ -301,11 +304,11 @@ void likeliest(const float *logits, int rows, int n, int count, float temperatur
                     place[c] = i;
                 }
         }
-        float largest = best[0];
+        float largest = best[0], scale = 1 / temperature;
 #pragma omp simd reduction(+ : total)
         for (int i = 0; i < n; i++)
-            total += exponential((x[i] - largest) / temperature);
+            total += exponential((x[i] - largest) * scale);
         for (int c = 0; c < count; c++)
-            best[c] = exponential((best[c] - largest) / temperature) / total;
+            best[c] = exponential((best[c] - largest) * scale) / total;
     }
 }
