@@ -13,6 +13,7 @@ import sys
 
 import pytest
 from conftest import REPO, assert_one_line_error
+from test_decoder import needs_kernels
 
 from model.candidates import MAX_TOKENS
 from model.generation import Sampling
@@ -180,6 +181,7 @@ def test_stories_beyond_the_memory_for_one_batch_wait_for_the_next(trained, monk
     assert writer.write(["A cat", "Two", "", "One day"], seed=3) == together
 
 
+@needs_kernels
 def test_every_precision_writes_a_story(generate):
     stories = [
         generate("--dtype", d, "--max-tokens", 8, "--seed", 1).stdout for d in ("float32", "int8", "auto")

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from test_decoder import needs_kernels
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LogitsProcessorList,
@@ -73,10 +74,9 @@ WAYS = [
 @pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "penalised", "sampled", "filtered"])
 @pytest.mark.parametrize("blocks", FAMILIES)
 def test_the_cache_changes_no_token(blocks, sampling):
-    """Also past the context, where the window slides; in float64, and in float32 with the kernels in C."""
+    """Also past the context, where the window slides; in float64, and in float32 (with the kernels in C)."""
     model = make_model(blocks)
     exact, fast, lengths = make_model(blocks).double(), Decoder(model), []
-    assert fast.network is not None
     for seed, prompt in enumerate(PROMPTS + LONG):
         expected = continue_without_cache(exact, prompt, 60, sampling, seed)
         assert generate_all(Decoder(exact), [prompt], 60, EOT, sampling, [seed])[0] == expected
@@ -86,7 +86,9 @@ def test_the_cache_changes_no_token(blocks, sampling):
 
 
 @pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "penalised", "sampled", "filtered"])
-@pytest.mark.parametrize("weights", ["float64", "float32", "int8"])
+@pytest.mark.parametrize(
+    "weights", ["float64", *(pytest.param(name, marks=needs_kernels) for name in ("float32", "int8"))]
+)
 @pytest.mark.parametrize("blocks", FAMILIES)
 def test_a_sequence_is_the_same_in_any_company(blocks, weights, sampling):
     model = make_model(blocks, noise=0.15)
@@ -103,6 +105,7 @@ def test_a_sequence_is_the_same_in_any_company(blocks, weights, sampling):
         assert len({len(written) for written in alone}) > 3
 
 
+@needs_kernels
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_p=1.0, min_p=1e-3), Sampling(top_k=700)])
 def test_a_distribution_has_the_same_bits_beside_flatter_ones(sampling):
     """Of which some need 64, some 512 and some all of 10,000 tokens."""
