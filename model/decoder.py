@@ -2,7 +2,7 @@
 
 Decoding one story is memory-bound: every token reads all weights. So weights may be stored in fewer bits than
 activations. The number of operations comes next, so the weights of norms are folded into the next matrix, and on a CPU
-two kernels in C do everything. `GPT` is the plain version.
+a step is one call of kernels.c, if this machine can compile it. `GPT` is the plain version.
 
 Shapes: B sequences, T tokens each, N = B T, C = n_embd, H heads of size D, V = vocab_size.
 """
