@@ -35,7 +35,7 @@ from evaluate import real_stories
 from model.batches import load_data
 from model.checkpoint import find_checkpoint, load_model
 from model.config import PRESETS, GPTConfig
-from model.decoder import Decoder, KVCache
+from model.decoder import Decoder, KVCache, choose_weights
 from model.errors import UserError, run_script
 from model.generation import Sampling, generate_all
 from model.gpt import GPT
@@ -86,7 +86,7 @@ def list_contenders(
     model = GPT(config).eval().to(device)
     torch.nn.init.constant_(model.norm.weight, FINAL_NORM)
     contenders: dict[str, Callable[[], float]] = {}
-    for weights in ("float32", "int8" if device.type == "cpu" else "float16"):
+    for weights in precisions(device):
         decoder = Decoder(model, weights, graphs=True)
         for streams in (1, settings.streams):
             write = partial(
@@ -105,6 +105,12 @@ def list_contenders(
             run_c, [*command, "-t", SAMPLING.temperature, "-p", SAMPLING.top_p]
         )
     return contenders
+
+
+def precisions(device: torch.device) -> list[str]:
+    """The weights that can be had, the exact ones first."""
+    fewer_bits = choose_weights(device, "auto") if device.type == "cpu" else "float16"
+    return list(dict.fromkeys(("float32", fewer_bits)))
 
 
 def rate(write: Callable, tokens: int, device: torch.device) -> float:
@@ -221,7 +227,7 @@ def print_cost(path: Path, device: torch.device, stories: list[str]) -> None:
     ]
     size = sum(len(tokenizer.decode(ids[1:]).encode()) for ids in sequences)
     exact = None
-    for weights in ("float32", "int8" if device.type == "cpu" else "float16"):
+    for weights in precisions(device):
         decoder, nats = Decoder(model, weights), 0.0
         for first in range(0, len(sequences), 64):
             part = sequences[first : first + 64]

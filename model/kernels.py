@@ -1,7 +1,7 @@
 """The kernels of decoding on a CPU (kernels.c), compiled by the machine's C compiler when first needed.
 
-PyTorch's operations take some 5 microseconds each, and a token of a small model needs hundreds: more time than its
-weights take to arrive from memory.
+PyTorch's operations take some 5 microseconds each, and a token of a small model needs some 150: about as much time as
+its weights take to arrive from memory, or more.
 """
 
 import atexit
@@ -11,7 +11,6 @@ import hashlib
 import math
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from model.errors import first_line
 from model.files import atomic_write
+from model.runtime import cpu_facts
 from model.settings import REPO
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ VECTORS = 4
 @functools.cache
 def load() -> tuple[ctypes.PyDLL | None, str]:
     """The kernels or None, and why there are none, or why they are slower than they could be; else an empty text."""
-    names = [os.environ.get("CC") or "gcc", "gcc", "clang", "cc"]
-    compiler = next((words for words in map(shlex.split, names) if words and shutil.which(words[0])), None)
+    commands = [os.environ.get("CC", "").split(), ["gcc"], ["clang"], ["cc"]]
+    compiler = next((words for words in commands if words and shutil.which(words[0])), None)
     if compiler is None:
         return None, "no C compiler here"
     for openmp in OPENMP:
@@ -68,7 +68,7 @@ def load() -> tuple[ctypes.PyDLL | None, str]:
 
 def compiled(command: list[str]) -> Path:
     """The path of the shared library that `command` makes of SOURCE, for this CPU."""
-    facts = [*command, processor(), SOURCE.read_text(encoding="utf-8")]
+    facts = [*command, *processor(), SOURCE.read_text(encoding="utf-8")]
     path = CACHE / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
     if not path.exists():
         try:
@@ -100,15 +100,16 @@ def temporary_folder() -> str:
     return folder
 
 
-def processor() -> str:
+def processor() -> list[str]:
     """What tells this machine's CPU from others, for which code may have been compiled in the same folder."""
-    facts = [platform.machine(), platform.processor()]
-    if (file := Path("/proc/cpuinfo")).exists():
-        first = file.read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
-        facts += [line for line in first if line.startswith(("model name", "flags", "Features"))]
-    else:
-        facts.append(platform.node())
-    return repr(facts)
+    facts = cpu_facts()
+    known = [facts[name] for name in ("model name", "flags", "Features") if name in facts]
+    return [platform.machine(), platform.processor(), *(known or [platform.node()])]
+
+
+def block_rows() -> int:
+    """The rows of weights in each of the blocks that kernels.c describes."""
+    return ctypes.c_int.in_dll(load()[0], "block_rows").value
 
 
 class Linear(ctypes.Structure):
@@ -124,7 +125,7 @@ class Linear(ctypes.Structure):
         if int8:
             scales = (weight.abs().amax(1) / 127).clamp(min=1e-30)
             weight = (weight / scales[:, None]).round().to(torch.int8)
-        block = ctypes.c_int.in_dll(load()[0], "block_rows").value
+        block = block_rows()
         weight = F.pad(weight, (0, 0, 0, -rows % block)).view(-1, VECTORS, block // VECTORS, columns)
         weight = weight.permute(0, 3, 2, 1) if int8 else weight.permute(0, 3, 1, 2)
         self.tensors = weight.contiguous(), scales, bias  # the structure has their addresses only
@@ -162,14 +163,14 @@ class Network:
         matrices = [part for block in blocks for part in block if isinstance(part, Linear)]
         self.deepest = max(matrix.inputs for matrix in (*matrices, head))
         self.widest = max(matrix.outputs for matrix in matrices)
-        self.block_rows = ctypes.c_int.in_dll(load()[0], "block_rows").value
+        self.block_rows = block_rows()
         self.scratch = torch.empty(0)
         self.steps, self.fastest = 0, {}
 
     def __call__(self, x: Tensor, cache: "KVCache") -> Tensor:
         (batch, new, width), (sequences, heads, capacity, size) = x.shape, cache.k[0].shape
-        end = cache.length + new
-        if batch != sequences or end > capacity or (self.positions and end > self.positions):
+        end = cache.length + new  # at most capacity, as Decoder has checked
+        if batch != sequences or (self.positions and end > self.positions):
             raise ValueError(f"{batch} sequences of {end} tokens do not fit the cache or the context")
         for block, keys, values in zip(self.blocks, cache.k, cache.v, strict=True):
             block.keys, block.values = keys.data_ptr(), values.data_ptr()

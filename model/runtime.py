@@ -84,15 +84,21 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def cpu_facts() -> dict[str, str]:
+    """What Linux says of the first core, such as its `model name` and `flags`; elsewhere nothing."""
+    if not (file := Path("/proc/cpuinfo")).exists():
+        return {}
+    first_core = file.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    pairs = (line.partition(":") for line in first_core.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return "Apple GPU"
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    name = cpu_facts().get("model name") or platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
