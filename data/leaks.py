@@ -1,17 +1,17 @@
 """Count near-duplicates: validation stories that share at least half of their sentences with one training story.
 
-Case, whitespace and punctuation are ignored. Exact duplicates have already been removed.
+Case, whitespace and punctuation are ignored. Exact duplicates have already been removed. Two stories are compared only
+if they share a sentence that is not commonplace.
 """
 
 import string
-from collections import Counter
 from itertools import chain
 
 from data.stories import Progress, raw_batches
 
 COMPARED = 25_000  # maximum number of validation stories to check, evenly spaced, to bound memory
 TELLING = 20  # letters; shorter sentences may match by chance
-COMMONPLACE = 5  # validation stories; a sentence found in more of them is ignored
+COMMONPLACE = 5  # validation stories; a sentence found in more of them is commonplace
 
 ENDS = b".!?\n"
 PLAIN = bytes.maketrans(string.ascii_uppercase.encode() + ENDS, string.ascii_lowercase.encode() + b"....")
@@ -29,19 +29,20 @@ def count_near_duplicates(train: object, validation: object) -> dict:
     step = -(-len(validation) // COMPARED)
     chosen = validation.select(range(0, len(validation), step))
     found_in: dict[bytes, list[int]] = {}
-    sizes = []
+    validation_sentences = []
     for number, story in enumerate(chain.from_iterable(raw_batches(chosen))):
-        own = sentences(story)
-        sizes.append(len(own))
-        for sentence in own:
+        validation_sentences.append(sentences(story))
+        for sentence in validation_sentences[-1]:
             found_in.setdefault(sentence, []).append(number)
     found_in = {sentence: numbers for sentence, numbers in found_in.items() if len(numbers) <= COMMONPLACE}
 
     near = set()
     with Progress(total=train.data.nbytes, unit="B", desc="near-duplicates") as bar:
         for story in chain.from_iterable(raw_batches(train, bar)):
-            shared = Counter()
-            for sentence in sentences(story) & found_in.keys():
-                shared.update(found_in[sentence])
-            near.update(number for number, count in shared.items() if 2 * count >= sizes[number])
-    return {"compared": len(sizes), "near_duplicates": len(near)}
+            own = sentences(story)
+            alike = {number for sentence in own & found_in.keys() for number in found_in[sentence]}
+            for number in alike - near:
+                theirs = validation_sentences[number]
+                if 2 * len(own & theirs) >= len(theirs):
+                    near.add(number)
+    return {"compared": len(validation_sentences), "near_duplicates": len(near)}

@@ -329,14 +329,19 @@ def test_near_duplicates_are_counted(run, tmp_path):
         "Nothing of this has been seen before.",
         "Short. " + said[24],
         "The end.",
+        *(
+            f"{said[40]} {said[41 + n]} Most of number {'abcdef'[n] * 9} is new. Quite so in all of it."
+            for n in range(6)
+        ),
+        f"{said[40]} {said[46]} A third one that is quite new.",
     ]
     write_stories(tmp_path / "train.jsonl", [*train, "The end!"])
     write_stories(tmp_path / "valid.jsonl", valid)
     words = ("--source", tmp_path / "train.jsonl", "--validation-source", tmp_path / "valid.jsonl")
     for _ in range(2):  # and said again where nothing is to be done
         result = run("data/ingestion.py", *words, "--data-dir", tmp_path / "data", check=0)
-        assert "leak: 3 of 5 validation stories share at least half of their sentences" in result.stdout
-    assert manifest(tmp_path / "data")["splits"]["validation"]["near_duplicates"] == 3
+        assert "leak: 10 of 12 validation stories share at least half of their sentences" in result.stdout
+    assert manifest(tmp_path / "data")["splits"]["validation"]["near_duplicates"] == 10
 
 
 @settings(max_examples=100, deadline=None, database=None)
