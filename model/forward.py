@@ -88,7 +88,7 @@ def compile_model(model: GPT) -> nn.Module:
         return torch.compile(model, dynamic=False)
     for part in (*model.blocks, model.norm, model.cross_entropy):
         # dropout is faster with PyTorch's random numbers than with the compiler's, and as in eager mode
-        part.compile(dynamic=False, options={"fallback_random": True})
+        part.compile(dynamic=False, options={"deterministic": True, "fallback_random": True})
     return model
 
 

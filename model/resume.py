@@ -1,8 +1,12 @@
 """A run's state, which changes from step to step: how it begins, goes into a checkpoint, and comes back."""
 
+import contextlib
+import importlib
 import math
 import shutil
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -93,13 +97,28 @@ def begin(run: Run, checkpoint: dict | None) -> TrainingState:
         state.restore(checkpoint)
         return state
     if recipe.bigram_start:
-        started = time.perf_counter()
-        begin_as_bigrams(model, run.data.train.tokens)
-        state.seconds = time.perf_counter() - started
+        with ThreadPoolExecutor(1) as background:
+            counting = background.submit(timed, begin_as_bigrams, model, run.data.train.tokens)
+            if run.runtime.compile:
+                import_compiler()  # meanwhile, since this is Python, and counting is not
+            state.seconds = counting.result()
     if recipe.grow_at:
         model.set_depth(recipe.depth(0.0, run.config.n_layer))
         model.silence(model.depth)
     return state
+
+
+def timed(function: Callable, *arguments: object) -> float:
+    """Call a function that uses one thread; return how many seconds it computed."""
+    started = time.thread_time()
+    function(*arguments)
+    return time.thread_time() - started
+
+
+def import_compiler() -> None:
+    """Import what torch.compile takes seconds to import. If that fails, compilation will, and say why."""
+    with contextlib.suppress(Exception):
+        importlib.import_module("torch._inductor.compile_fx")
 
 
 def rewind(run: Run, path: Path, checkpoint: dict) -> tuple[Path, dict]:

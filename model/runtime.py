@@ -157,15 +157,16 @@ def choose_runtime(
     compiled, compile_reason = choose_compile(device, compile_setting)
     # So that the next run finds the compiled code; torch's default is a folder under /tmp.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(REPO / ".cache" / "inductor"))
-    # On a CPU this costs nothing measurable; without it, compiled code adds the embedding's gradients in thread
-    # order, and a run would not repeat bit for bit.
-    if deterministic or device.type == "cpu":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # On CUDA a warning is not enough: attention would keep its non-deterministic kernels.
-        torch.use_deterministic_algorithms(True, warn_only=device.type == "cpu")
-        torch.utils.deterministic.fill_uninitialized_memory = False
     if device.type == "cpu":
+        # This costs nothing measurable; without it, compiled code adds the embedding's gradients in thread order, and a
+        # run would not repeat bit for bit. (use_deterministic_algorithms() would import the compiler: two seconds.)
+        torch.set_deterministic_debug_mode("warn")
         keep_freed_memory()
+    elif deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # A warning is not enough: attention would keep its non-deterministic kernels.
+        torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     reasons = (
         f"{device_name(device)}; {str(dtype).removeprefix('torch.')} ({dtype_reason}); "
         f"torch.compile {'on' if compiled else 'off'} ({compile_reason})"
