@@ -37,7 +37,7 @@ from model.runtime import Runtime, choose_device, choose_runtime
 from model.scoring import bootstrap, interval, score_stories
 from model.settings import read_settings, require_seed, require_within
 from model.story_quality import Story, describe, read_written
-from model.tokenizer import text_tokenizer
+from model.tokenizer import readable, text_tokenizer
 
 CHECKPOINT: list[str] = []  # files, folders, "best", "latest", steps or Hugging Face models; default: latest
 CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
@@ -65,7 +65,7 @@ OUTPUT: str | None = None  # write the results to this .json file
 REPORT: str | None = None  # write a page of tables, curves and stories to this .html file
 SEED = 1337  # for the stories and the bootstrap
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
-DTYPE = "float32"  # float32, or faster: bfloat16, float16 or auto (what training would choose)
+DTYPE = "float32"  # of scoring: float32, or faster: bfloat16, float16 or auto (what training would choose)
 
 # Stories each checkpoint writes for a report
 REPORT_STORIES = 100
@@ -113,6 +113,7 @@ def main() -> None:
             count = len(settings.prompt)
             prompts = [settings.prompt[k % count] for k in range(settings.num_stories)]
             written[candidate.name] = candidate.write(prompts, settings.seed)
+            result["stories_written_in"] = candidate.written_in
         del candidate  # free its memory for the next one
     if results:
         add_intervals(results, bootstrap(scores, settings.seed))
@@ -126,7 +127,7 @@ def check(settings: SimpleNamespace) -> None:
     """Complete and check the settings. Raises UserError before any long work starts."""
     require_within(settings, max_samples="[0, inf)", batch_size="[0, inf)", num_stories="[0, inf)")
     require_seed(settings.seed)
-    settings.prompt = settings.prompt or [""]
+    settings.prompt = list(map(readable, settings.prompt)) or [""]
     if settings.num_stories is None:
         printed = len(settings.prompt) if "prompt" in settings.given else 0
         settings.num_stories = max(printed, REPORT_STORIES if settings.report else 0)
@@ -246,7 +247,7 @@ def describe_run(
     used = [name for name in ("torch", "numpy", "tokenizers", "transformers") if name in sys.modules]
     versions = {name: sys.modules[name].__version__ for name in used}
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": readable(shlex.join(["python", *sys.argv])),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **versions},
         "device": runtime.reasons,

@@ -27,6 +27,7 @@ from model.files import file_to_write, read_text, shown, write_text
 from model.generation import Sampling, generate
 from model.runtime import choose_device
 from model.settings import flag_name, read_settings, require_within
+from model.tokenizer import readable
 
 CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; None: best, else latest
 CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
@@ -112,9 +113,7 @@ def read_prompts(settings: SimpleNamespace) -> list[str]:
     prompts = list(settings.prompt)
     if settings.prompts_file is not None:
         prompts += read_text(settings.prompts_file).removesuffix("\n").split("\n")
-    # bytes on the command line that are not UTF-8 arrive as lone surrogates, which tokenizers reject
-    prompts = [prompt.encode(errors="surrogateescape").decode(errors="replace") for prompt in prompts]
-    return prompts or [""]
+    return list(map(readable, prompts)) or [""]
 
 
 class Writer:

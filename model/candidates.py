@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model.checkpoint import find_checkpoint, load_model
-from model.decoder import Decoder
+from model.decoder import Decoder, choose_weights
 from model.errors import UserError, require, warn
 from model.files import sha256_file, shown
 from model.generation import Sampling, generate_all
@@ -38,6 +38,7 @@ class Candidate:
 
     name: str
     whole_logits = False  # whether `states` computes the logits of all positions
+    written_in = "float32"  # the weights with which it writes stories
     network: nn.Module
     tokenizer: Tokenizer
     start_id: int
@@ -110,7 +111,13 @@ class OwnModel(Candidate):
 
     @functools.cached_property
     def decoder(self) -> Decoder:
-        return Decoder(self.network, graphs=True)
+        """As in generate.py, so that its stories are the ones that are judged."""
+        weights = choose_weights(self.network.head_weight.device, "auto")
+        return Decoder(self.network, weights, graphs=True)
+
+    @property
+    def written_in(self) -> str:
+        return self.decoder.weights
 
     def continue_ids(self, prompts: list[list[int]], seeds: list[int]) -> list[tuple[list[int], bool]]:
         written = generate_all(self.decoder, prompts, MAX_TOKENS, self.end_id, Sampling(), seeds)

@@ -21,6 +21,11 @@ def text_tokenizer(tokenizer_json: str) -> Tokenizer:
     return tokenizer
 
 
+def readable(word: str) -> str:
+    """Text from the command line: bytes that are not UTF-8 arrive as lone surrogates, which tokenizers reject."""
+    return word.encode(errors="surrogateescape").decode(errors="replace")
+
+
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer that step 2 wrote. Raises UserError if it is missing, damaged or cannot separate stories."""
     step = command("data/train_tokenizer.py")

@@ -13,7 +13,7 @@ from model.metrics import Metrics
 from model.resume import TrainingState
 from model.run import Run
 from model.runtime import tokens_at_once
-from model.tokenizer import text_tokenizer
+from model.tokenizer import readable, text_tokenizer
 
 
 def evaluate(run: Run, state: TrainingState, metrics: Metrics) -> str:
@@ -57,12 +57,13 @@ def write_sample(run: Run, model: GPT) -> str:
     if not settings.sample_tokens:
         return ""
     tokenizer = text_tokenizer(run.data.tokenizer_json)
-    ids = [eot_id, *tokenizer.encode(settings.sample_prompt, add_special_tokens=False).ids]
-    strict = torch.are_deterministic_algorithms_enabled()
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)  # sampling's cumulative sums have no deterministic CUDA kernel
+    ids = [eot_id, *tokenizer.encode(readable(settings.sample_prompt), add_special_tokens=False).ids]
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(
+        "default"
+    )  # sampling's cumulative sums have no deterministic CUDA kernel
     (written,) = generate_all(
         Decoder(model), [ids], settings.sample_tokens, eot_id, Sampling(), [settings.seed]
     )
-    torch.use_deterministic_algorithms(strict, warn_only=warns)
+    torch.set_deterministic_debug_mode(mode)
     return tokenizer.decode(ids[1:] + written, skip_special_tokens=False)

@@ -106,7 +106,11 @@ def evaluate(monkeypatch, tmp_path, checkpoint, data_dir):
 
 def test_the_script_prints_and_writes_the_scores(run, tmp_path, checkpoint, data_dir, tokenizer):
     places = ["--checkpoint-dir", checkpoint, "--data-dir", data_dir, "--device", "cpu"]
-    result = run("evaluate.py", *places, "--output", "scores.json", cwd=tmp_path, check=0)
+    env = {"PYTHONPROFILEIMPORTTIME": "1"}
+    result = run("evaluate.py", *places, "--output", "scores.json", cwd=tmp_path, env=env, check=0)
+    assert (
+        "torch._inductor" not in result.stderr and "torch._dynamo" not in result.stderr
+    )  # seconds for nothing
     expected = score(make_model("modern"), tokenizer).summary()
     for key, value in expected.items():
         line = f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}"
@@ -207,6 +211,17 @@ def test_stories_of_a_checkpoint_are_the_same_each_time(evaluate):
     (name,) = set(one["quality"]) - {"real stories"}
     assert one["quality"][name]["stories"] == 12
     assert [row["prompt"] for row in one["written"]] == script.PROMPT
+
+
+def test_a_checkpoint_writes_the_stories_that_generate_writes(evaluate, run, checkpoint, tmp_path):
+    prompts, flags = [*script.PROMPT[:2], "caf\udce9"], ["--seed", 7, "--device", "cpu"]  # one is not UTF-8
+    flags += [word for prompt in prompts for word in ("--prompt", prompt)]
+    path = checkpoint / "ckpt_40.pt"
+    run("generate.py", "--checkpoint", path, *flags, "--output", tmp_path / "s.jsonl", check=0)
+    rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    written = evaluate("--checkpoint", path, *flags)["written"]
+    judged = [story for row in written for story in row["stories"].values()]
+    assert judged == [row["prompt"] + row["story"] for row in rows]
 
 
 # Hugging Face models
