@@ -140,6 +140,7 @@ def make_files(
         "max_length": config.block_size,
         "do_sample": True,
         "temperature": Sampling().temperature,
+        "top_k": Sampling().top_k,  # left out, transformers would take 50
         "top_p": Sampling().top_p,
     }
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}

@@ -2,7 +2,7 @@
 # From nothing to a new story: creates a virtual environment, installs packages, runs all six steps with a small model.
 #   bash quickstart.sh                               the built-in stories
 #   bash quickstart.sh --source FILES...             your own (.txt, .jsonl, .json, .csv, .parquet; folders, globs)
-#   bash quickstart.sh --max-minutes 10 --kind char  each flag is passed to the step that knows it
+#   bash quickstart.sh --max-steps 5000 --kind char  each flag is passed to the step that knows it
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh
@@ -13,7 +13,7 @@ step=ingestion
 for word in "$@"; do
   case "$word" in
     --help | -h) sed -n '2,5s/^# *//p' quickstart.sh && exit ;;
-    --data[-_]dir* | --checkpoint[-_]dir*) fail "quickstart.sh uses data and checkpoints; for other folders, run the six steps yourself" ;;
+    --data[-_]dir* | --checkpoint[-_]dir* | --out[-_]dir*) fail "quickstart.sh uses data and checkpoints; for other folders, run the six steps yourself" ;;
     --kind* | --gpt2* | --vocab[-_]size*) step=tokenizer ;;
     --workers*) step=packing ;;
     --source* | --validation[-_]* | --text[-_]* | --max[-_]stories*) step=ingestion ;;
@@ -55,6 +55,7 @@ fi
 mkdir -p checkpoints
 cp data/processed/meta.json checkpoints/meta.json
 run 4 "train the model" train.py "${training[@]}"
+cp data/processed/meta.json checkpoints/meta.json # again, for a new run in place of one that train.py moved
 run 5 "write a new story" generate.py
 run 6 "score the model on unseen stories" evaluate.py --checkpoint best
 cat <<END

@@ -2,7 +2,7 @@
 
 python train.py                              the default model
 python train.py --preset quickstart          a small model: minutes on two CPU cores
-python train.py --max-minutes 30             finish after 30 minutes, learning rate fully decayed
+python train.py --max-minutes 30             finish after 30 minutes (or the preset's steps), learning rate decayed
 torchrun --nproc_per_node=2 train.py         two GPUs, or two CPU processes
 
 Settings without a default take the preset's value.

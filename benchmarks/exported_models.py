@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.errors import run_script
+from model.errors import UserError, run_script
 from model.settings import REPO, read_settings
 
 CHECKPOINT = "best"  # a file or folder, "best", "latest" or a step
@@ -65,7 +65,9 @@ def main() -> None:
 
 def script(*words: object) -> None:
     command = [sys.executable, str(REPO / str(words[0])), *map(str, words[1:])]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    result = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise UserError(f"{words[0]} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
 
 
 def compare(engine: str, expected: list[str], write: Callable[[str], str]) -> None:

@@ -53,12 +53,14 @@ CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
 DATA_DIR = "data"  # folder with tokenizer/ and processed/, for measuring the cost
 MAX_SAMPLES = 256  # validation stories for measuring the cost
 
+# The presets whose shape the others know, too
+MODERN = tuple(name for name, preset in PRESETS.items() if preset.config.blocks == "modern")
 SAMPLING = Sampling()
 FINAL_NORM = 18.0
 
 
 def main() -> None:
-    settings = read_settings(__file__, choices={"preset": tuple(PRESETS)})
+    settings = read_settings(__file__, choices={"preset": MODERN})
     device, config = choose_device(settings.device), PRESETS[settings.preset].config
     print(f"{settings.preset}: {device_name(device)}; torch {torch.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -211,8 +213,9 @@ def first_word(checkpoint: Path) -> float:
     ]
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        while not process.stdout.read(1).strip():
-            pass
+        while not (letter := process.stdout.read(1)).strip():
+            if not letter:
+                raise RuntimeError(f"generate.py wrote nothing (exit status {process.wait()})")
         seconds = time.perf_counter() - started
         process.stdout.read()
     return seconds

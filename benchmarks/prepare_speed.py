@@ -46,7 +46,7 @@ def main() -> None:
     settings = read_settings(__file__)
     if settings.usual:
         usual = {"tokenizer": train_the_usual_way, "packing": pack_the_usual_way}[settings.usual]
-        return usual(Path(settings.folder), settings.workers or os.cpu_count())
+        return usual(Path(settings.folder), settings.workers or len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(settings.folder or temporary)
         corpus, data = folder / "corpus.txt", folder / "data"

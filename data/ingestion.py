@@ -145,7 +145,8 @@ def built_in(limit: int, seed: int) -> Iterator[str]:
     from data.sample_stories import sample_stories
 
     count = limit or SAMPLE_STORIES
-    require(count <= MOST_SAMPLE_STORIES, f"--source sample makes at most {MOST_SAMPLE_STORIES:,} stories")
+    most = f"{MOST_SAMPLE_STORIES:,} stories, for training and validation together"
+    require(count <= MOST_SAMPLE_STORIES, f"--source sample makes at most {most}")
     with Progress(total=count, desc="built-in stories", unit=" stories") as bar:
         for story in sample_stories(2 * count if limit else count, seed):  # some may be duplicates
             bar.update()

@@ -144,8 +144,13 @@ def tidy(story: str) -> str:
 
 def text_rows(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[str, str]]:
     """Stories separated by `<|endoftext|>` lines; if there are none, by lines that end with it, else by blank lines."""
+    ending = set()  # whether lines that end with it are nothing else; one that is settles it
     with open_text(path) as file:
-        ending = {line.strip() == END_OF_TEXT for line in file if line.rstrip().endswith(END_OF_TEXT)}
+        for line in file:
+            if line.rstrip().endswith(END_OF_TEXT):
+                ending.add(line.strip() == END_OF_TEXT)
+            if True in ending:
+                break
     separator = END_OF_TEXT if ending else ""
     with open_text(path, bar) as file:
         story = []
@@ -188,12 +193,13 @@ def json_rows(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[s
         yield from json_lines(path, column, bar)
         return
     with open_text(path, bar) as file:
-        try:
-            table = json.load(file)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{shown(path)} line {error.lineno} is not JSON: {error.msg}") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{shown(path)} is not JSON: {error}") from None
+        text = file.read()
+    try:
+        table = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{shown(path)} line {error.lineno} is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{shown(path)} is not JSON: {error}") from None
     rows = [table]
     if isinstance(table, dict) and isinstance(table.get(column), dict):  # as pandas writes a column
         rows = list(table[column].values())

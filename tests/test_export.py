@@ -130,6 +130,8 @@ def test_transformers_has_the_same_model(make, tmp_path, kind, blocks, shape):
     path = make(kind, blocks, **shape)
     folder = run_export("--checkpoint", path, "--output", tmp_path / "exported")
     reference = AutoModelForCausalLM.from_pretrained(folder)
+    kept = {name: getattr(reference.generation_config, name) for name in ("temperature", "top_k", "top_p")}
+    assert kept == {name: getattr(Sampling(), name) for name in kept}  # as in generate.py
     assert type(reference).__name__ == {"gpt2": "GPT2LMHeadModel", "modern": "Qwen3ForCausalLM"}[blocks]
     model, tokenizer, checkpoint = load_model(path)
     ids = torch.randint(model.config.vocab_size, (3, 64), generator=torch.Generator().manual_seed(2))

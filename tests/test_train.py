@@ -789,11 +789,7 @@ def test_a_full_disk_stops_with_one_line_and_leaves_the_earlier_checkpoints(trai
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=REPO, timeout=120)
     assert_one_line_error(result, "cannot write")
     after = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
-    assert before.items() <= after.items() or set(after) >= {
-        "best.pt",
-        "before_decay.pt",
-        "shorter_8_ckpt_8.pt",
-    }
+    assert before.items() <= after.items()
     assert not list(folder.glob(".*.tmp"))
     train("run", "--max-steps", 20, "--decay-fraction", "0.01")
 
