@@ -8,7 +8,6 @@ Needs requirements-test.txt.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,8 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.errors import UserError, run_script
-from model.settings import REPO, read_settings
+from benchmarks.learning_speed import script
+from model.errors import run_script
+from model.settings import read_settings
 
 CHECKPOINT = "best"  # a file or folder, "best", "latest" or a step
 CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
@@ -61,13 +61,6 @@ def main() -> None:
             for exact in (True, False) if dtype == "float32" else (False,):
                 how = f"llama.cpp, {dtype}, {file.stat().st_size / 1e6:.1f} MB{', float32 attention' * exact}"
                 compare(how, stories, with_llama_cpp(file, settings.max_tokens, exact))
-
-
-def script(*words: object) -> None:
-    command = [sys.executable, str(REPO / str(words[0])), *map(str, words[1:])]
-    result = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if result.returncode:
-        raise UserError(f"{words[0]} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
 
 
 def compare(engine: str, expected: list[str], write: Callable[[str], str]) -> None:

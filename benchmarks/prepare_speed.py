@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from data.prepare_data import available_cores
 from data.sample_stories import sample_stories
 from data.stories import read_manifest
 from data.story_files import read_file
@@ -46,7 +47,7 @@ def main() -> None:
     settings = read_settings(__file__)
     if settings.usual:
         usual = {"tokenizer": train_the_usual_way, "packing": pack_the_usual_way}[settings.usual]
-        return usual(Path(settings.folder), settings.workers or len(os.sched_getaffinity(0)))
+        return usual(Path(settings.folder), settings.workers or available_cores())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(settings.folder or temporary)
         corpus, data = folder / "corpus.txt", folder / "data"
