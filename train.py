@@ -2,7 +2,7 @@
 
 python train.py                              the default model
 python train.py --preset quickstart          a small model: minutes on two CPU cores
-python train.py --max-minutes 30             finish after 30 minutes (or the preset's steps), learning rate decayed
+python train.py --max-minutes 30             finish after 30 minutes, however many steps that takes
 torchrun --nproc_per_node=2 train.py         two GPUs, or two CPU processes
 
 Settings without a default take the preset's value.
@@ -56,7 +56,7 @@ HEAD_SIZE: int | None = None  # width of a head; None: N_EMBD / N_HEAD
 N_INNER: int | None = None  # width of the feed-forward layer; None: 4 N_EMBD, or 8/3 N_EMBD in modern blocks
 ROPE_BASE: float | None = None  # base of the rotary frequencies; 10,000 in all presets
 
-MAX_STEPS: int | None = None  # total optimizer steps
+MAX_STEPS: int | None = None  # total optimizer steps; if only MAX_MINUTES is set, there is no such limit
 MAX_MINUTES: float | None = None  # total minutes of training steps (without compilation and evaluation)
 BATCH_TOKENS: int | None = None  # tokens per optimizer step, over all processes
 MICRO_BATCH = 0  # windows per forward pass; lower it if memory runs out; 0 chooses automatically
@@ -156,7 +156,7 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
         print_plan(run, state, path)
     if checkpoint and recipe.progress(state.step, state.seconds) >= 1:
         if processes.first:
-            limit = "--max-steps" if state.step >= recipe.max_steps else "--max-minutes"
+            limit = "--max-steps" if recipe.max_steps and state.step >= recipe.max_steps else "--max-minutes"
             print(f"already finished: a larger {limit} extends this run, --fresh starts a new one")
         return
 

@@ -47,7 +47,7 @@ def main() -> None:
             ["data/prepare_data.py"],
         ):
             subprocess.run([sys.executable, REPO / words[0], *words[1:], "--data-dir", data], check=True)
-        flags = [*TINY, "--max-steps", str(settings.max_steps), "--max-minutes", "none"]
+        flags = [*TINY, "--max-steps", str(settings.max_steps)]
         flags += ["--dtype", settings.dtype, "--compile", settings.compile]
         start(data, whole, flags).communicate()
         tally, repeated = Counter(), 0

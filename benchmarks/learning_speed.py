@@ -82,9 +82,10 @@ def learn(arm: str, folder: Path, settings: SimpleNamespace, minutes: float, poi
     shutil.rmtree(folder)
     steps = max(points, round(60 * minutes / step_seconds))
     warmup = ["--warmup-steps", max(1, steps // 20)] if arm == REFERENCE else []
-    limits = ["--max-steps", 100 * steps, "--max-minutes", minutes]
     started = time.perf_counter()
-    train(arm, folder, settings, *limits, *warmup, "--save-interval", max(1, steps // points))
+    train(
+        arm, folder, settings, "--max-minutes", minutes, *warmup, "--save-interval", max(1, steps // points)
+    )
     waited = time.perf_counter() - started
     paths = sorted(list_checkpoints(folder), key=lambda path: int(path.stem.split("_")[1]))
     flags = [

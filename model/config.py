@@ -91,8 +91,8 @@ class Recipe:
     """
 
     batch_tokens: int = 65_536
-    max_steps: int = 20_000
-    max_minutes: float | None = None
+    max_steps: int | None = 20_000  # the run ends at this limit or the next, whichever comes first
+    max_minutes: float | None = None  # of training steps
     optimizer: str = "muon"
     learning_rate: float = 6e-3
     weight_decay: float = 0.1
@@ -115,13 +115,14 @@ class Recipe:
         )
         require_within(self, weight_decay="[0, inf)", grad_clip="[0, inf)", max_minutes="(0, inf)")
         require_within(self, decay_fraction="(0, 1]", grow_at="[0, 1)")
+        require(self.max_steps or self.max_minutes, "a run needs an end: set max_steps or max_minutes")
         require(self.optimizer in OPTIMIZERS, f"optimizer must be muon or adamw, not {self.optimizer!r}")
         require(self.schedule in SCHEDULES, f"schedule must be linear or cosine, not {self.schedule!r}")
 
-    def on_cpu(self, minutes: float | None) -> "Recipe":
-        """The recipe for a run of so many minutes (None: no limit) on a CPU; a short one takes still smaller steps."""
+    def on_cpu(self) -> "Recipe":
+        """The recipe on a CPU; a run of few minutes takes still smaller steps."""
         recipe = replace(self, **self.cpu)
-        if "batch_tokens" in self.cpu and minutes is not None and minutes < SHORT_MINUTES:
+        if "batch_tokens" in self.cpu and self.max_minutes and self.max_minutes < SHORT_MINUTES:
             recipe = replace(
                 recipe, batch_tokens=recipe.batch_tokens // 2, eval_interval=2 * recipe.eval_interval
             )
@@ -136,8 +137,9 @@ class Recipe:
 
     def progress(self, step: int, seconds: float) -> float:
         """Fraction of the run done after this many steps and seconds in them; at 1 or more it is finished."""
+        by_steps = step / self.max_steps if self.max_steps else 0.0
         by_time = seconds / (60 * self.max_minutes) if self.max_minutes else 0.0
-        return max(step / self.max_steps, by_time)
+        return max(by_steps, by_time)
 
     def depth(self, progress: float, n_layer: int) -> int:
         """How many of the blocks train at this progress: half of them until grow_at, then all."""

@@ -23,8 +23,9 @@ QUIET_SECONDS = 20  # between progress lines when not on a terminal
 def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> None:
     """Print what will be trained, on what data and device, for how long, and how it begins."""
     settings, config, recipe, data, train = run.settings, run.config, run.recipe, run.data, run.data.train
-    minutes = f" or {recipe.max_minutes:g} minutes" if recipe.max_minutes else ""
-    epochs = recipe.max_steps * run.tokens_per_step / len(train.tokens)
+    steps = f"{recipe.max_steps:,} steps" if recipe.max_steps else ""
+    minutes = f"{recipe.max_minutes:g} minutes" if recipe.max_minutes else ""
+    epochs = (recipe.max_steps or 0) * run.tokens_per_step / len(train.tokens)
     where = f" on {run.processes.count} processes" if run.processes.count > 1 else ""
     half = recipe.depth(0.0, config.n_layer)
     softmax = f"; softmax over {run.softmax_size:,} tokens" if run.shortlists else ""
@@ -39,9 +40,9 @@ def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> Non
         f"context {config.block_size}, vocabulary {config.vocab_size:,}, {config.blocks} blocks; "
         f"{state.model.count_parameters():,} parameters\n"
         f"device       {run.runtime.reasons}{where}\n"
-        f"run          {recipe.max_steps:,} steps{minutes}, {run.tokens_per_step:,} tokens each (at most "
-        f"{epochs:.1f} epochs); {recipe.optimizer}, learning rate {recipe.learning_rate:g}, {recipe.schedule} "
-        f"decay{softmax}{growth}\n"
+        f"run          {' or '.join(filter(None, (steps, minutes)))}, {run.tokens_per_step:,} tokens per step"
+        f"{f' (at most {epochs:.1f} epochs)' if steps else ''}; {recipe.optimizer}, "
+        f"learning rate {recipe.learning_rate:g}, {recipe.schedule} decay{softmax}{growth}\n"
         f"results      in {shown(run.folder)}"
     )
     if epochs > MANY_EPOCHS and not (recipe.max_minutes or config.dropout or state.step):
@@ -99,12 +100,14 @@ class ProgressBar:
             first = max(0, total * recipe.grow_at - done) if slower > 1 else 0
             return first, max(0, total - done) - first
 
-        now, later = left(recipe.max_steps, self.step)
-        steps, seconds = recipe.max_steps - self.step, (now + later * slower) * seconds_per_step
+        ends = []  # seconds and steps until each of the limits
+        if recipe.max_steps:
+            now, later = left(recipe.max_steps, self.step)
+            ends.append(((now + later * slower) * seconds_per_step, round(now + later)))
         if recipe.max_minutes:
             now, later = left(60 * recipe.max_minutes, self.seconds)
-            steps = min(steps, math.ceil((now + later / slower) / seconds_per_step))
-            seconds = min(seconds, now + later)
+            ends.append((now + later, math.ceil((now + later / slower) / seconds_per_step)))
+        seconds, steps = min(ends)
         return steps, seconds / 60
 
     def say(self, text: str) -> None:

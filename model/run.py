@@ -2,7 +2,7 @@
 from its checkpoint."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +21,8 @@ from model.tokenizer import token_table
 
 # Settings that identify a run; the others may change when it resumes.
 FIXED = {"preset", "init_from", *CONFIG_FIELDS, "seed", "batch_tokens", "optimizer"}
+# The run's length: the limit that is reached first ends it
+LIMITS = ("max_steps", "max_minutes")
 # Settings that a checkpoint does not remember: where and how a run is resumed
 NOT_KEPT = {"device", "data_dir", "checkpoint_dir", "keep", "verify", "fresh"}
 
@@ -123,20 +125,30 @@ def settle(
     return config, Recipe(**{name: getattr(settings, name) for name in RECIPE_FIELDS})
 
 
-def left_open(settings: SimpleNamespace, name: str) -> bool:
-    """Whether a setting is to be filled in; `--max-minutes none`, though, means no limit."""
-    return getattr(settings, name) is None and not (name == "max_minutes" and name in settings.given)
+def chosen_settings(settings: SimpleNamespace) -> set[str]:
+    """The settings that are not left open. `none` leaves one open, but lifts a limit."""
+    lifted = settings.given.intersection(LIMITS)
+    return {name for name in kept_settings(settings) if getattr(settings, name) is not None or name in lifted}
+
+
+def limits(
+    settings: SimpleNamespace, chosen: set[str], otherwise: dict[str, object]
+) -> dict[str, float | None]:
+    """The run's limits: one that is chosen replaces both of the others, so that `--max-minutes 30` is half an hour,
+    however many steps that takes."""
+    replaced = any(getattr(settings, name) is not None for name in chosen.intersection(LIMITS))
+    return {
+        name: getattr(settings, name) if replaced or name in chosen else otherwise[name] for name in LIMITS
+    }
 
 
 def fill_from_preset(
     settings: SimpleNamespace, data: Data, on_cpu: bool, pretrained: Pretrained | None
 ) -> None:
-    preset = PRESETS[settings.preset]
-    recipe = preset.recipe
+    preset, chosen = PRESETS[settings.preset], chosen_settings(settings)
+    recipe = replace(preset.recipe, **limits(settings, chosen, vars(preset.recipe)))
     if on_cpu:
-        recipe = recipe.on_cpu(
-            recipe.max_minutes if left_open(settings, "max_minutes") else settings.max_minutes
-        )
+        recipe = recipe.on_cpu()
     values = {**vars(recipe), **vars(preset.config), "vocab_size": data.vocab_size}
     if settings.optimizer not in (None, recipe.optimizer):
         values["learning_rate"] = LEARNING_RATES[settings.optimizer]
@@ -144,7 +156,7 @@ def fill_from_preset(
         values |= shape_of(pretrained, settings, data)
         values["learning_rate"] *= PRETRAINED_SHARE
     for name in (*CONFIG_FIELDS, *RECIPE_FIELDS):
-        if left_open(settings, name):
+        if name not in chosen:
             setattr(settings, name, values[name])
     if settings.save_interval is None:
         settings.save_interval = settings.eval_interval
@@ -177,13 +189,16 @@ def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data
     saved, then, kept = checkpoint["settings"], checkpoint["defaults"], kept_settings(settings)
     edited = {name for name, value in settings.defaults.items() if name in then and value != then[name]}
     require(set(kept) <= saved.keys(), STARTED_EARLIER)
+    chosen = chosen_settings(settings) & (settings.given | edited)
+    length = limits(settings, chosen, saved)
     differences = []
     for name in kept:
         value = getattr(settings, name)
-        if name not in settings.given | edited or left_open(settings, name):
+        if name not in chosen:
             setattr(settings, name, saved[name])
         elif name in FIXED and value != saved[name]:
             differences.append(f"{name} {saved[name]} is now {value}")
+    vars(settings).update(length)
     current = fingerprints(data)
     differences += [f"changed {name}" for name, value in checkpoint["data"].items() if value != current[name]]
     if differences:

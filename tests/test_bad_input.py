@@ -51,6 +51,10 @@ def test_steps_out_of_order_name_the_command_to_run(run, packed, tmp_path):
         (["--head-size", "-2"], ["head_size must be at least 1"]),
         (["--head-size", "33"], ["head_size is 33"]),
         (["--rope-base", "0"], ["rope_base must be above 0"]),
+        (
+            ["--max-steps", "none", "--max-minutes", "none"],
+            ["a run needs an end: set max_steps or max_minutes"],
+        ),
         (["--max-minutes", "inf"], ["max_minutes must be above 0 and finite, not inf"]),
         (["--learning-rate", "nan"], ["learning_rate must be above 0, not nan"]),
     ],

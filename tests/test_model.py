@@ -381,14 +381,14 @@ def test_the_defaults_are_the_default_preset():
 
 def test_a_cpu_takes_smaller_steps_the_smaller_the_shorter_the_run_and_grows():
     recipe = PRESETS["stories-9m"].recipe
-    steps = {minutes: recipe.on_cpu(minutes) for minutes in (None, 30, 1)}
+    steps = {minutes: dataclasses.replace(recipe, max_minutes=minutes).on_cpu() for minutes in (None, 30, 1)}
     assert [r.batch_tokens for r in steps.values()] == [4_096, 4_096, 2_048]
     assert len({r.batch_tokens * r.eval_interval for r in steps.values()}) == 1
     assert [r.grow_at for r in (recipe, steps[1], steps[30])] == [0.0, 0.8, 0.8]
     assert [steps[30].depth(progress, 5) for progress in (0.0, 0.79, 0.8, 1.0)] == [3, 3, 5, 5]
     assert recipe.depth(0.0, 5) == 5
-    own = PRESETS["slm-30m"].recipe
-    assert own.on_cpu(None) == own.on_cpu(1) == own
+    for own in (PRESETS["slm-30m"].recipe, dataclasses.replace(PRESETS["slm-30m"].recipe, max_minutes=1)):
+        assert own.on_cpu() == own
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 8, 37])

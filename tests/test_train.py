@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from operator import attrgetter
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 from conftest import REPO, assert_one_line_error
 
-from model.batches import Batches, Data, Split, load_data, validation_windows
+from model.batches import Batches, Data, Split, fingerprints, load_data, validation_windows
 from model.bigrams import begin_as_bigrams
 from model.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from model.config import PRESETS, GPTConfig, Recipe
@@ -233,7 +234,15 @@ def test_the_second_half_of_the_blocks_joins_later(train, bigrams):
         assert not (silent and torch.equal(weight, after["weights"][name]))
 
 
-@pytest.mark.parametrize("limits", [{}, {"max_minutes": 10.0}, {"max_steps": 10**6, "max_minutes": 10.0}])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"max_minutes": 10.0},
+        {"max_steps": 10**6, "max_minutes": 10.0},
+        {"max_steps": None, "max_minutes": 10.0},
+    ],
+)
 @pytest.mark.parametrize(("depth", "grow_at"), [(2, 0.8), (4, 0.8), (4, 0.0)])
 def test_the_time_left_includes_that_steps_become_slower(limits, depth, grow_at):
     """Against steps counted one by one, from step 100 after 50 seconds, at half a second per step for now."""
@@ -513,7 +522,7 @@ def test_a_run_that_ended_by_the_clock_needs_more_time(train):
     """More steps change nothing then, so that it does not go back either."""
     folder, _ = train("run", "--max-steps", 1_000_000, "--max-minutes", 0.02)
     before = metrics(folder)
-    _, result = train("run", "--max-steps", 2_000_000)
+    _, result = train("run", "--max-steps", 2_000_000, "--max-minutes", 0.02)
     assert (
         "already finished: a larger --max-minutes extends this run" in result.out
         and metrics(folder) == before
@@ -534,6 +543,42 @@ def test_a_run_that_ended_by_the_clock_needs_more_time(train):
 def test_the_learning_rate_suits_the_optimizer(packed, flags, rate):
     settings = read_settings(REPO / "train.py", [*flags, "--vocab-size", "50257"])
     assert settle(settings, None, load_data(packed), True)[1].learning_rate == rate
+
+
+@pytest.mark.parametrize(
+    ("flags", "new", "resumed"),
+    [
+        ("", (2_400, 3.5), (70, 8.0)),
+        ("--max-minutes 30", (None, 30.0), (None, 30.0)),
+        ("--max-steps 50", (50, None), (50, None)),
+        ("--max-steps 50 --max-minutes 30", (50, 30.0), (50, 30.0)),
+        ("--max-minutes none", (2_400, None), (70, None)),
+        ("--max-steps none", (None, 3.5), (None, 8.0)),
+    ],
+)
+def test_a_limit_that_is_chosen_replaces_the_others(packed, flags, new, resumed):
+    data, limits = load_data(packed), attrgetter("max_steps", "max_minutes")
+
+    def settings():
+        return read_settings(REPO / "train.py", ["--preset", "quickstart", *flags.split()])
+
+    first, again = settings(), settings()
+    assert limits(settle(first, None, data, True)[1]) == new
+    saved = {**vars(first), "max_steps": 70, "max_minutes": 8.0}
+    checkpoint = {"settings": saved, "defaults": first.defaults, "data": fingerprints(data)}
+    assert limits(settle(again, checkpoint, data, True)[1]) == resumed == limits(again)
+
+
+def test_a_limit_in_the_script_is_one_on_resume_too(packed):
+    """The file says MAX_MINUTES = 30, the run was started with --max-minutes 60, and gets --max-steps 50."""
+    data = load_data(packed)
+    settings = read_settings(REPO / "train.py", ["--max-steps", "50"])
+    settings.max_minutes = settings.defaults["max_minutes"] = 30.0
+    first = read_settings(REPO / "train.py", ["--max-minutes", "60"])
+    settle(first, None, data, True)
+    checkpoint = {"settings": vars(first), "defaults": settings.defaults, "data": fingerprints(data)}
+    recipe = settle(settings, checkpoint, data, True)[1]
+    assert (recipe.max_steps, recipe.max_minutes) == (50, 30.0)
 
 
 @pytest.mark.parametrize(
