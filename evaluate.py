@@ -45,6 +45,7 @@ DATA_DIR = "data"  # folder with tokenizer/ and processed/
 SPLIT = "validation"  # train, validation or all
 TEXT: list[str] = []  # score the stories in these files instead: formats as in step 1 (.txt, .jsonl, ...)
 TEXT_COLUMN = "text"  # column or key of the story in .csv, .json, .jsonl and .parquet files
+STORY_PER_FILE = False  # each .txt file is one story
 MAX_SAMPLES = 0  # stories to score, evenly spread; 0 is all
 BATCH_SIZE = 0  # windows per forward pass; 0 packs as many tokens as suit the device
 NUM_STORIES: int | None = None  # stories that each writes; None: 100 for a report, else one per --prompt
@@ -171,7 +172,9 @@ def read_text(settings: SimpleNamespace) -> list[str]:
     for word in settings.text:
         files = find_files(word, settings.data_dir)
         require(files is not None, f"there is no file or folder {word}")
-        stories += [tidy(story) for file in files for story in read_file(file, settings.text_column)]
+        for file in files:
+            rows = read_file(file, settings.text_column, story_per_file=settings.story_per_file)
+            stories += map(tidy, rows)
     stories = [story for story in stories if story]
     require(bool(stories), f"{', '.join(settings.text)} holds no stories")
     return sorted(spread(stories, settings.max_samples))

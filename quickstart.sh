@@ -16,7 +16,7 @@ for word in "$@"; do
     --data[-_]dir* | --checkpoint[-_]dir* | --out[-_]dir*) fail "quickstart.sh uses data and checkpoints; for other folders, run the six steps yourself" ;;
     --kind* | --gpt2* | --vocab[-_]size*) step=tokenizer ;;
     --workers*) step=packing ;;
-    --source* | --validation[-_]* | --text[-_]* | --max[-_]stories*) step=ingestion ;;
+    --source* | --story[-_]* | --validation[-_]* | --text[-_]* | --max[-_]stories*) step=ingestion ;;
     --*) step=training ;;
   esac
   case "$step" in

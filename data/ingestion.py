@@ -4,11 +4,11 @@
     python data/ingestion.py --source sample                  # the built-in stories, no network needed
     python data/ingestion.py --source my_stories/ more.jsonl  # files, folders, globs
 
-Files are .txt (stories separated by `<|endoftext|>` lines, or by blank lines if there are none), .jsonl, .json
-and .csv, optionally compressed as .gz or .zst, and .parquet. Empty stories and exact duplicates are dropped, no
-validation story is also a training story, and near-duplicates between the two are counted. The output is
-data/raw/train and data/raw/validation, readable with datasets.load_from_disk, and data/raw/manifest.json, which
-records what they were made from.
+Files are .txt (stories separated by `<|endoftext|>`, or by blank lines if there is none; with --story-per-file, one
+story each), .jsonl, .json and .csv, optionally compressed as .gz or .zst, and .parquet. Empty stories and exact
+duplicates are dropped, no validation story is also a training story, and near-duplicates between the two are counted.
+The output is data/raw/train and data/raw/validation, readable with datasets.load_from_disk, and data/raw/manifest.json,
+which records what they were made from.
 """
 
 import contextlib
@@ -48,6 +48,7 @@ from model.settings import REPO, read_settings, require_within
 SOURCE: list[str] = ["hub"]  # hub (TinyStories), sample (built-in), a hub data set's name[:config], or files
 VALIDATION_SOURCE: list[str] = []  # like --source; none: the hub's validation split, else a random share
 TEXT_COLUMN = "text"  # column or JSON key that holds the story
+STORY_PER_FILE = False  # each .txt file is one story
 MAX_STORIES = 0  # training stories to keep; 0: all (19,000 of the built-in ones)
 VALIDATION_FRACTION: float = 0.05  # share of stories drawn at random if there is no validation split
 SEED = 1  # seed for the built-in stories and the random split
@@ -67,7 +68,7 @@ def main():
     require_within(settings, validation_fraction="(0, 1)", max_stories="[0, inf)")
     sources = find_sources(settings.source, settings.data_dir)
     validation_sources = find_sources(settings.validation_source, settings.data_dir)
-    names = ("text_column", "max_stories", "validation_fraction", "seed")
+    names = ("text_column", "story_per_file", "max_stories", "validation_fraction", "seed")
     made_from = {name: getattr(settings, name) for name in names}
     made_from["source"] = [identity(source) for source in sources]
     made_from["validation_source"] = [identity(source) for source in validation_sources]
@@ -138,7 +139,7 @@ def open_source(
 ) -> dict[str, Iterator[str]]:
     """The stories of a source as lazy iterators: {"train": ...}, and "validation" if it has that split."""
     if isinstance(source, Path):
-        return {"train": read_file(source, settings.text_column, bar)}
+        return {"train": read_file(source, settings.text_column, bar, settings.story_per_file)}
     if source == "sample":
         return {"train": built_in(limit, settings.seed)}
     print(f"opening {source} on the Hugging Face hub", flush=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import glob
 import io
 import json
@@ -9,6 +10,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
+
+from tqdm import tqdm
 
 from data.stories import BATCH, Progress, slices
 from model.errors import UserError, first_line, require
@@ -63,10 +66,13 @@ def file_type(path: Path) -> str:
     return path.with_suffix("").suffix.lower() if suffix in COMPRESSED else suffix
 
 
-def read_file(path: Path, column: str, bar: Progress | None = None) -> Iterator[str]:
-    """Yield the stories in a file. Raises UserError naming the file and the place in it."""
+def read_file(
+    path: Path, column: str, bar: Progress | None = None, story_per_file: bool = False
+) -> Iterator[str]:
+    """Yield the stories in a file; with `story_per_file`, a .txt file is one. Raises UserError naming the file and the
+    place in it."""
     read = {
-        ".txt": text_rows,
+        ".txt": whole_text if story_per_file else text_rows,
         ".jsonl": json_lines,
         ".json": json_rows,
         ".csv": csv_rows,
@@ -143,26 +149,39 @@ def tidy(story: str) -> str:
 
 
 def text_rows(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[str, str]]:
-    """Stories separated by `<|endoftext|>` lines; if there are none, by lines that end with it, else by blank lines."""
-    ending = set()  # whether lines that end with it are nothing else; one that is settles it
+    """Stories separated by `<|endoftext|>`, wherever it stands; in a file without it, by blank lines."""
     with open_text(path) as file:
-        for line in file:
-            if line.rstrip().endswith(END_OF_TEXT):
-                ending.add(line.strip() == END_OF_TEXT)
-            if True in ending:
-                break
-    separator = END_OF_TEXT if ending else ""
+        marked = any(END_OF_TEXT in line for line in file)
+    if not marked:
+        note_blank_lines()
     with open_text(path, bar) as file:
         story = []
         for line in file:
-            last = line.rstrip().endswith(separator) if ending == {False} else line.strip() == separator
-            if not last:
-                story.append(line)
-            elif story or separator:  # several blank lines are one boundary, not an empty story
-                yield "", "".join(story) + line.rstrip().removesuffix(END_OF_TEXT)
+            if marked:
+                *ended, line = line.split(END_OF_TEXT)
+                for text in ended:
+                    yield "", "".join(story) + text
+                    story = []
+            elif story and not line.strip():
+                yield "", "".join(story)
                 story = []
+            if line.strip() or story:
+                story.append(line)
         if story:
             yield "", "".join(story)
+
+
+def whole_text(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[str, str]]:
+    with open_text(path, bar) as file:
+        yield "", file.read()
+
+
+@functools.cache
+def note_blank_lines() -> None:
+    """Say it once, however many such files there are."""
+    tqdm.write(
+        f"note: .txt files without {END_OF_TEXT} are split at blank lines; --story-per-file takes each as one story"
+    )
 
 
 def json_lines(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[str, object]]:

@@ -150,7 +150,7 @@ def test_json_elements_may_lie_across_the_blocks_it_is_read_in(tmp_path, monkeyp
     assert list(read_file(path, "text")) == STORIES
 
 
-def test_blank_lines_part_stories_only_where_no_separator_line_is(tmp_path):
+def test_blank_lines_part_stories_only_where_no_separator_is(tmp_path):
     path = tmp_path / "stories.txt"
     path.write_text("one\nstill one\n\n\n \ntwo\n\nthree", encoding="utf-8")
     assert [story.strip() for story in read_file(path, "text")] == ["one\nstill one", "two", "three"]
@@ -158,12 +158,28 @@ def test_blank_lines_part_stories_only_where_no_separator_line_is(tmp_path):
     assert [story.strip() for story in read_file(path, "text")] == ["one\n\nstill one", "two\n\nstill two"]
 
 
-def test_a_separator_within_a_line_is_text(tmp_path):
+def test_a_separator_within_a_line_parts_stories_too(tmp_path):
     path = tmp_path / "stories.txt"
     path.write_text("one\n\nstill one <|endoftext|>\ntwo <|endoftext|>\nthree", encoding="utf-8")
     assert [story.strip() for story in read_file(path, "text")] == ["one\n\nstill one", "two", "three"]
-    path.write_text("one <|endoftext|> more\n\ntwo", encoding="utf-8")
-    assert [story.strip() for story in read_file(path, "text")] == ["one <|endoftext|> more", "two"]
+    path.write_text("<|endoftext|>one<|endoftext|>two\n\nstill two<|endoftext|>\n\n", encoding="utf-8")
+    assert [story.strip() for story in read_file(path, "text")] == ["", "one", "two\n\nstill two"]
+
+
+def test_a_file_may_be_one_story(run, tmp_path):
+    texts = ["One\n\n day.", "Two <|endoftext|> days.", "Three.\n"]
+    (tmp_path / "in").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "in" / f"{number}.txt").write_text(text, encoding="utf-8")
+    flags = ["--source", tmp_path / "in", "--data-dir", tmp_path]
+    result = run("data/ingestion.py", *flags, "--story-per-file", check=0)
+    train, validation = read_all(tmp_path)
+    assert sorted(train + validation) == sorted(text.strip() for text in texts)
+    assert "--story-per-file" not in result.stdout
+    result = run("data/ingestion.py", *flags, check=0)
+    train, validation = read_all(tmp_path)
+    assert sorted(train + validation) == ["One", "Three.", "Two", "day.", "days."]
+    assert result.stdout.count("--story-per-file takes each as one story") == 1
 
 
 def test_folders_and_globs(tmp_path):
