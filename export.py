@@ -54,7 +54,10 @@ def main() -> None:
     require(gguf or dtype != "q8_0", "--dtype q8_0 is for --format gguf")
     path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="best")
     model, _, checkpoint = load_model(path)
-    name = checkpoint["settings"]["preset"]
+    origin = checkpoint["settings"].get("init_from")
+    name = (
+        f"{Path(origin).name.removesuffix('.pt')}-finetuned" if origin else checkpoint["settings"]["preset"]
+    )
     default = REPO / "exported" / (f"{name}.gguf" if gguf else name)
     output = Path(settings.output).expanduser() if settings.output else default
     check_output(output, gguf, settings.overwrite)
@@ -66,7 +69,7 @@ def main() -> None:
             about = "; ".join(f"{key} {value}" for key, value in facts.items())
             write_gguf(temporary, tensors, model.config, checkpoint, dtype, name, about)
     else:
-        files = make_files(tensors, model.config, checkpoint, dtype, model_card(name, facts, dtype))
+        files = make_files(tensors, model.config, checkpoint, dtype, model_card(name, origin, facts, dtype))
         with atomic_folder(output) as temporary:
             for file, content in files.items():
                 (temporary / file).write_bytes(content)
@@ -98,9 +101,8 @@ def list_facts(path: Path, checkpoint: dict, config: GPTConfig, parameters: int)
     """The facts for the model card, in its order."""
     settings, step = checkpoint["settings"], checkpoint["step"]
     tokens = step * Recipe(batch_tokens=settings["batch_tokens"]).tokens_per_step(config.block_size)
-    origin = f", from {settings['init_from']}" if settings.get("init_from") else ""
     facts = {
-        "preset": settings["preset"] + origin,
+        "preset": settings["preset"],
         "architecture": "GPT-2" if config.blocks == "gpt2" else "Qwen3",
         "shape": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}",
         "parameters": f"{parameters:,}",
@@ -155,7 +157,8 @@ def make_files(
     return {"model.safetensors": save(tensors, metadata={"format": "pt"}), **files}
 
 
-def model_card(name: str, facts: dict[str, str], dtype: str) -> str:
+def model_card(name: str, origin: str | None, facts: dict[str, str], dtype: str) -> str:
+    how = f"fine-tuned from {origin}" if origin else "trained from scratch"
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return f"""---
 library_name: transformers
@@ -164,7 +167,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-A small language model that writes stories, trained from scratch.
+A small language model that writes stories, {how}.
 
 | | |
 | --- | --- |

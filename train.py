@@ -170,6 +170,7 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
     metrics = Metrics(folder, state.step, state.last_evaluation) if processes.first else None
     progress_bar = ProgressBar(run, state)
     stop = StopRequest(processes)
+    save_interval = settings.save_interval or settings.eval_interval
     saved_at, progress = state.step, 0.0
     state.seconds = stop.agree(state.seconds)  # counting bigrams took a different time in each process
 
@@ -184,7 +185,7 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
         if processes.first and state.step != saved_at:
             if before < recipe.turning_point <= progress:  # from here on, a longer run would differ
                 save_checkpoint(folder / BEFORE_DECAY, state.snapshot(run))
-            if finished or stop or state.step % settings.save_interval == 0:
+            if finished or stop or state.step % save_interval == 0:
                 save_checkpoint(folder / f"ckpt_{state.step}.pt", state.snapshot(run))
                 prune(folder, settings.keep, state.step)
                 saved_at = state.step
@@ -207,7 +208,7 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
 
         # Reading the loss waits for the GPU: do it only to log, and before evaluating or saving, to time all steps.
         logging = state.step % settings.log_interval == 0 or state.step == recipe.max_steps
-        pausing = state.step % settings.eval_interval == 0 or state.step % settings.save_interval == 0
+        pausing = state.step % settings.eval_interval == 0 or state.step % save_interval == 0
         reading = logging or pausing or device.type == "cpu"
         if reading:
             loss = processes.total(loss)
@@ -250,12 +251,8 @@ def take_step(
 
     Returns this process's share of the loss, and the gradient's norm, without waiting for a GPU.
     """
-    settings, batches, device, several = (
-        run.settings,
-        run.batches,
-        run.runtime.device,
-        run.processes.count > 1,
-    )
+    settings, batches, device = run.settings, run.batches, run.runtime.device
+    several = run.processes.count > 1
     starts = batches.starts(state.step)[mine]
     shortlist = run.shortlists and run.shortlists.shortlist(state.step, device)
     loss = torch.zeros((), device=device)

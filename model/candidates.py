@@ -240,10 +240,12 @@ def find_candidate(folder: Path, name: str | None) -> Path | str:
         return name
     try:
         return find_checkpoint(folder, name, prefer="latest")
-    except UserError:
-        if name is not None and name.count("/") == 1 and not name.endswith(".pt") and not Path(name).exists():
+    except UserError as error:
+        if name is None or name.isdigit() or name in ("best", "latest") or name.endswith(".pt"):
+            raise
+        if name.count("/") == 1 and not Path(name).exists():
             return name  # owner/name: perhaps on the hub
-        raise
+        raise UserError(f"{error}; a model on the Hugging Face hub is named owner/name") from None
 
 
 def load_candidate(found: Path | str, device: torch.device) -> Candidate:

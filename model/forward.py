@@ -24,6 +24,14 @@ def guess_micro_batch(model: GPT, runtime: Runtime) -> int:
     return max(1, min(tokens, 131_072) // config.block_size)
 
 
+def equal_parts(windows: int, most: int) -> int:
+    """The micro-batch for so many windows in each step, at most `most`: slightly smaller but equal ones are preferred,
+    so that only one size is compiled."""
+    fewest = -(-windows // most)
+    count = next((n for n in range(fewest, 2 * fewest) if windows % n == 0), fewest)
+    return -(-windows // count)
+
+
 def flex_pays(run: Run) -> bool:
     """Whether flex_attention should be tried: it skips what the story mask hides, half of a context of 512 or more.
 
@@ -102,11 +110,7 @@ def prepare_forward(run: Run, model: GPT, windows: int) -> tuple[nn.Module, int]
     """
     runtime, wanted = run.runtime, run.settings.micro_batch
     shortlist = run.shortlists and run.shortlists.shortlist(0, runtime.device)  # any step's would do
-    micro_batch = min(wanted or guess_micro_batch(model, runtime), windows)
-    if not wanted:  # prefer slightly smaller but equal micro-batches, so that only one size is compiled
-        fewest = -(-windows // micro_batch)
-        count = next((n for n in range(fewest, 2 * fewest) if windows % n == 0), fewest)
-        micro_batch = -(-windows // count)
+    micro_batch = min(wanted, windows) or equal_parts(windows, guess_micro_batch(model, runtime))
     model.flex = choose_flex(run)
     forward = compile_model(model) if runtime.compile else model
     while True:

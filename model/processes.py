@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.errors import UserError
+from model.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ def start_processes(device: str) -> Processes:
         return Processes()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
     processes = Processes(*(int(os.environ.get(name, 0)) for name in names))
+    require(
+        processes.count == 1 or not device.startswith("cuda:"),
+        f"torchrun's processes take a GPU each: leave out --device {device} (CUDA_VISIBLE_DEVICES chooses among GPUs)",
+    )
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if cuda:
         if processes.local_rank >= torch.cuda.device_count():

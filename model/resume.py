@@ -18,13 +18,14 @@ from model.bigrams import begin_as_bigrams
 from model.checkpoint import (
     BEFORE_DECAY,
     STARTED_EARLIER,
-    BadCheckpoint,
     list_checkpoints,
     load_checkpoint,
+    save_checkpoint,
     step_of,
 )
 from model.config import RECIPE_FIELDS, Recipe
-from model.errors import require, warn
+from model.errors import UserError, require, warn
+from model.files import shown
 from model.gpt import GPT
 from model.optimizer import make_optimizers
 from model.run import Run, kept_settings
@@ -88,7 +89,7 @@ def begin(run: Run, checkpoint: dict | None) -> TrainingState:
     torch.manual_seed(run.settings.seed)
     model = GPT(run.config).to(device)
     if run.pretrained:
-        model.load_state_dict(run.pretrained.with_context(run.config.block_size).weights)
+        model.load_state_dict(run.pretrained.weights)
     optimizers = make_optimizers(model, recipe, low_precision=run.runtime.dtype == torch.bfloat16)
     scaler = torch.amp.GradScaler(device.type, enabled=run.runtime.dtype == torch.float16)
     not_finite = torch.zeros((), dtype=torch.int, device=device)
@@ -126,21 +127,26 @@ def rewind(run: Run, path: Path, checkpoint: dict) -> tuple[Path, dict]:
     otherwise return the arguments unchanged.
 
     From there the run continues as if it had been started with the greater length. The files of the shorter run are
-    kept under other names.
+    kept under other names. A run that is made so short that its decay should have started keeps the checkpoint that it
+    goes on from, since that is from before the decay.
     """
     saved, step, earlier = checkpoint["settings"], checkpoint["step"], run.folder / BEFORE_DECAY
-    shorter = Recipe(**{name: saved[name] for name in RECIPE_FIELDS})
-    then, now = (recipe.progress(step, checkpoint["seconds"]) for recipe in (shorter, run.recipe))
-    longer, turned = now < min(then, 1), then > shorter.turning_point
-    if not longer or not turned or not earlier.exists():
+    before = Recipe(**{name: saved[name] for name in RECIPE_FIELDS})
+    then, now = (recipe.progress(step, checkpoint["seconds"]) for recipe in (before, run.recipe))
+    if then <= before.turning_point:
+        if now > run.recipe.turning_point and run.processes.first and path != earlier:
+            save_checkpoint(earlier, checkpoint)
+        return path, checkpoint
+    if now >= min(then, 1):
         return path, checkpoint
     try:
         rewound = load_checkpoint(earlier)
-    except BadCheckpoint as error:
+        require(rewound["step"] <= step, f"{shown(earlier)} is from a later step")
+    except UserError as error:
         if run.processes.first:
             warn(f"{error}; going on from step {step:,}, with the learning rate of the longer run")
         return path, checkpoint
-    if rewound["step"] >= step:
+    if rewound["step"] == step:
         return path, checkpoint
     if run.processes.first:
         print(

@@ -2,6 +2,7 @@
 from its checkpoint."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from model.tokenizer import token_table
 # Settings that identify a run; the others may change when it resumes.
 FIXED = {"preset", "init_from", *CONFIG_FIELDS, "seed", "batch_tokens", "optimizer"}
 # The run's length: the limit that is reached first ends it
-LIMITS = ("max_steps", "max_minutes")
+LIMITS = {"max_steps", "max_minutes"}
 # Settings that a checkpoint does not remember: where and how a run is resumed
 NOT_KEPT = {"device", "data_dir", "checkpoint_dir", "keep", "verify", "fresh"}
 
@@ -73,6 +74,8 @@ def plan_run(settings: SimpleNamespace, processes: Processes, checkpoint: dict |
     if settings.init_from and not checkpoint:
         pretrained = load_pretrained(settings.init_from)
     config, recipe = settle(settings, checkpoint, data, device.type == "cpu", pretrained)
+    if pretrained:
+        pretrained = pretrained.with_context(config.block_size)
     windows = recipe.windows_per_step(config.block_size)
     require(
         windows >= processes.count,
@@ -125,28 +128,18 @@ def settle(
     return config, Recipe(**{name: getattr(settings, name) for name in RECIPE_FIELDS})
 
 
-def chosen_settings(settings: SimpleNamespace) -> set[str]:
-    """The settings that are not left open. `none` leaves one open, but lifts a limit."""
-    lifted = settings.given.intersection(LIMITS)
-    return {name for name in kept_settings(settings) if getattr(settings, name) is not None or name in lifted}
-
-
-def limits(
-    settings: SimpleNamespace, chosen: set[str], otherwise: dict[str, object]
-) -> dict[str, float | None]:
-    """The run's limits: one that is chosen replaces both of the others, so that `--max-minutes 30` is half an hour,
-    however many steps that takes."""
-    replaced = any(getattr(settings, name) is not None for name in chosen.intersection(LIMITS))
-    return {
-        name: getattr(settings, name) if replaced or name in chosen else otherwise[name] for name in LIMITS
-    }
+def chosen_settings(settings: SimpleNamespace, names: Iterable[str]) -> set[str]:
+    """Which of these settings are not left open. `none` leaves one open, but lifts a limit. A limit that is set
+    replaces both of the preset's, so that `--max-minutes 30` is half an hour, however many steps that takes."""
+    chosen = {name for name in names if getattr(settings, name) is not None}
+    return chosen | (LIMITS if chosen & LIMITS else settings.given & LIMITS)
 
 
 def fill_from_preset(
     settings: SimpleNamespace, data: Data, on_cpu: bool, pretrained: Pretrained | None
 ) -> None:
-    preset, chosen = PRESETS[settings.preset], chosen_settings(settings)
-    recipe = replace(preset.recipe, **limits(settings, chosen, vars(preset.recipe)))
+    preset, chosen = PRESETS[settings.preset], chosen_settings(settings, kept_settings(settings))
+    recipe = replace(preset.recipe, **{name: getattr(settings, name) for name in chosen & LIMITS})
     if on_cpu:
         recipe = recipe.on_cpu()
     values = {**vars(recipe), **vars(preset.config), "vocab_size": data.vocab_size}
@@ -158,8 +151,6 @@ def fill_from_preset(
     for name in (*CONFIG_FIELDS, *RECIPE_FIELDS):
         if name not in chosen:
             setattr(settings, name, values[name])
-    if settings.save_interval is None:
-        settings.save_interval = settings.eval_interval
 
 
 def shape_of(pretrained: Pretrained, settings: SimpleNamespace, data: Data) -> dict[str, object]:
@@ -189,8 +180,7 @@ def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data
     saved, then, kept = checkpoint["settings"], checkpoint["defaults"], kept_settings(settings)
     edited = {name for name, value in settings.defaults.items() if name in then and value != then[name]}
     require(set(kept) <= saved.keys(), STARTED_EARLIER)
-    chosen = chosen_settings(settings) & (settings.given | edited)
-    length = limits(settings, chosen, saved)
+    chosen = chosen_settings(settings, (settings.given | edited) & set(kept))
     differences = []
     for name in kept:
         value = getattr(settings, name)
@@ -198,7 +188,6 @@ def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data
             setattr(settings, name, saved[name])
         elif name in FIXED and value != saved[name]:
             differences.append(f"{name} {saved[name]} is now {value}")
-    vars(settings).update(length)
     current = fingerprints(data)
     differences += [f"changed {name}" for name, value in checkpoint["data"].items() if value != current[name]]
     if differences:

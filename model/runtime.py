@@ -17,8 +17,9 @@ from model.settings import REPO
 
 # Dense bfloat16 (float16 on the T4 and V100) peak in FLOP/s, from the vendors' data sheets
 PEAK_FLOPS = {
-    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "T4": 65e12,
-    "V100": 125e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 4080": 97e12, "RTX 3090": 71e12,
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L4": 121e12, "A10": 125e12, "T4": 65e12, "V100": 125e12, "RTX 5090": 209e12, "RTX 4090": 165e12,
+    "RTX 4080": 97e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
 # Tokens in one forward pass of an evaluation. A CPU is fastest while the logits stay in its caches.

@@ -430,6 +430,7 @@ def test_a_report_of_stories_alone(evaluate, tmp_path):
         (["--num-stories", "-1"], "--num-stories must be at least 0"),
         (["--seed", "-1"], "seed must be 0 or more"),
         (["--checkpoint", "best", "41"], "there is no checkpoint '41'"),
+        (["--checkpoint", "gpt2"], "on the Hugging Face hub is named owner/name"),
         (["--text", "none.txt"], "there is no file or folder none.txt"),
         (["--text", "none"], "there is no file or folder none"),
         (["--text", "empty.txt"], "empty.txt holds no stories"),

@@ -337,6 +337,17 @@ def test_training_begins_with_it_and_goes_on_without_it(run, packed, trained, tm
     again = ["--init-from", tmp_path / "run" / "ckpt_3.pt", "--batch-tokens", 64, "--sample-tokens", 4]
     run("train.py", *places, *again, "--fresh", "--max-steps", 1, check=0)
     assert losses_in(tmp_path / "run")[0] == pytest.approx(last, rel=1e-3)
+    folder = run_export("--checkpoint-dir", tmp_path / "run", "--output", tmp_path / "tuned")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "# ckpt_3-finetuned\n" in card and f"fine-tuned from {tmp_path / 'run' / 'ckpt_3.pt'}." in card
+
+
+def test_a_context_that_does_not_fit_moves_no_run(run, make, packed, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    places = ["--data-dir", packed, "--checkpoint-dir", tmp_path / "run"]
+    flags = ["--init-from", make("bpe", "gpt2"), "--fresh", "--block-size", 65]
+    assert_one_line_error(run("train.py", *places, *flags), "--block-size 65 exceeds the 64 positions")
+    assert [path.name for path in tmp_path.glob("run*")] == ["run"]
 
 
 def test_its_tokenizer_comes_along_from_the_hub_too(run, packed, trained, tmp_path):

@@ -335,6 +335,11 @@ def test_fewer_windows_than_processes_are_refused(packed, tmp_path):
     assert "error: a step has 1 windows for 2 processes" in result.stderr and "Traceback" not in result.stdout
 
 
+def test_processes_that_would_share_a_gpu_are_refused(packed, tmp_path):
+    result = torchrun(2, packed, tmp_path / "two", "--device", "cuda:1", check=False)
+    assert "leave out --device cuda:1" in result.stderr and "Traceback" not in result.stdout
+
+
 def test_a_run_moves_from_one_process_to_two_and_back(train, packed, tmp_path):
     """Made longer twice; a decay over the last step alone leaves all others alike."""
     whole, _ = train("whole", "--dtype", "float32", "--decay-fraction", "0.01")
@@ -452,6 +457,28 @@ def test_only_a_run_in_its_decay_goes_back(train):
         assert (rewound == path) == (max_steps == steps["far from it"])
 
 
+def test_a_run_made_shorter_keeps_what_came_before_its_decay(train, capsys):
+    """At 12 of 40 steps nothing has decayed; of 20, it should have since the 8th. Later it becomes longer again."""
+    folder, _ = train("run", "--max-steps", 12)
+    path, kept = folder / "ckpt_12.pt", folder / "before_decay.pt"
+    then = load_checkpoint(path)
+    then["settings"]["max_steps"] = 40
+
+    def resumed(max_steps, checkpoint):
+        settings = SimpleNamespace(checkpoint_dir=folder)
+        return rewind(make_run(settings=settings, recipe=Recipe(max_steps=max_steps)), path, checkpoint)
+
+    kept.unlink()
+    assert resumed(31, then)[0] == path and not kept.exists()
+    assert resumed(20, then)[0] == path and load_checkpoint(kept)["step"] == 12
+    later = {**then, "step": 16, "settings": {**then["settings"], "max_steps": 20}}
+    assert resumed(40, later)[0] == kept
+    kept.unlink()
+    assert resumed(40, later)[0] == path
+    assert "there is no checkpoint" in (warning := capsys.readouterr().err)
+    assert "going on from step 16, with the learning rate of the longer run" in warning
+
+
 def test_another_weight_decay_counts_when_a_run_goes_on(train):
     folder, _ = train("run", "--max-steps", 8, "--decay-fraction", "0.01", "--grow-at", 0)
     train("run", "--max-steps", 12, "--weight-decay", "0.5", tiny=["--compile", "off"])
@@ -516,6 +543,13 @@ def test_how_it_computes_is_remembered(train):
     train("run", "--max-steps", 12, tiny=[])
     saved = load_checkpoint(folder / "ckpt_12.pt")["settings"]
     assert (saved["dtype"], saved["compile"], saved["micro_batch"]) == ("float32", "off", 5)
+
+
+def test_checkpoints_follow_another_interval_of_evaluation(train):
+    flags = ["--decay-fraction", "0.01", "--grow-at", 0]
+    folder, _ = train("run", *flags, "--max-steps", 4)
+    train("run", "--max-steps", 10, "--eval-interval", 3, tiny=[])
+    assert [path.name for path in list_checkpoints(folder)] == ["ckpt_10.pt", "ckpt_9.pt", "ckpt_6.pt"]
 
 
 def test_a_run_that_ended_by_the_clock_needs_more_time(train):
@@ -768,6 +802,8 @@ def test_memory_that_runs_out_inside_a_library_is_known_too(message):
     ("name", "peak"),
     [
         ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),
         ("NVIDIA RTX A1000", None),
         ("NVIDIA L40", None),
