@@ -1,7 +1,7 @@
 """Generation speed, for one story and for a batch, next to transformers' generate and llama2.c's run.c.
 
 python benchmarks/generate_speed.py                                  random weights with stories-15m's shape
-python benchmarks/generate_speed.py --llama2c PATH                   a folder with a compiled `run` and tokenizer.bin
+python benchmarks/generate_speed.py --llama2c PATH                   a folder with compiled run and runq, tokenizer.bin
 python benchmarks/generate_speed.py --checkpoint checkpoints/best.pt  time to first word, and cost of low precision
 
 All take turns in every round; the medians of tokens per second are printed. All sample with temperature 0.8 and
@@ -47,7 +47,7 @@ STREAMS = 64  # batch size, measured as well as a single story
 TOKENS = 240  # tokens per story
 ROUNDS = 5  # rounds, of which the median counts
 DEVICE = "auto"  # auto, cpu, cuda or mps
-LLAMA2C: str | None = None  # folder with llama2.c's compiled run and its tokenizer.bin
+LLAMA2C: str | None = None  # folder with llama2.c's run and runq, compiled, and its tokenizer.bin
 CHECKPOINT: str | None = None  # a trained model, for time to first word and cost of low precision
 CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
 DATA_DIR = "data"  # folder with tokenizer/ and processed/, for measuring the cost
@@ -99,13 +99,13 @@ def list_contenders(
             )
     contenders |= transformers_contenders(config, device, settings.tokens)
     if settings.llama2c is not None:
-        binary, weights = Path(settings.llama2c).resolve(), folder / "model.bin"
-        write_llama2c(weights, config)
-        command = [binary / "run", weights, "-z", binary / "tokenizer.bin", "-n", config.block_size]
-        contenders["llama2.c run, greedy"] = partial(run_c, [*command, "-t", 0])
-        contenders["llama2.c run"] = partial(
-            run_c, [*command, "-t", SAMPLING.temperature, "-p", SAMPLING.top_p]
-        )
+        place = Path(settings.llama2c).resolve()
+        options = ["-z", place / "tokenizer.bin", "-n", config.block_size, "-p", SAMPLING.top_p]
+        programs = {"llama2.c run, float32": "run", "llama2.c runq, int8": "runq"}
+        for (name, program), weights in zip(programs.items(), write_llama2c(folder, config), strict=True):
+            command = [place / program, weights, *options]
+            contenders[f"{name}, greedy"] = partial(run_c, [*command, "-t", 0])
+            contenders[name] = partial(run_c, [*command, "-t", SAMPLING.temperature])
     return contenders
 
 
@@ -169,24 +169,42 @@ def transformers_contenders(
     return contenders
 
 
-def write_llama2c(path: Path, config: GPTConfig) -> None:
-    """Write random weights of the same shape in llama2.c's format: seven sizes, then float32 numbers."""
+def write_llama2c(folder: Path, config: GPTConfig) -> tuple[Path, Path]:
+    """Write random weights of the same shape in llama2.c's two formats: for `run`, seven sizes and float32 numbers; for
+    `runq`, a header of 256 bytes, the norms in float32, and each matrix as int8 with a float32 scale for each group."""
     C, hidden, layers, V = config.n_embd, config.n_hidden, config.n_layer, config.vocab_size
     generator = np.random.default_rng(0)
 
     def numbers(*shape: int) -> np.ndarray:
         return (0.02 * generator.standard_normal(shape)).astype(np.float32)
 
-    ones = np.ones((layers, C), np.float32)
-    rotary = numbers(config.block_size, config.head_dim)  # skipped by run.c
-    matrices = [ones, numbers(4, layers, C, C), ones, numbers(3, layers, C, hidden)]
-    arrays = [numbers(V, C), *matrices, np.full(C, FINAL_NORM, np.float32), rotary]
     sizes = struct.pack("7i", C, hidden, layers, config.n_head, config.n_head, V, config.block_size)
-    path.write_bytes(sizes + b"".join(array.tobytes() for array in arrays))
+    ones, last_norm = np.ones((layers, C), np.float32), np.full(C, FINAL_NORM, np.float32)
+    embedding, attention, feed_forward = (
+        numbers(V, C),
+        numbers(4, layers, C, C),
+        numbers(3, layers, C, hidden),
+    )
+    rotary = numbers(config.block_size, config.head_dim)  # skipped by run.c
+    arrays = (embedding, ones, attention, ones, feed_forward, last_norm, rotary)
+    whole = folder / "model.bin"
+    whole.write_bytes(sizes + b"".join(array.tobytes() for array in arrays))
+
+    group = math.gcd(64, C, hidden)  # 64 where it divides both, as in llama2.c
+    parts = [struct.pack("<Ii", 0x616B3432, 2) + sizes + struct.pack("<Bi", True, group)]
+    parts[0] += bytes(256 - len(parts[0]))
+    parts += [array.tobytes() for array in (ones, ones, last_norm)]
+    for matrix in (embedding, *attention.reshape(-1, C, C), *feed_forward.reshape(-1, C, hidden)):
+        groups = matrix.reshape(-1, group)
+        scales = np.abs(groups).max(axis=1, keepdims=True) / 127
+        parts += [np.rint(groups / scales).astype(np.int8).tobytes(), scales.tobytes()]
+    quantised = folder / "model_q80.bin"
+    quantised.write_bytes(b"".join(parts))
+    return whole, quantised
 
 
 def run_c(command: list) -> float:
-    """The speed run.c reports, as it ships; retries with another seed if its story ended after a few tokens."""
+    """The speed that a program reports, as it ships; with another seed if its story ended after a few tokens."""
     env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     for seed in range(1, 20):
         words = [*map(str, command), "-s", str(seed)]
@@ -196,7 +214,7 @@ def run_c(command: list) -> float:
         speed = float(re.search(r"tok/s: ([\d.]+|inf)", said)[1])
         if 10 < speed < math.inf:
             return speed
-    raise RuntimeError("llama2.c's run gave no speed")
+    raise RuntimeError(f"{command[0]} gave no speed")
 
 
 def first_word(checkpoint: Path) -> float:
