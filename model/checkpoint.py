@@ -6,7 +6,7 @@ from elsewhere cannot run code:
     format    version of this layout  config    GPTConfig's fields
     weights   the model's state_dict  settings  of the run, with all values filled in
     optimizers, scaler  their states  defaults  of the script when the run was last started
-    step, seconds, best_loss, last_evaluation, depth (blocks trained so far)
+    step, seconds, best_loss, last_evaluation, depth (blocks trained so far), device (its type)
     tokenizer its JSON, eot_id        data      SHA-256 of the stories and the tokenizer
 """
 

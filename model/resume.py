@@ -54,6 +54,7 @@ class TrainingState:
             "config": asdict(self.model.config),
             "settings": {name: getattr(run.settings, name) for name in kept_settings(run.settings)},
             "defaults": run.settings.defaults,
+            "device": run.runtime.device.type,
             "depth": self.model.depth,
             "weights": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],

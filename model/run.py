@@ -74,6 +74,9 @@ def plan_run(settings: SimpleNamespace, processes: Processes, checkpoint: dict |
     if settings.init_from and not checkpoint:
         pretrained = load_pretrained(settings.init_from)
     config, recipe = settle(settings, checkpoint, data, device.type == "cpu", pretrained)
+    moved = checkpoint and checkpoint.get("device", device.type) != device.type
+    if moved and "micro_batch" not in settings.given:
+        settings.micro_batch = 0  # what suits a GPU may not fit a CPU's memory
     if pretrained:
         pretrained = pretrained.with_context(config.block_size)
     windows = recipe.windows_per_step(config.block_size)

@@ -545,6 +545,15 @@ def test_how_it_computes_is_remembered(train):
     assert (saved["dtype"], saved["compile"], saved["micro_batch"]) == ("float32", "off", 5)
 
 
+def test_the_micro_batch_of_another_device_is_not(train):
+    flags = ["--micro-batch", 5, "--decay-fraction", "0.01", "--grow-at", 0]
+    folder, _ = train("run", *flags, "--max-steps", 2)
+    path = folder / "ckpt_2.pt"
+    save_checkpoint(path, {**load_checkpoint(path), "device": "cuda"})
+    train("run", "--max-steps", 4, tiny=[])
+    assert load_checkpoint(folder / "ckpt_4.pt")["settings"]["micro_batch"] == 16
+
+
 def test_checkpoints_follow_another_interval_of_evaluation(train):
     flags = ["--decay-fraction", "0.01", "--grow-at", 0]
     folder, _ = train("run", *flags, "--max-steps", 4)
