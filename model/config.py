@@ -13,7 +13,7 @@ NORM_EPS = {"modern": 1e-6, "gpt2": 1e-5}  # of RMSNorm and LayerNorm
 # A CPU trains on few tokens per second. Then small steps learn most, and the shorter the run, the smaller: the noise
 # that a batch has to average out grows as the loss falls (McCandlish et al. 2018).
 CPU_STEPS = {"batch_tokens": 4_096, "eval_interval": 200}
-SHORT_MINUTES = 2  # runs of less than this take half of it
+SHORT_MINUTES = 4  # runs of less than this take half of it
 # And in the same time, half of the blocks learn more than all; the others join late (progressive stacking, Gong et al.
 # 2019). The loss of part of the vocabulary takes less time, too (model/sampled_softmax.py). Not measured on a GPU.
 CPU_SHORTCUTS = {"grow_at": 0.8, "sampled_softmax": True}
