@@ -1,4 +1,4 @@
-"""Generation speed, for one story and for a batch, next to transformers' generate and llama2.c's run.c.
+"""Generation speed, for one story and for a batch, next to transformers' generate and llama2.c's two programs.
 
 python benchmarks/generate_speed.py                                  random weights with stories-15m's shape
 python benchmarks/generate_speed.py --llama2c PATH                   a folder with compiled run and runq, tokenizer.bin
@@ -180,11 +180,8 @@ def write_llama2c(folder: Path, config: GPTConfig) -> tuple[Path, Path]:
 
     sizes = struct.pack("7i", C, hidden, layers, config.n_head, config.n_head, V, config.block_size)
     ones, last_norm = np.ones((layers, C), np.float32), np.full(C, FINAL_NORM, np.float32)
-    embedding, attention, feed_forward = (
-        numbers(V, C),
-        numbers(4, layers, C, C),
-        numbers(3, layers, C, hidden),
-    )
+    embedding = numbers(V, C)
+    attention, feed_forward = numbers(4 * layers, C, C), numbers(3 * layers, C, hidden)
     rotary = numbers(config.block_size, config.head_dim)  # skipped by run.c
     arrays = (embedding, ones, attention, ones, feed_forward, last_norm, rotary)
     whole = folder / "model.bin"
@@ -194,7 +191,7 @@ def write_llama2c(folder: Path, config: GPTConfig) -> tuple[Path, Path]:
     parts = [struct.pack("<Ii", 0x616B3432, 2) + sizes + struct.pack("<Bi", True, group)]
     parts[0] += bytes(256 - len(parts[0]))
     parts += [array.tobytes() for array in (ones, ones, last_norm)]
-    for matrix in (embedding, *attention.reshape(-1, C, C), *feed_forward.reshape(-1, C, hidden)):
+    for matrix in (embedding, *attention, *feed_forward):
         groups = matrix.reshape(-1, group)
         scales = np.abs(groups).max(axis=1, keepdims=True) / 127
         parts += [np.rint(groups / scales).astype(np.int8).tobytes(), scales.tobytes()]

@@ -58,10 +58,9 @@ def write_sample(run: Run, model: GPT) -> str:
         return ""
     tokenizer = text_tokenizer(run.data.tokenizer_json)
     ids = [eot_id, *tokenizer.encode(readable(settings.sample_prompt), add_special_tokens=False).ids]
+    # Sampling's cumulative sums have no deterministic CUDA kernel.
     mode = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode(
-        "default"
-    )  # sampling's cumulative sums have no deterministic CUDA kernel
+    torch.set_deterministic_debug_mode("default")
     (written,) = generate_all(
         Decoder(model), [ids], settings.sample_tokens, eot_id, Sampling(), [settings.seed]
     )
