@@ -14,7 +14,6 @@ tokenizer. Intervals are 95 %, by bootstrap over stories.
 """
 
 import hashlib
-import os
 import platform
 import shlex
 import sys
@@ -22,22 +21,22 @@ import time
 from datetime import datetime, timezone
 from types import SimpleNamespace
 
-# Keep idle OpenMP threads from spinning for long, so that a shared CPU stays usable; set before torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from model.script import run_script  # first: see there
 
+# isort: split
 import numpy as np
 
 from data.story_files import find_files, read_file, tidy
-from model.batches import Data, Split, fingerprints, load_data
 from model.candidates import Candidate, find_candidate, load_candidate
-from model.errors import UserError, require, run_script
+from model.errors import UserError, require
 from model.files import file_to_write, shown, size_text, write_json, write_text
+from model.packed_data import Data, fingerprints, load_data, real_stories, spread
 from model.report import QUALITY_COLUMNS, SCORE_COLUMNS, cells, render, transposed
 from model.runtime import Runtime, choose_device, choose_runtime
 from model.scoring import bootstrap, interval, score_stories
 from model.settings import read_settings, require_seed, require_within
 from model.story_quality import Story, describe, read_written
-from model.tokenizer import readable, text_tokenizer
+from model.tokenizer import readable
 
 CHECKPOINT: list[str] = []  # files, folders, "best", "latest", steps or Hugging Face models; default: latest
 CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
@@ -83,7 +82,7 @@ def main() -> None:
         },
         aliases={"model": "checkpoint", "max-stories": "max-samples"},
     )
-    check(settings)
+    complete_settings(settings)
     files = {name: read_written(name) for name in settings.stories}
     # judging stories in files needs no model, unless other flags ask for one
     needed = not files or settings.given & {"num_stories", "prompt"}
@@ -124,7 +123,7 @@ def main() -> None:
     show(report, settings)
 
 
-def check(settings: SimpleNamespace) -> None:
+def complete_settings(settings: SimpleNamespace) -> None:
     """Complete and check the settings. Raises UserError before any long work starts."""
     require_within(settings, max_samples="[0, inf)", batch_size="[0, inf)", num_stories="[0, inf)")
     require_seed(settings.seed)
@@ -154,17 +153,10 @@ def read_stories(settings: SimpleNamespace, data: Data | None) -> tuple[list[str
         return stories, f"{len(stories):,} stories of {', '.join(settings.text)}"
     splits = {"train": [data.train], "validation": [data.validation], "all": [data.train, data.validation]}
     stories = real_stories(splits[settings.split], data, settings.max_samples)
-    require(bool(stories), f"there are no {settings.split} stories in {shown(settings.data_dir)}")
+    require(stories, f"there are no {settings.split} stories in {shown(settings.data_dir)}")
     kind = "training and validation" if settings.split == "all" else settings.split
     # sorted, so that no result depends on the order in the file
     return sorted(stories), f"{len(stories):,} {kind} stories"
-
-
-def real_stories(splits: list[Split], data: Data, count: int) -> list[str]:
-    """The text of `count` stories, evenly spread over the splits; of all if count is 0."""
-    bounds = [(split, *ends) for split in splits for ends in story_bounds(split, data.eot_id)]
-    ids = [split.tokens[first:end].tolist() for split, first, end in spread(bounds, count)]
-    return text_tokenizer(data.tokenizer_json).decode_batch(ids, skip_special_tokens=False)
 
 
 def read_text(settings: SimpleNamespace) -> list[str]:
@@ -176,21 +168,8 @@ def read_text(settings: SimpleNamespace) -> list[str]:
             rows = read_file(file, settings.text_column, story_per_file=settings.story_per_file)
             stories += map(tidy, rows)
     stories = [story for story in stories if story]
-    require(bool(stories), f"{', '.join(settings.text)} holds no stories")
+    require(stories, f"{', '.join(settings.text)} holds no stories")
     return sorted(spread(stories, settings.max_samples))
-
-
-def spread(items: list, count: int) -> list:
-    """`count` of the items, evenly spread; all of them if count is 0 or too large."""
-    if not count or count >= len(items):
-        return items
-    return [items[k] for k in np.linspace(0, len(items) - 1, count).round().astype(int)]
-
-
-def story_bounds(split: Split, eot_id: int) -> list[tuple[int, int]]:
-    """The first and end index of each story in the tokens, without its end-of-text token."""
-    ends = np.flatnonzero(np.asarray(split.tokens) == eot_id)
-    return list(zip([0, *(ends[:-1] + 1).tolist()], ends.tolist(), strict=True)) if len(ends) else []
 
 
 def warn_if_trained_elsewhere(candidate: Candidate, settings: SimpleNamespace, data: Data | None) -> None:

@@ -11,13 +11,16 @@ import json
 import shlex
 from pathlib import Path
 
+from model.script import run_script  # first: see there
+
+# isort: split
 import torch
 from tokenizers import processors
 from torch import Tensor
 
 from model.checkpoint import find_checkpoint, load_model
 from model.config import GPTConfig, Recipe
-from model.errors import require, run_script
+from model.errors import require
 from model.files import atomic_folder, atomic_write, shown, size_text
 from model.generation import Sampling
 from model.huggingface import needs, to_config_json, to_huggingface
@@ -157,8 +160,16 @@ def make_files(
     return {"model.safetensors": save(tensors, metadata={"format": "pt"}), **files}
 
 
+MEASURED = """\
+Bits per byte (loss / ln 2 / bytes of text) can be compared between tokenizers, loss per token cannot. Both
+were measured during training, on windows of validation stories, none of which is also a training story.
+
+"""
+
+
 def model_card(name: str, origin: str | None, facts: dict[str, str], dtype: str) -> str:
     how = f"fine-tuned from {origin}" if origin else "trained from scratch"
+    measured = MEASURED if "validation loss" in facts else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return f"""---
 library_name: transformers
@@ -173,10 +184,7 @@ A small language model that writes stories, {how}.
 | --- | --- |
 {table}
 
-Bits per byte (loss / ln 2 / bytes of text) can be compared between tokenizers, loss per token cannot. Both
-were measured during training, on windows of validation stories, none of which is also a training story.
-
-## How to use it
+{measured}## How to use it
 
 Prompt it with the start of a story, or with nothing. The tokenizer prepends `{END_OF_TEXT}`, which marks the
 start of a story; the model ends a story with the same token.

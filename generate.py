@@ -6,23 +6,22 @@ python generate.py --interactive                            you start a story, t
 """
 
 import json
-import os
+import re
 import secrets
 import sys
 import time
 from types import SimpleNamespace
 
-# Keep idle OpenMP threads from spinning for long, so that a shared CPU stays usable; set before torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from model.script import run_script  # first: see there
 
+# isort: split
 import torch
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from model import kernels
 from model.checkpoint import find_checkpoint, load_model
 from model.decoder import Decoder, choose_weights
-from model.errors import require, run_script
+from model.errors import require
 from model.files import file_to_write, read_text, shown, write_text
 from model.generation import Sampling, generate
 from model.runtime import choose_device
@@ -46,8 +45,11 @@ OUTPUT: str | None = None  # write the stories to this .jsonl file instead of pr
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
 DTYPE = "auto"  # weights: float32, float16 (GPUs only) or int8 (CPUs only, where auto takes it); fewer bits are faster
 
+# Earlier tokens on which the text of the next ones may depend, and what a token for a single byte is called, whose text
+# may depend on the next one
+CONTEXT, BYTE = 8, re.compile("<0x[0-9A-F]{2}>")
 # Limit on the KV cache; further stories wait for the next batch
-BATCH_BYTES = 2 * 1024**3
+CACHE_BYTES = 2 * 1024**3
 
 
 def main() -> None:
@@ -80,7 +82,7 @@ def main() -> None:
     writer = Writer(decoder, tokenizer, checkpoint["eot_id"], sampling, settings.max_tokens)
     seed = secrets.randbelow(1_000_000) if settings.seed is None else settings.seed
     size = f"{model.count_parameters():,} parameters in {weights}"
-    if device.type == "cpu" and (reason := kernels.load()[1]):
+    if device.type == "cpu" and (reason := kernels.load().shortcoming):
         size += f" (slower than it could be: {reason})"
     note(f"{shown(path)}: step {checkpoint['step']:,}, {size}; seed {seed}")
 
@@ -128,9 +130,11 @@ class Writer:
     def encode(self, prompt: str) -> list[int]:
         """The prompt's ids, preceded by the end-of-text token that comes before every story."""
         ids = [self.eot_id, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
-        room = self.decoder.config.block_size
-        if len(ids) > room:
-            note(f"note: a prompt of {len(ids):,} tokens exceeds the context of {room}; only its end is used")
+        block_size = self.decoder.config.block_size
+        if len(ids) > block_size:
+            note(
+                f"note: a prompt of {len(ids):,} tokens exceeds the context of {block_size}; only its end is used"
+            )
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -152,19 +156,21 @@ class Writer:
         }
 
     def write(self, prompts: list[str], seed: int) -> list[dict]:
-        """A story for each prompt, in batches whose KV cache fits in BATCH_BYTES."""
+        """A story for each prompt, in batches whose KV cache fits in CACHE_BYTES."""
         from tqdm import tqdm
 
         config = self.decoder.config
-        cache_bytes = 8 * config.n_layer * config.n_head * config.head_dim * config.block_size  # per story
-        at_once = max(1, BATCH_BYTES // cache_bytes)
+        # per story: keys and values, of 4 bytes each
+        cache_bytes = 2 * 4 * config.n_layer * config.n_head * config.head_dim * config.block_size
+        at_once = max(1, CACHE_BYTES // cache_bytes)
         rows = []
         with tqdm(total=len(prompts), unit="story", disable=None, delay=2, leave=False) as bar:
             for first in range(0, len(prompts), at_once):
                 part = prompts[first : first + at_once]
                 seeds = [seed + first + k for k in range(len(part))]
                 written: list[list[int]] = [[] for _ in part]
-                encoded = [self.encode(prompt) for prompt in part]
+                encodings = {prompt: self.encode(prompt) for prompt in dict.fromkeys(part)}
+                encoded = [encodings[prompt] for prompt in part]
                 steps = generate(self.decoder, encoded, self.max_tokens, self.eot_id, self.sampling, seeds)
                 for position, tokens in enumerate(steps):
                     for ids, token in zip(written, tokens, strict=True):
@@ -179,24 +185,24 @@ class Writer:
         """Print one story as it is generated, in whole characters."""
         print(prompt, end="", flush=True)
         encoded = self.encode(prompt)
-        characters = DecodeStream(encoded[1:], skip_special_tokens=False)
         ids: list[int] = []
-        printed = 0
+        text, printed = "", 0  # what is not printed yet; how many of the ids are
         for (token,) in generate(
             self.decoder, [encoded], self.max_tokens, self.eot_id, self.sampling, [seed]
         ):
             if token is not None:
                 ids.append(token)
-                text = characters.step(self.tokenizer, token) or ""  # None until a character is complete
-                print(text, end="", flush=True)
-                printed += len(text)
-        row = self.row(prompt, encoded, ids, seed)
-        print(row["story"][printed:], flush=True)  # a character that the end cut short
-        return row
+                text = self.continuation((encoded[1:] + ids[:printed])[-CONTEXT:], ids[printed:])
+                if not (text.endswith("\ufffd") or BYTE.fullmatch(self.tokenizer.id_to_token(token) or "")):
+                    print(text, end="", flush=True)
+                    text, printed = "", len(ids)
+        print(text, flush=True)  # a character that the end cut short
+        return self.row(prompt, encoded, ids, seed)
 
 
 def converse(writer: Writer, seed: int) -> None:
     """Continue what the user types, until end of file or Ctrl-C."""
+    require(sys.stdin is not None, "--interactive reads from the keyboard, but standard input is closed")
     sys.stdin.reconfigure(errors="replace")
     note("Type the beginning of a story and press Enter (empty: a new story). Ctrl-D or Ctrl-C quits.")
     while True:

@@ -4,7 +4,10 @@
 #   bash quickstart.sh --source FILES...             your own (.txt, .jsonl, .json, .csv, .parquet; folders, globs)
 #   bash quickstart.sh --max-steps 5000 --kind char  each flag is passed to the step that knows it
 set -euo pipefail
+here=$PWD
 cd "$(dirname "$0")"
+at="" # what leads from the caller's folder to this one
+[ "$here" = "$PWD" ] || at=$PWD/
 source ./environment.sh
 trap 'echo; echo "stopped; run the same command again to continue" >&2; exit 130' INT
 
@@ -31,13 +34,14 @@ case " ${tokenizer[*]-} " in *" --vocab"* | *" --kind"*) ;; *) tokenizer+=(--voc
 case " ${training[*]-} " in *" --preset"*) ;; *) training=(--preset quickstart ${training[@]+"${training[@]}"}) ;; esac
 
 run() { # run NUMBER TITLE SCRIPT [FLAGS...]
-  local number=$1 title=$2
-  shift 2
-  printf '\n== step %s of 6: %s ==\n$ python %s\n' "$number" "$title" "$*"
-  "$PYTHON" "$@" || {
+  local number=$1 title=$2 script=$3
+  shift 3
+  printf '\n== step %s of 6: %s ==\n$ python %s\n' "$number" "$title" "$at$script $*"
+  # in the caller's folder, because flags may name files in it
+  (cd "$here" && "$PYTHON" "$at$script" "$@") || {
     status=$?
     [ "$status" = 130 ] && exit 130
-    echo "error: step $number ($1) failed; its message is above" >&2
+    echo "error: step $number ($script) failed; its message is above" >&2
     exit 2
   }
 }
@@ -55,11 +59,10 @@ fi
 mkdir -p checkpoints
 cp data/processed/meta.json checkpoints/meta.json
 run 4 "train the model" train.py "${training[@]}"
-cp data/processed/meta.json checkpoints/meta.json # again, for a new run in place of one that train.py moved
 run 5 "write a new story" generate.py
 run 6 "score the model on unseen stories" evaluate.py --checkpoint best
 cat <<END
 
-done. The loss curve is checkpoints/loss_curve.png, the model is checkpoints/best.pt.
-Another story:  .venv/bin/python generate.py --prompt "Once upon a time"
+done. The loss curve is ${at}checkpoints/loss_curve.png, the model is ${at}checkpoints/best.pt.
+Another story:  ${at}.venv/bin/python ${at}generate.py --prompt "Once upon a time"
 END

@@ -10,15 +10,14 @@ Settings without a default take the preset's value.
 
 import contextlib
 import math
-import os
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-# Keep idle OpenMP threads from spinning for long, so that a shared CPU stays usable; set before torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from model.script import run_script  # first: see there
 
+# isort: split
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -27,17 +26,17 @@ from model.batches import dropout_seed, number_stories
 from model.checkpoint import BEFORE_DECAY, load_latest, only_one, prune, save_checkpoint, set_aside
 from model.config import BLOCK_FAMILIES, OPTIMIZERS, PRESETS, SCHEDULES
 from model.console import ProgressBar, print_end, print_plan
-from model.errors import UserError, require, run_script
+from model.errors import UserError, require
 from model.files import shown
 from model.forward import prepare_forward
 from model.metrics import Metrics
 from model.optimizer import learning_rate, set_rates
 from model.processes import Processes, StopRequest, start_processes, stop_processes
-from model.resume import TrainingState, begin, rewind
 from model.run import Run, plan_run
 from model.runtime import ran_out_of_memory
 from model.settings import read_settings, require_within
-from model.validation import evaluate
+from model.training_state import TrainingState, initial_state, rewind
+from model.validation import validate, write_sample
 
 # Edit these or pass them as flags: MAX_STEPS is --max-steps. None takes the preset's value.
 PRESET = "stories-9m"  # model shape and training recipe, by name from model/config.py
@@ -86,7 +85,7 @@ DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
 DTYPE = "auto"  # auto, bfloat16, float16 or float32
 COMPILE = "auto"  # auto, on or off: torch.compile
 DETERMINISTIC = False  # on CUDA: use deterministic kernels only; slower
-FRESH = False  # start a new run; the old run's folder is moved aside, not deleted
+FRESH = False  # start a new run; the old run's files are moved into a folder of their own, not deleted
 VERIFY = False  # check the SHA-256 of the .bin files before training
 DATA_DIR = "data"  # folder with tokenizer/ and processed/
 CHECKPOINT_DIR = "checkpoints"  # folder for checkpoints, metrics.jsonl, loss_curve.png and samples.md
@@ -147,7 +146,7 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
     device = run.runtime.device
     if device.type == "cuda":
         run.batches.move_to(device, budget=0.25 * torch.cuda.mem_get_info(device)[0])
-    state = begin(run, checkpoint)
+    state = initial_state(run, checkpoint)
     require(
         processes.have_the_same(state.step),
         "the processes found different checkpoints: all must see the same --checkpoint-dir",
@@ -162,7 +161,7 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
 
     # This process's windows of each step, and the forward pass for them
     mine = np.array_split(np.arange(run.batches.windows_per_step), processes.count)[processes.rank]
-    loss_of, settings.micro_batch = prepare_forward(run, state.model, len(mine))
+    loss_of = prepare_forward(run, state.model, len(mine))
     if processes.first:
         micro_batches = -(-len(mine) // settings.micro_batch)
         flex = "; FlexAttention within stories" * state.model.flex
@@ -170,8 +169,8 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
     metrics = Metrics(folder, state.step, state.last_evaluation) if processes.first else None
     progress_bar = ProgressBar(run, state)
     stop = StopRequest(processes)
-    save_interval = settings.save_interval or settings.eval_interval
-    saved_at, progress = state.step, 0.0
+    eval_interval, save_interval = recipe.eval_interval, settings.save_interval or recipe.eval_interval
+    saved_at, progress, pausing = state.step, 0.0, False
     state.seconds = stop.agree(state.seconds)  # counting bigrams took a different time in each process
 
     while True:
@@ -180,8 +179,8 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
         finished = progress >= 1
         if processes.first and state.step != state.last_evaluation:
             begun = state.step or run.pretrained  # an untrained model is not worth evaluating
-            if finished or (begun and state.step % settings.eval_interval == 0 and not stop):
-                progress_bar.say(evaluate(run, state, metrics))
+            if finished or (begun and state.step % eval_interval == 0 and not stop):
+                progress_bar.say(evaluate_and_keep_best(run, state, metrics))
         if processes.first and state.step != saved_at:
             if before < recipe.turning_point <= progress:  # from here on, a longer run would differ
                 save_checkpoint(folder / BEFORE_DECAY, state.snapshot(run))
@@ -191,6 +190,8 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
                 saved_at = state.step
         if finished or stop:
             break
+        if pausing:
+            processes.wait()  # while the first evaluates and saves, which is not training time
 
         # The second half of the blocks joins; so far, they have added nothing
         if recipe.depth(progress, run.config.n_layer) > state.model.depth:
@@ -199,7 +200,7 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
                 f"step {state.step:,}: from here on, all {run.config.n_layer} layers train{anew}"
             )
             state.model.set_depth(run.config.n_layer)
-            loss_of, settings.micro_batch = prepare_forward(run, state.model, len(mine))
+            loss_of = prepare_forward(run, state.model, len(mine))
             progress_bar.bar.unpause()
 
         started = time.perf_counter()
@@ -208,7 +209,7 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
 
         # Reading the loss waits for the GPU: do it only to log, and before evaluating or saving, to time all steps.
         logging = state.step % settings.log_interval == 0 or state.step == recipe.max_steps
-        pausing = state.step % settings.eval_interval == 0 or state.step % save_interval == 0
+        pausing = state.step % eval_interval == 0 or state.step % save_interval == 0
         reading = logging or pausing or device.type == "cpu"
         if reading:
             loss = processes.total(loss)
@@ -222,18 +223,7 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
         if reading:
             progress_bar.update(loss)
         if logging and processes.first:
-            row = {
-                "step": state.step,
-                "train_loss": loss if math.isfinite(loss) else None,
-                "learning_rate": rate,
-                "gradient_norm": norm.item() if norm.isfinite() else None,
-                "tokens": state.step * run.tokens_per_step,
-                "seconds": round(state.seconds, 6),
-                "tokens_per_second": round(progress_bar.speed),
-            }
-            if device.type == "cuda":
-                row["gpu_bytes"] = torch.cuda.max_memory_allocated()
-            metrics.add(row)
+            metrics.add(training_row(run, state, loss, norm, rate, progress_bar.speed))
         state.seconds = stop.agree(state.seconds)
 
     progress_bar.close()
@@ -242,6 +232,39 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
         print_end(run, state, finished)
     if not finished:
         sys.exit(128 + stop.agreed)
+
+
+def evaluate_and_keep_best(run: Run, state: TrainingState, metrics: Metrics) -> str:
+    """Evaluate the model, add the result to the metrics, and save a model that is the best so far as best.pt; in one
+    line, how good it is."""
+    row = {"step": state.step, "tokens": state.step * run.tokens_per_step, **validate(run, state.model)}
+    metrics.add({**row, "sample": write_sample(run, state.model)})
+    metrics.draw()
+    state.last_evaluation = state.step
+    loss, mark = row["validation_loss"], ""
+    if loss < state.best_loss:
+        state.best_loss, mark = loss, "; best so far"
+        save_checkpoint(run.folder / "best.pt", state.snapshot(run))
+    bits = row["bits_per_byte"]
+    return f"step {state.step:,}: validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte{mark}"
+
+
+def training_row(
+    run: Run, state: TrainingState, loss: float, norm: Tensor, rate: float, tokens_per_second: float
+) -> dict:
+    """A step's row in metrics.jsonl."""
+    row = {
+        "step": state.step,
+        "train_loss": loss if math.isfinite(loss) else None,
+        "learning_rate": rate,
+        "gradient_norm": norm.item() if norm.isfinite() else None,
+        "tokens": state.step * run.tokens_per_step,
+        "seconds": round(state.seconds, 6),
+        "tokens_per_second": round(tokens_per_second),
+    }
+    if run.runtime.device.type == "cuda":
+        row["gpu_bytes"] = torch.cuda.max_memory_allocated()
+    return row
 
 
 def take_step(
@@ -254,7 +277,7 @@ def take_step(
     settings, batches, device = run.settings, run.batches, run.runtime.device
     several = run.processes.count > 1
     starts = batches.starts(state.step)[mine]
-    shortlist = run.shortlists and run.shortlists.shortlist(state.step, device)
+    shortlist = run.shortlist(state.step)
     loss = torch.zeros((), device=device)
     for first in range(0, len(mine), settings.micro_batch):
         chosen = starts[first : first + settings.micro_batch]

@@ -11,19 +11,17 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evaluate import read_stories
-from model.batches import load_data
 from model.candidates import OwnModel
 from model.checkpoint import find_checkpoint
-from model.errors import run_script
+from model.packed_data import load_data, real_stories
 from model.runtime import Runtime, choose_device, choose_runtime, tokens_at_once
 from model.scoring import score_stories
+from model.script import run_script
 from model.settings import read_settings
 
 CHECKPOINT: str | None = None  # as for evaluate.py
@@ -40,9 +38,9 @@ def main() -> None:
     runtime = choose_runtime(choose_device(settings.device), settings.dtype, "off")
     path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="latest")
     candidate = OwnModel(path, runtime.device)
-    wanted = SimpleNamespace(**vars(settings), split="validation", text=[])
-    stories, source = read_stories(wanted, load_data(settings.data_dir))
-    print(f"{source}; {candidate.facts['parameters']:,} parameters; {runtime.reasons}")
+    data = load_data(settings.data_dir)
+    stories = real_stories([data.validation], data, settings.max_samples)
+    print(f"{len(stories):,} stories; {candidate.facts['parameters']:,} parameters; {runtime.reasons}")
     sizes = [tokens_at_once(runtime.device, 1) * factor // 2 for factor in (1, 2, 4, 16)]
     speeds = {f"forward, {size:,} tokens at once": [] for size in sizes} | {"scoring": []}
     for turn in range(settings.rounds + 1):

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.learning_speed import script
-from model.errors import run_script
+from model.script import run_script
 from model.settings import read_settings
 
 CHECKPOINT = "best"  # a file or folder, "best", "latest" or a step

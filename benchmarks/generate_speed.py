@@ -25,20 +25,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in generate.py, before torch is imported
+from model.script import run_script  # first: see there
 
+# isort: split
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from evaluate import real_stories
-from model.batches import load_data
 from model.checkpoint import find_checkpoint, load_model
 from model.config import PRESETS, GPTConfig
 from model.decoder import Decoder, KVCache, choose_weights
-from model.errors import UserError, run_script
+from model.errors import UserError
 from model.generation import Sampling, generate_all
 from model.gpt import GPT
+from model.packed_data import load_data, real_stories
 from model.runtime import choose_device, device_name
 from model.settings import REPO, read_settings
 
@@ -239,9 +239,10 @@ def first_word(checkpoint: Path) -> float:
 @torch.inference_mode()
 def print_cost(path: Path, device: torch.device, stories: list[str]) -> None:
     model, tokenizer, checkpoint = load_model(path, device)
-    eot_id, room = checkpoint["eot_id"], model.config.block_size
+    eot_id, block_size = checkpoint["eot_id"], model.config.block_size
     sequences = [
-        [eot_id, *tokenizer.encode(s, add_special_tokens=False).ids, eot_id][: room + 1] for s in stories
+        [eot_id, *tokenizer.encode(s, add_special_tokens=False).ids, eot_id][: block_size + 1]
+        for s in stories
     ]
     size = sum(len(tokenizer.decode(ids[1:]).encode()) for ids in sequences)
     exact = None
@@ -251,7 +252,7 @@ def print_cost(path: Path, device: torch.device, stories: list[str]) -> None:
             part = sequences[first : first + 64]
             longest = max(map(len, part))
             ids = torch.tensor([s + [-1] * (longest - len(s)) for s in part], device=device)
-            cache = KVCache(decoder, len(part), room)
+            cache = KVCache(decoder, len(part), block_size)
             for position in range(longest - 1):
                 logits = decoder(ids[:, position : position + 1].clamp(min=0), cache)
                 loss = torch.nn.functional.cross_entropy(

@@ -21,8 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.checkpoint import list_checkpoints, load_checkpoint, step_of
-from model.errors import run_script
 from model.metrics import read_rows
+from model.script import run_script
 from model.settings import REPO, read_settings
 
 KILLS = 50  # number of kills

@@ -21,13 +21,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.checkpoint import list_checkpoints, load_checkpoint  # noqa: E402
-from model.errors import UserError, require, run_script  # noqa: E402
-from model.runtime import choose_device  # noqa: E402
-from model.settings import read_settings  # noqa: E402
+from model.checkpoint import list_checkpoints, load_checkpoint
+from model.errors import UserError, require
+from model.runtime import choose_device
+from model.script import run_script
+from model.settings import REPO, read_settings
 
 MINUTES = 8.0  # minutes of training per recipe
 SHORT = 0.05  # fraction of MINUTES for a second run of the default recipe; 0 skips it

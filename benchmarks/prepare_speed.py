@@ -28,8 +28,9 @@ from data.prepare_data import available_cores
 from data.sample_stories import sample_stories
 from data.stories import read_manifest
 from data.story_files import read_file
-from model.errors import require, run_script
+from model.errors import require
 from model.files import sha256_file
+from model.script import run_script
 from model.settings import REPO, read_settings
 
 STORIES: str | None = None  # a file of stories to build the corpus from; None: the built-in ones

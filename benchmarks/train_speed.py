@@ -20,18 +20,18 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
 import torch
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-
-from model.batches import load_data  # noqa: E402
-from model.config import PRESETS  # noqa: E402
-from model.errors import UserError, run_script  # noqa: E402
-from model.gpt import GPT  # noqa: E402
-from model.runtime import choose_device, peak_flops  # noqa: E402
-from model.settings import read_settings  # noqa: E402
+from model.config import PRESETS
+from model.errors import UserError
+from model.gpt import GPT
+from model.packed_data import load_data
+from model.runtime import choose_device, peak_flops
+from model.script import run_script
+from model.settings import REPO, read_settings
 
 PRESET = "stories-9m"  # model shape, by name from model/config.py
 DEVICE = "auto"  # auto, cpu, cuda or mps

@@ -25,24 +25,26 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.script import run_script  # first: see there
+
+# isort: split
 import numpy as np
 
-from data.hub import open_hub
-from data.leaks import count_near_duplicates
+from data.hub_stories import open_hub
+from data.near_duplicates import count_near_duplicates
 from data.stories import (
     BATCH,
     BATCH_BYTES,
     SPLITS,
     Progress,
-    next_step,
     open_split,
     quiet_datasets,
     raw_batches,
     read_manifest,
 )
 from data.story_files import find_files, read_file, tidy
-from model.errors import UserError, require, run_script
-from model.files import atomic_folder, require_space, sha256_file, shown, size_text, write_json
+from model.errors import UserError, require
+from model.files import atomic_folder, command, require_space, sha256_file, shown, size_text, write_json
 from model.settings import REPO, read_settings, require_within
 
 SOURCE: list[str] = ["hub"]  # hub (TinyStories), sample (built-in), a hub data set's name[:config], or files
@@ -95,7 +97,7 @@ def main():
             f"{kind}: {near:,} of {validation['compared']:,} validation stories share at least half of their sentences "
             f"with a training story{remark}"
         )
-    print(next_step("data/train_tokenizer.py", settings))
+    print(f"next: {command('data/train_tokenizer.py', data_dir=settings.data_dir)}")
 
 
 # Sources: a hub data set's name, the word "sample", or a file path
@@ -263,9 +265,9 @@ def split_at_random(
     count = min(total - 1, validation_count(total, settings.validation_fraction))
     chosen = set(random.Random(settings.seed).sample(range(total), count))
     splits, whole = {}, Dataset.from_file(str(everything))
-    with Progress(total=2 * whole.data.nbytes, unit="B", desc="splitting") as bar:
+    with Progress(total=2 * whole.data.nbytes, unit="B", desc="splitting") as splitting:
         for split in SPLITS:
-            numbered = enumerate(itertools.chain.from_iterable(raw_batches(whole, bar)))
+            numbered = enumerate(itertools.chain.from_iterable(raw_batches(whole, splitting)))
             mine = (story for index, story in numbered if (index in chosen) == (split == "validation"))
             splits[split] = write_split(folder / split, mine)
     everything.unlink()

@@ -19,20 +19,31 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.script import run_script  # first: see there
+
+# isort: split
 import numpy as np
 
 from data.encoder import Encoder, encode_all
 from data.stories import (
     SPLITS,
     Progress,
-    next_step,
     open_split,
     raw_batches,
     read_manifest,
 )
 from model.config import GPTConfig
-from model.errors import UserError, require, run_script
-from model.files import atomic_write, read_json, require_space, sha256_file, shown, size_text, write_json
+from model.errors import UserError, require
+from model.files import (
+    atomic_write,
+    command,
+    read_json,
+    require_space,
+    sha256_file,
+    shown,
+    size_text,
+    write_json,
+)
 from model.settings import read_settings, require_within
 from model.tokenizer import END_OF_TEXT, read_tokenizer
 
@@ -76,7 +87,7 @@ def main():
             f"{size_text(counts['bytes']):>9}  {counts['bytes'] / counts['tokens']:.2f} bytes per token  "
             f"{counts['longer'] / counts['stories']:.1%} longer than {CONTEXT} tokens"
         )
-    print(next_step("train.py", settings))
+    print(f"next: {command('train.py', data_dir=settings.data_dir)}")
 
 
 def available_cores() -> int:

@@ -1,10 +1,8 @@
 """Read data/raw, and helpers that the three steps share."""
 
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -32,12 +30,6 @@ class Progress(tqdm):
         self.update(size)
 
 
-def next_step(script: str, settings: SimpleNamespace) -> str:
-    """The command to run next, as the user would type it here."""
-    place = f" --data-dir {shlex.quote(shown(settings.data_dir))}" if "data_dir" in settings.given else ""
-    return f"next: {command(script)}{place}"
-
-
 def quiet_datasets(datasets: object) -> None:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised as well
     if not sys.stderr.isatty():
@@ -49,9 +41,9 @@ def quiet_datasets(datasets: object) -> None:
 
 def read_manifest(data_dir: Path) -> dict:
     """The manifest that step 1 wrote. Raises UserError if it is missing or damaged."""
-    path, step = data_dir / "raw" / "manifest.json", command("data/ingestion.py")
+    path, step = data_dir / "raw" / "manifest.json", command("data/ingestion.py", data_dir=data_dir)
     manifest = read_json(path)
-    require(bool(manifest), f"no raw data yet in {shown(path.parent)}: run {step}")
+    require(manifest, f"no raw data yet in {shown(path.parent)}: run {step}")
     try:
         whole = all({"stories", "bytes", "sha256"} <= set(manifest["splits"][split]) for split in SPLITS)
     except (KeyError, TypeError):
@@ -70,7 +62,7 @@ def open_split(raw: Path, split: str, splits: dict) -> object:
         whole = len(dataset) == splits[split]["stories"] and dataset.column_names == ["text"]
     except Exception:  # missing or damaged files raise various exceptions
         whole = False
-    again = command("data/ingestion.py")
+    again = command("data/ingestion.py", data_dir=raw.parent)
     require(whole, f"{shown(raw / split)} is damaged: delete {shown(raw)} and run {again} again")
     return dataset
 

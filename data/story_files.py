@@ -29,7 +29,7 @@ def find_files(word: str, generated: Path) -> list[Path] | None:
     In a folder, hidden files, other file types and the scripts' own output under `generated` are skipped.
     Raises UserError if the word is a path but leads to no story file.
     """
-    require(bool(word.strip()), "a source name is empty: give a file, folder, glob or hub data set")
+    require(word.strip(), "a source name is empty: give a file, folder, glob or hub data set")
     path = Path(word).expanduser()
     ours = [generated / name for name in ("raw", "tokenizer", "processed")]
     if path.is_dir():
@@ -46,7 +46,7 @@ def find_files(word: str, generated: Path) -> list[Path] | None:
     else:
         return None
     files = [file for file in files if not file.is_dir()]
-    require(bool(files), f"{word} contains no story files ({', '.join(FILE_TYPES)})")
+    require(files, f"{word} contains no story files ({', '.join(FILE_TYPES)})")
     for file in files:
         known = file_type(file) in FILE_TYPES
         require(known, f"{shown(file)} is not a story file: use {', '.join(FILE_TYPES)}")

@@ -24,11 +24,14 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # train and encode on all cores
 
+from model.script import run_script  # first: see there
+
+# isort: split
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data.stories import Progress, next_step, open_split, raw_batches, read_manifest
-from model.errors import UserError, first_line, require, run_script
-from model.files import atomic_write, read_json, sha256_file, shown, write_json
+from data.stories import Progress, open_split, raw_batches, read_manifest
+from model.errors import UserError, first_line, require
+from model.files import atomic_write, command, read_json, sha256_file, shown, write_json
 from model.hub import hub_errors
 from model.settings import read_settings, require_within
 from model.tokenizer import END_OF_TEXT
@@ -73,7 +76,7 @@ def main():
         write_json(path.with_name("made_from.json"), {**made_from, "tokenizer_sha256": sha256_file(path)})
         print(f"wrote {shown(path)} in {time.monotonic() - start:.1f} s")
     describe(tokenizer, stories, asked=made_from.get("vocab_size", 0))
-    print(next_step("data/prepare_data.py", settings))
+    print(f"next: {command('data/prepare_data.py', data_dir=settings.data_dir)}")
 
 
 def check(settings: SimpleNamespace) -> None:
@@ -199,7 +202,10 @@ def take_over(stories: object, settings: SimpleNamespace) -> Tokenizer:
     """The tokenizer of an existing model, to fine-tune it or compare with it."""
     from model.huggingface import load_tokenizer_json  # imports torch, which takes seconds
 
-    tokenizer = Tokenizer.from_str(load_tokenizer_json(settings.kind))
+    parts = json.loads(load_tokenizer_json(settings.kind))
+    for token in parts["added_tokens"]:
+        token["special"] |= token["content"] == END_OF_TEXT  # so that it is text within a story
+    tokenizer = Tokenizer.from_str(json.dumps(parts))
     found = tokenizer.token_to_id(END_OF_TEXT) is not None
     require(
         found, f"the tokenizer of {settings.kind} has no {END_OF_TEXT} token to separate stories: use another"

@@ -5,100 +5,15 @@ offset, and visits them in random order; both depend on (seed, epoch) alone. So 
 replaying earlier steps, and it is the same for 1 process and for 8.
 """
 
-import hashlib
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.errors import UserError
-from model.files import command, read_json, sha256_file, shown
 from model.settings import require_seed
 
-PREPARE = command("data/prepare_data.py")
-COUNTED = 2**23  # at most so many tokens, in pieces, where frequencies are counted
-PIECE = 2**16
 AHEAD = 16  # steps whose windows are found together: numpy then takes an eighth of the time
 SIGNED = {"i2": torch.int16, "i4": torch.int32}
-META = ("dtype", "vocab_size", "eot_id", "tokenizer_sha256", "splits")
-
-
-@dataclass(frozen=True)
-class Split:
-    """One packed file and its entry in meta.json."""
-
-    tokens: np.ndarray  # memory-mapped, 1-D, uint16 or uint32
-    stories: int
-    bytes: int  # UTF-8 bytes of the stories' text
-    sha256: str  # of the file
-
-    @property
-    def bytes_per_token(self) -> float:
-        return self.bytes / len(self.tokens)
-
-
-@dataclass(frozen=True)
-class Data:
-    train: Split
-    validation: Split
-    vocab_size: int
-    eot_id: int
-    tokenizer_json: str
-
-
-def load_data(data_dir: Path, verify: bool = False) -> Data:
-    """Memory-map data_dir/processed and check it against meta.json (with `verify`, the SHA-256 too).
-
-    Raises UserError if a file is missing, truncated, or made with another tokenizer.
-    """
-    processed = data_dir / "processed"
-    meta = read_json(processed / "meta.json")
-    if not meta:
-        raise UserError(f"no packed stories in {shown(processed)} yet: run {PREPARE}")
-    missing = [entry for entry in META if entry not in meta]
-    if missing:
-        raise UserError(f"{shown(processed / 'meta.json')} lacks {', '.join(missing)}: run {PREPARE}")
-    tokenizer_path = data_dir / "tokenizer" / "tokenizer.json"
-    if not tokenizer_path.exists():
-        step = command("data/train_tokenizer.py")
-        raise UserError(f"no tokenizer at {shown(tokenizer_path)} yet: run {step}")
-    if sha256_file(tokenizer_path) != meta["tokenizer_sha256"]:
-        raise UserError(
-            f"{shown(processed)} was packed with another tokenizer than {shown(tokenizer_path)}: run {PREPARE}"
-        )
-    splits = {}
-    for name in ("train", "validation"):
-        path, facts = processed / f"{name}.bin", meta["splits"].get(name)
-        if not facts or not facts["tokens"]:
-            raise UserError(f"{shown(processed)} has no {name} stories: run {PREPARE}")
-        expected = facts["tokens"] * np.dtype(meta["dtype"]).itemsize
-        size = path.stat().st_size if path.exists() else 0
-        if size != expected:
-            raise UserError(
-                f"{shown(path)} has {size:,} bytes, but meta.json says {expected:,}: run {PREPARE}"
-            )
-        if verify and sha256_file(path) != facts["sha256"]:
-            raise UserError(f"{shown(path)} is damaged (its SHA-256 differs from meta.json's): run {PREPARE}")
-        tokens = np.memmap(path, dtype=np.dtype(meta["dtype"]).newbyteorder("<"), mode="r")
-        splits[name] = Split(tokens, facts["stories"], facts["bytes"], facts["sha256"])
-    return Data(
-        splits["train"],
-        splits["validation"],
-        meta["vocab_size"],
-        meta["eot_id"],
-        tokenizer_path.read_text(encoding="utf-8"),
-    )
-
-
-def fingerprints(data: Data) -> dict[str, str]:
-    """SHA-256 of both splits and of the tokenizer, which must not change when a run resumes."""
-    return {
-        "training stories": data.train.sha256,
-        "validation stories": data.validation.sha256,
-        "tokenizer": hashlib.sha256(data.tokenizer_json.encode()).hexdigest(),
-    }
 
 
 def shuffled(positions: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
@@ -186,12 +101,6 @@ class Batches:
             return to_device(self.windows(starts), device)
         indices = to_device(starts, device)[:, None] + torch.arange(self.block_size + 1, device=device)
         return self._resident[indices % len(self.tokens)].long() & (2 ** (8 * self.tokens.itemsize) - 1)
-
-
-def excerpt(tokens: np.ndarray) -> np.ndarray:
-    """At most COUNTED of the tokens, to count: pieces spread evenly over all."""
-    pieces = np.array_split(tokens, -(-len(tokens) // PIECE))
-    return np.concatenate(pieces[:: -(-len(tokens) // COUNTED)])
 
 
 def number_stories(idx: Tensor, eot_id: int) -> Tensor:

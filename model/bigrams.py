@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.batches import excerpt
 from model.gpt import GPT
+from model.packed_data import excerpt
 
 # Pseudo-count of the unigram prior; 30 and 300 were no better
 PRIOR = 100.0

@@ -139,7 +139,7 @@ class TransformersModel(Candidate):
         )
         self.tokenizer = text_tokenizer(tokenizer.backend_tokenizer.to_str())
         special = [t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None]
-        require(bool(special), f"the tokenizer of {name} has no end-of-text token, which scoring needs")
+        require(special, f"the tokenizer of {name} has no end-of-text token, which scoring needs")
         self.start_id, self.end_id = special[0], special[-1]
         config = network.config
         # Models without position embeddings (ALiBi, state space) have no limit; this one bounds memory.

@@ -30,6 +30,16 @@ from model.tokenizer import text_tokenizer
 
 FORMAT = 1
 BEFORE_DECAY = "before_decay.pt"
+# A run's files in its folder, the most important last
+RUN_FILES = (
+    "loss_curve.png",
+    "samples.md",
+    "shorter_*",
+    "metrics.jsonl",
+    "best.pt",
+    BEFORE_DECAY,
+    "ckpt_*.pt",
+)
 NAME = re.compile(r"ckpt_(\d+)\.pt")
 STARTED_EARLIER = (
     "this run was started by an earlier version of this repository: resume it with that version, or start a new "
@@ -126,7 +136,9 @@ def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
         if path.is_file():
             return path
     if name is None or name in known:
-        raise UserError(f"no checkpoint in {shown(folder)} yet: run {command('train.py')}")
+        raise UserError(
+            f"no checkpoint in {shown(folder)} yet: run {command('train.py', checkpoint_dir=folder)}"
+        )
     raise UserError(f"there is no checkpoint {name!r} (looked for {shown(candidates[0])})")
 
 
@@ -146,7 +158,8 @@ def only_one(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"another train.py is running in {shown(folder)}: wait for it, stop it, or use another --checkpoint-dir"
             ) from None
-        remove_leftovers(folder)
+        for pattern in RUN_FILES:
+            remove_leftovers(folder, pattern)
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -155,12 +168,18 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Move an earlier run's folder out of the way; return its new path, or None if there was none."""
+    """Move an earlier run's files into a new folder in theirs; return that, or None if there was no run.
+
+    Nothing else in the folder moves, and the folder itself may be a link, or a disk of its own.
+    """
     if not all_checkpoints(folder):
         return None
     with only_one(folder):
-        moved = folder.with_name(f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S}")
-        folder.rename(moved)
+        moved = folder / f"earlier-{datetime.now():%Y%m%d-%H%M%S}"
+        moved.mkdir()
+        for pattern in RUN_FILES:
+            for file in sorted(folder.glob(pattern)):
+                file.rename(moved / file.name)
     return moved
 
 

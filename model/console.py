@@ -7,13 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from model.files import command, shown
-from model.resume import TrainingState
 from model.run import NOT_KEPT, Run
 from model.runtime import peak_flops
 from model.settings import flag_name
+from model.training_state import TrainingState
 
 # Up to about four epochs are nearly as good as new data (Muennighoff et al. 2023)
 MANY_EPOCHS = 4
@@ -60,7 +61,8 @@ class ProgressBar:
 
     def __init__(self, run: Run, state: TrainingState):
         self.run, self.state, self.shows = run, state, run.processes.first
-        peak = peak_flops(run.runtime.device)
+        half = run.runtime.dtype != torch.float32
+        peak = peak_flops(run.runtime.device) if half else None
         self.peak = peak * run.processes.count if peak else None  # FLOP/s
         self.step, self.seconds, self.printed = state.step, state.seconds, time.monotonic()
         self.speed = 0.0  # tokens per second
@@ -140,12 +142,11 @@ def print_end(run: Run, state: TrainingState, finished: bool) -> None:
         )
         return
     tokens = state.step * run.tokens_per_step
-    places = f" --checkpoint-dir {shlex.quote(folder)}" if "checkpoint_dir" in settings.given else ""
     print(
         f"steps: {state.step}\ntokens: {tokens}\ntraining_seconds: {state.seconds:.1f}\n"
         f"tokens_per_second: {tokens / max(state.seconds, 1e-9):.0f}\n"
         f"best_validation_loss: {state.best_loss:.4f}\n"
         f"best_checkpoint: {folder}/best.pt\nloss_curve: {folder}/loss_curve.png\n"
         f"stories_on_the_way: {folder}/samples.md\n"
-        f"next: {command('generate.py')}{places}"
+        f"next: {command('generate.py', checkpoint_dir=run.folder)}"
     )

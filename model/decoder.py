@@ -22,17 +22,19 @@ from model.gpt import GPT, Block
 def choose_weights(device: torch.device, name: str) -> str:
     """float32, float16 or int8. `auto`: int8 on a CPU that has the kernels for it, else float32."""
     if name == "auto":
-        return "int8" if device.type == "cpu" and kernels.load()[0] else "float32"
+        return "int8" if device.type == "cpu" and kernels.load().library else "float32"
     if name == "int8" and device.type != "cpu":
         raise UserError("int8 weights are for CPUs: use --dtype float16 or float32 on a GPU")
-    if name == "int8" and not kernels.load()[0]:
-        raise UserError(f"int8 weights need compiled kernels ({kernels.load()[1]}): use --dtype float32")
+    if name == "int8" and not kernels.load().library:
+        raise UserError(
+            f"int8 weights need compiled kernels ({kernels.load().shortcoming}): use --dtype float32"
+        )
     if name == "float16" and device.type == "cpu":
         raise UserError("float16 weights are for GPUs: use --dtype int8 or float32 on a CPU")
     return name
 
 
-class Window(NamedTuple):
+class CacheWindow(NamedTuple):
     """Where the new tokens of a step are: positions in the KV cache."""
 
     new: slice | Tensor
@@ -40,7 +42,7 @@ class Window(NamedTuple):
     mask: Tensor | None  # (T or 1, seen): what each of them sees; None: everything up to itself
 
 
-class Linear:
+class FusedLinear:
     """x (N, in) -> residual (N, out) + prepare(x) @ weight.T + bias, for a weight (out, in).
 
     `prepare` is rms_norm, layer_norm (both without weights of their own), swiglu (of 2 in numbers), gelu or nothing.
@@ -64,8 +66,8 @@ class Linear:
         return out if residual is None else residual + out
 
 
-class Attention:
-    """qkv (N, 3 C) -> (N, C), for keys and values (B, H, room, D) of all positions, which are extended.
+class CachedAttention:
+    """qkv (N, 3 H D) -> (N, H D), for keys and values (B, H, capacity, D) of all positions, which are extended.
 
     `cos` and `sin` (2, 1, 1, block_size, D) turn queries and keys after their norms, whose weights they contain; None:
     neither.
@@ -74,7 +76,7 @@ class Attention:
     def __init__(self, cos: Tensor | None, sin: Tensor | None, eps: float):
         self.cos, self.sin, self.eps = cos, sin, eps
 
-    def __call__(self, qkv: Tensor, keys: Tensor, values: Tensor, window: Window) -> Tensor:
+    def __call__(self, qkv: Tensor, keys: Tensor, values: Tensor, window: CacheWindow) -> Tensor:
         B, H, _, D = keys.shape
         heads = qkv.view(B, -1, 3, H, D).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         qk, v = heads[:2], heads[2]
@@ -90,18 +92,26 @@ class Attention:
         return y.transpose(1, 2).reshape(len(qkv), -1)
 
 
+class DecoderBlock(NamedTuple):
+    qkv: "FusedLinear | kernels.PackedLinear"
+    attention: CachedAttention
+    project: "FusedLinear | kernels.PackedLinear"
+    up: "FusedLinear | kernels.PackedLinear"
+    down: "FusedLinear | kernels.PackedLinear"
+
+
 class KVCache:
     """Keys and values of all layers for the positions so far, preallocated."""
 
-    def __init__(self, decoder: "Decoder", batch: int, room: int):
+    def __init__(self, decoder: "Decoder", batch: int, capacity: int):
         config, like = decoder.config, decoder.embedding
-        shape = (batch, config.n_head, room, config.head_dim)
+        shape = (batch, config.n_head, capacity, config.head_dim)
         self.k = [like.new_zeros(shape) for _ in range(config.n_layer)]
         self.v = [like.new_zeros(shape) for _ in range(config.n_layer)]
-        self.room, self.length = room, 0  # positions: capacity, and stored so far
+        self.capacity, self.length = capacity, 0  # positions: at most, and stored so far
         # A CUDA graph replays tensors, not Python numbers: the next position, and all positions.
         self.next = torch.zeros(1, dtype=torch.long, device=like.device)
-        self.positions = torch.arange(room, device=like.device)
+        self.positions = torch.arange(capacity, device=like.device)
 
     def clear(self) -> None:
         self.length = 0
@@ -132,7 +142,7 @@ class Decoder:
         self.config, self.device, self.weights = model.config, like.device, weights
         self.dtype = torch.float16 if weights == "float16" else like.dtype  # of activations, too
         here = like.device.type == "cpu" and self.dtype == torch.float32
-        self.native = here and kernels.load()[0] is not None
+        self.native = here and kernels.load().library is not None
         if weights == "int8" and not self.native:
             raise ValueError("int8 weights need the kernels in C, which are for float32 models on a CPU")
         self.eps = NORM_EPS[self.config.blocks]
@@ -143,8 +153,10 @@ class Decoder:
         self.head = self.linear(model.head_weight, None, model.norm)
         self.network = kernels.Network(self.blocks, self.head, self.eps) if self.native else None
 
-    def linear(self, weight: Tensor, bias: Tensor | None, prepare: nn.Module | str = "nothing") -> Linear:
-        """A Linear; a norm as `prepare` is one whose own weight and bias are folded into the matrix."""
+    def linear(
+        self, weight: Tensor, bias: Tensor | None, prepare: nn.Module | str = "nothing"
+    ) -> FusedLinear:
+        """A FusedLinear; a norm as `prepare` is one whose own weight and bias are folded into the matrix."""
         if isinstance(prepare, nn.Module):
             if (shift := getattr(prepare, "bias", None)) is not None:
                 bias = weight @ shift if bias is None else weight @ shift + bias
@@ -152,11 +164,10 @@ class Decoder:
             prepare = "rms_norm" if self.config.blocks == "modern" else "layer_norm"
         bias = None if bias is None else bias.detach().to(self.dtype)
         if self.native:
-            return kernels.Linear(weight.detach(), bias, prepare, int8=self.weights == "int8")
-        return Linear(weight.detach().to(self.dtype), bias, prepare, self.eps)
+            return kernels.PackedLinear(weight.detach(), bias, prepare, int8=self.weights == "int8")
+        return FusedLinear(weight.detach().to(self.dtype), bias, prepare, self.eps)
 
-    def arrange(self, block: Block, model: GPT) -> tuple:
-        """A block as (qkv, attention, project, up, down)."""
+    def arrange(self, block: Block, model: GPT) -> DecoderBlock:
         attention, mlp, cos, sin = block.attention, block.mlp, None, None
         if self.config.blocks == "modern":
             half = self.config.head_dim // 2
@@ -173,9 +184,9 @@ class Decoder:
             repeats = (1, *[self.config.n_head // self.config.kv_heads] * 2)
             parts = [part.repeat_interleave(n, 0) for part, n in zip(each, repeats, strict=True)]
             weight = torch.cat(parts).flatten(0, 1)
-        return (
+        return DecoderBlock(
             self.linear(weight, attention.qkv.bias, block.attention_norm),
-            Attention(cos, sin, self.eps),
+            CachedAttention(cos, sin, self.eps),
             self.linear(attention.proj.weight, attention.proj.bias),
             self.linear(up.weight, up.bias, block.mlp_norm),
             self.linear(mlp.down.weight, mlp.down.bias, activation),
@@ -186,8 +197,8 @@ class Decoder:
         a mask, and cache.next holds the position.
         """
         start, end = cache.length, cache.length + ids.size(1)
-        if end > cache.room:
-            raise ValueError(f"{end} tokens exceed the context of {cache.room}")
+        if end > cache.capacity:
+            raise ValueError(f"{end} tokens exceed the context of {cache.capacity}")
         x = F.embedding(ids, self.embedding)
         if self.position_embedding is not None:
             x = x + self.position_embedding[cache.next if graph else slice(start, end)]
@@ -199,9 +210,9 @@ class Decoder:
     def plain(self, x: Tensor, cache: KVCache, graph: bool) -> Tensor:
         """Embeddings (B, T, C) -> logits (B, V), in PyTorch's operations."""
         (B, T, _), start, end = x.shape, cache.length, cache.length + x.size(1)
-        window = Window(slice(start, end), slice(0, end), None)
+        window = CacheWindow(slice(start, end), slice(0, end), None)
         if graph:
-            window = Window(cache.next, slice(None), (cache.positions <= cache.next)[None])
+            window = CacheWindow(cache.next, slice(None), (cache.positions <= cache.next)[None])
         elif start and T > 1:  # causal mask: the past, and new tokens up to itself
             window = window._replace(mask=torch.ones(T, end, dtype=torch.bool, device=x.device).tril(start))
         x = x.view(B * T, -1)

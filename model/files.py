@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from model.errors import UserError, require
-from model.settings import REPO
+from model.settings import REPO, flag_name, read_constants
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     path = path.resolve()  # replace a link's target, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent, path.name)
+    remove_leftovers(path.parent, glob.escape(path.name))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -39,7 +39,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `path`; on success it replaces `path`."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent, path.name)
+    remove_leftovers(path.parent, glob.escape(path.name))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
     temporary.mkdir()
@@ -50,15 +50,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
-        remove_leftovers(path.parent, path.name)
+        remove_leftovers(path.parent, glob.escape(path.name))
 
 
-def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove temporary files left by killed processes (all, or those for `name`).
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove temporary files left by killed processes, for files whose names match the pattern.
 
     A folder moved aside by an unfinished replacement is restored.
     """
-    for leftover in folder.glob(f".{'*' if name is None else glob.escape(name)}.*"):
+    for leftover in folder.glob(f".{pattern}.*"):
         *words, process, suffix = leftover.name[1:].split(".")
         if process.isdigit() and suffix in ("tmp", "old") and not lives(int(process)):
             if suffix == "old" and not (whole := folder / ".".join(words)).exists():
@@ -87,6 +87,13 @@ def file_to_write(name: str | None, flag: str) -> Path | None:
     path = Path(name).expanduser()
     require(not path.is_dir(), f"{flag} {name or repr(name)} is a folder: name a file in it")
     require(not path.exists() or path.is_file(), f"{flag} {name} is not a regular file")
+    try:
+        folder = path.resolve().parent
+    except (OSError, RuntimeError):  # a link that leads to itself
+        raise UserError(f"{flag} {name} cannot be written") from None
+    folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    require(folder.is_dir(), f"{flag} {name} cannot be written: {shown(folder)} is not a folder")
+    require(os.access(folder, os.W_OK), f"{flag} {name} cannot be written: {shown(folder)} is read-only")
     return path
 
 
@@ -158,9 +165,17 @@ def shown(path: str | Path) -> str:
     return str(path)
 
 
-def command(script: str) -> str:
-    """The command to run a script, given by its path in the repository, from the current directory."""
-    return f"python {shlex.quote(shown(REPO / script))}"
+def command(script: str, **folders: Path) -> str:
+    """The command to run a script, given by its path in the repository, from the current directory. For its settings
+    `folders` (data_dir, checkpoint_dir), it has the flags that are needed: none if these are its defaults."""
+    words = ["python", shown(REPO / script)]
+    defaults = (
+        {constant.name: constant.value for constant in read_constants(REPO / script)} if folders else {}
+    )
+    for name, folder in folders.items():
+        if folder != REPO / defaults[name]:
+            words += [flag_name(name), shown(folder)]
+    return shlex.join(words)
 
 
 def size_text(count: float) -> str:

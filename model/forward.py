@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model.batches import number_stories
 from model.errors import first_line, require, warn
 from model.gpt import GPT, Attention, rotary_tables, story_mask
 from model.run import Run
@@ -93,39 +94,34 @@ def compile_model(model: GPT) -> nn.Module:
     that join late. That takes a fraction of the time, and the code is about as fast (benchmarks/RESULTS.md).
     """
     if model.head_weight.device.type != "cpu":
-        return torch.compile(model, dynamic=False)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return torch.compile(model, dynamic=False, options={"deterministic": deterministic})
     for part in (*model.blocks, model.norm, model.cross_entropy):
         # dropout is faster with PyTorch's random numbers than with the compiler's, and as in eager mode
         part.compile(dynamic=False, options={"deterministic": True, "fallback_random": True})
     return model
 
 
-def prepare_forward(run: Run, model: GPT, windows: int) -> tuple[nn.Module, int]:
-    """The function (idx, targets, stories, shortlist) -> loss, compiled if possible, and the micro-batch in windows,
-    for a process that has so many windows in each step.
+def prepare_forward(run: Run, model: GPT, windows: int) -> nn.Module:
+    """The function (idx, targets, story_ids, shortlist) -> loss, compiled if possible, for a process that has so many
+    windows in each step. With several processes, its backward pass averages their gradients.
 
-    With several processes, its backward pass averages their gradients. Runs it on each size of micro-batch, so that
-    failures come before the first step: if memory runs out, it halves the micro-batch; if compilation fails, it falls
-    back to eager mode.
+    Runs it on each size of micro-batch, so that failures come before the first step: if memory runs out, it halves the
+    micro-batch; if compilation fails, it falls back to eager mode. What works is set in run.settings.micro_batch (the
+    same in all processes), run.runtime.compile and model.flex.
     """
-    runtime, wanted = run.runtime, run.settings.micro_batch
-    shortlist = run.shortlists and run.shortlists.shortlist(0, runtime.device)  # any step's would do
-    micro_batch = min(wanted, windows) or equal_parts(windows, guess_micro_batch(model, runtime))
+    settings, runtime, processes = run.settings, run.runtime, run.processes
+    _, most = processes.extremes(windows)
+    micro_batch = min(settings.micro_batch, most) or equal_parts(most, guess_micro_batch(model, runtime))
     model.flex = choose_flex(run)
     forward = compile_model(model) if runtime.compile else model
-    while True:
-        sizes = {micro_batch, windows % micro_batch or micro_batch}  # the last of a step may be smaller
+    agreed = False
+    while not agreed:
+        last = windows % micro_batch or micro_batch  # the last of a step may be smaller
         try:
-            for size in sizes:
-                # sliced from longer rows like the windows of a step: other strides would trigger a recompilation
-                rows = torch.zeros(size, model.config.block_size + 1, dtype=torch.long, device=runtime.device)
-                inputs, targets = rows[:, :-1], rows[:, 1:]
-                story_ids = inputs.int() if run.recipe.mask_stories else None
-                with runtime.autocast():
-                    loss = forward(inputs, targets, story_ids, shortlist)
-                loss.backward()
+            for size in {min(micro_batch, windows), last}:
+                try_out(run, forward, size)
         except Exception as error:  # compilation can fail in many ways; eager mode still works
-            loss = None  # frees the memory held by the failed attempt
             if ran_out_of_memory(error):
                 require(micro_batch > 1, "not even one window fits in the GPU's memory: use a smaller model")
                 micro_batch //= 2
@@ -139,11 +135,26 @@ def prepare_forward(run: Run, model: GPT, windows: int) -> tuple[nn.Module, int]
                 torch.compiler.set_stance("force_eager")
                 runtime.compile = False
         else:
-            break
+            micro_batch, largest = processes.extremes(micro_batch)
+            agreed = micro_batch == largest
         finally:
             model.zero_grad(set_to_none=True)
-    if run.processes.count > 1:
-        with warnings.catch_warnings():  # PyTorch 2.13 renames an argument
-            warnings.simplefilter("ignore", FutureWarning)
-            forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
-    return forward, micro_batch
+    settings.micro_batch = micro_batch
+    return average_gradients(forward) if processes.count > 1 else forward
+
+
+def try_out(run: Run, forward: nn.Module, size: int) -> None:
+    """A forward and a backward pass over a micro-batch of so many windows."""
+    # sliced from longer rows like the windows of a step: other strides would trigger a recompilation
+    rows = torch.zeros(size, run.config.block_size + 1, dtype=torch.long, device=run.runtime.device)
+    inputs, targets = rows[:, :-1], rows[:, 1:]
+    story_ids = number_stories(inputs, run.data.eot_id) if run.recipe.mask_stories else None
+    with run.runtime.autocast():
+        loss = forward(inputs, targets, story_ids, run.shortlist(0))  # any step's shortlist would do
+    loss.backward()
+
+
+def average_gradients(forward: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():  # PyTorch 2.13 renames an argument
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)

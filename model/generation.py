@@ -55,22 +55,18 @@ def next_distribution(
         return softmax(logits, temperature), None
     # On a CPU, sorting the whole vocabulary costs more than the model. The top few nearly always include all that
     # the filters keep. A GPU sorts fast, but checking this would force it to synchronise.
-    return filter_likeliest(
-        logits, temperature, sampling, vocabulary if logits.is_cuda else sampling.top_k or 64
-    )
+    return filter_top(logits, temperature, sampling, vocabulary if logits.is_cuda else sampling.top_k or 64)
 
 
-def filter_likeliest(
-    logits: Tensor, temperature: float, sampling: Sampling, count: int
-) -> tuple[Tensor, Tensor]:
+def filter_top(logits: Tensor, temperature: float, sampling: Sampling, count: int) -> tuple[Tensor, Tensor]:
     """next_distribution() from the `count` likeliest tokens, or from more in the rows where more pass the filters."""
     count = min(count, logits.size(-1))
-    probabilities, ids = likeliest(logits, count, temperature)
+    probabilities, ids = top_probabilities(logits, count, temperature)
     outside = torch.zeros_like(probabilities, dtype=torch.bool)
     if sampling.top_k:
         outside[:, sampling.top_k :] = True
         probabilities = probabilities.masked_fill(outside, 0)
-        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+        probabilities = probabilities / total(probabilities)
     if sampling.top_p < 1:
         # Keep a token if those before it hold less than top_p; the most likely one is always kept.
         outside |= probabilities.cumsum(-1) - probabilities >= sampling.top_p
@@ -78,13 +74,18 @@ def filter_likeliest(
         outside |= probabilities < sampling.min_p * probabilities[:, :1]
     all_are_here = count in (logits.size(-1), sampling.top_k)
     probabilities = probabilities.masked_fill(outside, 0)
-    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    probabilities = probabilities / total(probabilities)
     if not all_are_here and (short := ~outside[:, -1]).any():
-        more, more_ids = filter_likeliest(logits[short], temperature, sampling, 8 * count)
+        more, more_ids = filter_top(logits[short], temperature, sampling, 8 * count)
         padding = (0, more.size(1) - count)
         probabilities, ids = F.pad(probabilities, padding), F.pad(ids, padding)
         probabilities[short], ids[short] = more, more_ids
     return probabilities, ids
+
+
+def total(probabilities: Tensor) -> Tensor:
+    """The sum of each row, (B, 1). Added up in order: the bits of sum() may depend on the number of rows."""
+    return probabilities.cumsum(-1)[:, -1:]
 
 
 def softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -92,10 +93,15 @@ def softmax(logits: Tensor, temperature: float) -> Tensor:
     return ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
 
 
-def likeliest(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+def top_probabilities(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
     """The probabilities (B, count) of the likeliest tokens, in descending order, and their ids."""
-    if count <= 512 and logits.device.type == "cpu" and logits.dtype == torch.float32 and kernels.load()[0]:
-        return kernels.likeliest(logits, count, temperature)
+    if (
+        count <= 512
+        and logits.device.type == "cpu"
+        and logits.dtype == torch.float32
+        and kernels.load().library
+    ):
+        return kernels.top_probabilities(logits, count, temperature)
     probabilities = softmax(logits, temperature)
     return probabilities.sort(descending=True) if count == logits.size(-1) else probabilities.topk(count)
 
@@ -274,10 +280,17 @@ def generate(
             rows = [rows[k] for k in going]
 
 
-def generate_all(decoder: Decoder, prompts: list[list[int]], *arguments) -> list[list[int]]:
+def generate_all(
+    decoder: Decoder,
+    prompts: list[list[int]],
+    max_tokens: int,
+    eot_id: int,
+    sampling: Sampling,
+    seeds: list[int],
+) -> list[list[int]]:
     """generate(), collected: the new tokens of each sequence."""
     written: list[list[int]] = [[] for _ in prompts]
-    for row_tokens in generate(decoder, prompts, *arguments):
+    for row_tokens in generate(decoder, prompts, max_tokens, eot_id, sampling, seeds):
         for row, token in enumerate(row_tokens):
             if token is not None:
                 written[row].append(token)

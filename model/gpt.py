@@ -53,38 +53,38 @@ def causal(T: int, device: torch.device) -> Tensor:
     return torch.ones(T, T, dtype=torch.bool, device=device).tril()
 
 
-def story_mask(stories: Tensor, blocks: bool = False) -> "Tensor | BlockMask":
+def story_mask(story_ids: Tensor, blocks: bool = False) -> "Tensor | BlockMask":
     """Who may attend to whom, given each token's story (B, T): earlier tokens of the same story, and itself.
 
     A bool tensor (B, 1, T, T), or with `blocks` the form that flex_attention takes, which skips blocks of 128 by 128
     in which no token may attend to any other.
     """
-    B, T = stories.shape
+    B, T = story_ids.shape
     if not blocks:
-        return causal(T, stories.device) & (stories[:, None, :, None] == stories[:, None, None, :])
+        return causal(T, story_ids.device) & (story_ids[:, None, :, None] == story_ids[:, None, None, :])
     from torch.nn.attention.flex_attention import create_block_mask
 
     def same(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (stories[b, q] == stories[b, k])
+        return (q >= k) & (story_ids[b, q] == story_ids[b, k])
 
-    return create_block_mask(same, B, None, T, T, device=stories.device)
+    return create_block_mask(same, B, None, T, T, device=story_ids.device)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropout: float = 0.0) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """Causal attention that materialises the scores, with a float32 softmax, (B, H, T, D) -> (B, H, T, D).
 
     On a CPU this trains faster than the fused kernel, whose backward pass is slow there. In float32, products dominate:
     queries are taken in quarters, each with the keys up to its end only. In bfloat16 that does not pay.
     """
     T = q.size(2)
-    if seen is None:
-        seen = causal(T, q.device)
+    if mask is None:
+        mask = causal(T, q.device)
     q = q * q.size(-1) ** -0.5
     rows = -(-T // 4) if v.dtype == torch.float32 else T
     parts = []
     for first in range(0, T, rows):
         end = min(first + rows, T)
-        hidden = torch.where(seen[..., first:end, :end], 0.0, -math.inf)  # float32, as then are the scores
+        hidden = torch.where(mask[..., first:end, :end], 0.0, -math.inf)  # float32, as then are the scores
         scores = q[:, :, first:end] @ k[:, :, :end].mT + hidden
         weights = scores.softmax(dim=-1).type_as(v)
         parts.append((F.dropout(weights, dropout) if dropout else weights) @ v[:, :, :end])
@@ -92,7 +92,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropou
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, T, C) -> (B, T, C), with the mask `seen` of story_mask(), or a causal one."""
+    """Multi-head self-attention, (B, T, C) -> (B, T, C), with the mask `mask` of story_mask(), or a causal one."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -106,7 +106,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, seen: "Tensor | BlockMask | None" = None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: "Tensor | BlockMask | None" = None
     ) -> Tensor:
         B, T, _ = x.shape
         # q is (B, H, T, D); k and v may have fewer heads
@@ -117,15 +117,15 @@ class Attention(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         if k.size(1) < q.size(1):  # not every attention kernel supports grouped-query attention
             k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
-        if not (seen is None or isinstance(seen, Tensor)):
+        if not (mask is None or isinstance(mask, Tensor)):
             from torch.nn.attention.flex_attention import flex_attention
 
             # its kernel on a CPU reads v wrongly where it is not contiguous, so none is trusted to
-            y = flex_attention(q, k, v.contiguous(), block_mask=seen)
+            y = flex_attention(q, k, v.contiguous(), block_mask=mask)
         elif self.training and x.device.type == "cpu" and T <= PLAIN_UP_TO:
-            y = plain_attention(q, k, v, seen, dropout)
+            y = plain_attention(q, k, v, mask, dropout)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, seen, dropout_p=dropout, is_causal=seen is None)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=mask is None)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -168,9 +168,9 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, seen: "Tensor | BlockMask | None" = None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: "Tensor | BlockMask | None" = None
     ) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, seen))
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, mask))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -246,7 +246,7 @@ class GPT(nn.Module):
         """The output matrix, (V, C)."""
         return self.token_embedding.weight if self.config.tie_weights else self.head.weight
 
-    def hidden(self, idx: Tensor, stories: Tensor | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, story_ids: Tensor | None = None) -> Tensor:
         """Token ids (B, T) -> hidden states after the final norm (B, T, C)."""
         T = idx.shape[1]
         if self.config.block_size < T:
@@ -257,27 +257,27 @@ class GPT(nn.Module):
             x = x + self.position_embedding.weight[:T]
         else:
             rotary = self.rotary_cos[:T], self.rotary_sin[:T]
-        seen = None
-        if stories is not None:
-            seen = story_mask(stories, blocks=self.flex and torch.compiler.is_compiling())
+        mask = None
+        if story_ids is not None:
+            mask = story_mask(story_ids, blocks=self.flex and torch.compiler.is_compiling())
         x = self.dropout(x)
         for block in self.blocks[: self.depth]:
-            x = block(x, rotary, seen)
+            x = block(x, rotary, mask)
         return self.norm(x)
 
     def forward(
         self,
         idx: Tensor,
         targets: Tensor | None = None,
-        stories: Tensor | None = None,
+        story_ids: Tensor | None = None,
         shortlist: Shortlist | None = None,
     ) -> Tensor:
         """Logits (B, T, V), or with targets (B, T) their mean cross-entropy in nats per token (float32).
 
-        With `stories` (B, T), the index of each token's story, a token attends only within its own story. With a
+        With `story_ids` (B, T), the index of each token's story, a token attends only within its own story. With a
         `shortlist`, which must contain all targets, the cross-entropy is an estimate from these tokens alone.
         """
-        states = self.hidden(idx, stories)
+        states = self.hidden(idx, story_ids)
         if targets is None:
             return F.linear(states, self.head_weight)
         return self.cross_entropy(states, self.head_weight, targets, shortlist)

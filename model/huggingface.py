@@ -235,7 +235,7 @@ def find_pretrained(name: str, *patterns: str) -> Path:
     if folder.is_dir():
         return folder
     hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not folder.exists()
-    require(bool(hub_name), f"{name} is not a folder or the name of a model on the Hugging Face hub")
+    require(hub_name, f"{name} is not a folder or the name of a model on the Hugging Face hub")
     with hub_errors(f"{name} (no folder here)", "give the folder of a model"):
         from huggingface_hub import snapshot_download
 
@@ -268,7 +268,7 @@ def load_pretrained(name: str) -> Pretrained:
     folder = find_pretrained(name, "config.json", "tokenizer.json", "model*.safetensors")
     files = sorted(folder.glob("model*.safetensors"))
     require((folder / "config.json").is_file(), f"{name} has no config.json")
-    require(bool(files), f"{name} has no model.safetensors; other weight formats are not supported")
+    require(files, f"{name} has no model.safetensors; other weight formats are not supported")
     try:
         config = from_config_json(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         tensors = {}

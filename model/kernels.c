@@ -1,4 +1,4 @@
-/* Decoding on a CPU: the network of decoder.py, and the likeliest tokens. Compiled and called by kernels.py.
+/* Decoding on a CPU: the network of decoder.py, and the most likely tokens. Compiled and called by kernels.py.
 
    All numbers are float32, except that weights may be int8 with a scale for each of their rows. What becomes of one
    sequence has the same bits however many others and threads there are: additions are always in the same order. */
@@ -47,12 +47,17 @@ typedef struct {
     float *keys, *values;   /* (batch, heads, capacity, size) */
 } Block;
 
+typedef struct { /* `new` tokens of each sequence at the positions from `start` on, with attention's heads */
+    int batch, new, start, heads, size;
+    int capacity, positions; /* of the keys and values; of the tables cos and sin */
+} Shape;
+
 /* What a call to decode works with: the number of threads, and memory for the inputs of a matrix (rows, deepest) and
    for a block of each thread (deepest, BLOCK). */
 typedef struct {
     int threads, deepest;
     float *inputs, *blocks;
-} Room;
+} Scratch;
 
 /* e^x, within 3e-7 of it (relative), for x cut to -87 .. 87: 2^n times a polynomial, in a form that compilers
    vectorise. */
@@ -147,20 +152,20 @@ static ALWAYS_INLINE void multiply_tile(const void *block, int is_int8, int v, i
 
 /* out (rows, out) = residual + linear(x), for x (rows, in). residual: NULL, or elsewhere in memory than out. */
 static void multiply(const Linear *linear, float eps, const float *x, const float *residual, float *out, int rows,
-                     const Room *room)
+                     const Scratch *scratch)
 {
     int n = linear->out, in = linear->in, how = linear->prepare;
     const float *scales = linear->scales, *bias = linear->bias;
     if (how != NOTHING) {
-#pragma omp parallel for num_threads(room->threads) if (rows > 1)
+#pragma omp parallel for num_threads(scratch->threads) if (rows > 1)
         for (int r = 0; r < rows; r++)
-            prepare_row(how, x + (size_t)r * in * (how == SWIGLU ? 2 : 1), room->inputs + (size_t)r * in, in, eps);
-        x = room->inputs;
+            prepare_row(how, x + (size_t)r * in * (how == SWIGLU ? 2 : 1), scratch->inputs + (size_t)r * in, in, eps);
+        x = scratch->inputs;
     }
     int tiled = rows >= TILE;
-#pragma omp parallel num_threads(room->threads)
+#pragma omp parallel num_threads(scratch->threads)
     {
-        floats *expanded = (floats *)(room->blocks + (size_t)omp_get_thread_num() * room->deepest * BLOCK);
+        floats *expanded = (floats *)(scratch->blocks + (size_t)omp_get_thread_num() * scratch->deepest * BLOCK);
 #pragma omp for schedule(static)
         for (int first = 0; first < n; first += BLOCK) {
             int width = n - first < BLOCK ? n - first : BLOCK;
@@ -202,11 +207,11 @@ static void turn(const float *x, const float *cos, const float *sin, float *out,
         out[i] = scale * (x[i] * cos[i] + x[i < size / 2 ? i + size / 2 : i - size / 2] * sin[i]);
 }
 
-/* out (batch, new, heads * size) = causal attention of `new` tokens of each sequence at the positions from `start` on,
-   for qkv (batch, new, 3, heads, size). Extends the block's keys and values. */
-static void attend(const Block *block, float eps, const float *qkv, float *out, int batch, int new, int start,
-                   int heads, int size, int capacity, int positions, int threads)
+/* out (batch, new, heads * size) = causal attention for qkv (batch, new, 3, heads, size). Extends the block's keys and
+   values. */
+static void attend(const Block *block, float eps, const float *qkv, float *out, const Shape *shape, int threads)
 {
+    int batch = shape->batch, new = shape->new, heads = shape->heads, size = shape->size, capacity = shape->capacity;
 #pragma omp parallel for collapse(2) num_threads(threads)
     for (int b = 0; b < batch; b++)
         for (int h = 0; h < heads; h++) {
@@ -215,11 +220,11 @@ static void attend(const Block *block, float eps, const float *qkv, float *out, 
             float *k = block->keys + head, *v = block->values + head;
             float query[size], share[capacity], scale = 1 / sqrtf(size);
             for (int t = 0; t < new; t++) {
-                int here = start + t;
+                int here = shape->start + t;
                 const float *q = qkv + ((((size_t)b * new + t) * 3) * heads + h) * size;
                 const float *new_k = q + heads * size, *new_v = new_k + heads * size;
                 if (cos) {
-                    int place = here * size, key_place = (positions + here) * size;
+                    int place = here * size, key_place = (shape->positions + here) * size;
                     turn(q, cos + place, sin + place, query, size, eps);
                     turn(new_k, cos + key_place, sin + key_place, k + place, size, eps);
                 } else {
@@ -249,31 +254,31 @@ static void attend(const Block *block, float eps, const float *qkv, float *out, 
 }
 
 /* logits (batch, vocabulary) after the last of `new` tokens of each sequence, for their embeddings x (batch, new,
-   width), which are overwritten. scratch holds threads * BLOCK * deepest + rows * (deepest + widest + width +
+   width), which are overwritten. memory holds threads * BLOCK * deepest + rows * (deepest + widest + width +
    heads * size) numbers for rows = batch * new; deepest and widest: the inputs and outputs of the largest matrices,
    without the head's outputs. */
-void decode(const Block *blocks, int n_layer, const Linear *head, float eps, float *x, float *logits, int batch,
-            int new, int start, int heads, int size, int capacity, int positions, float *scratch, int deepest,
-            int widest, int threads)
+void decode(const Block *blocks, int n_layer, const Linear *head, float eps, float *x, float *logits,
+            const Shape *shape, float *memory, int deepest, int widest, int threads)
 {
+    int batch = shape->batch, new = shape->new;
     size_t rows = (size_t)batch * new, width = head->in;
-    Room room = {threads, deepest, scratch + (size_t)threads * BLOCK * deepest, scratch};
-    float *wide = room.inputs + rows * deepest, *between = wide + rows * widest, *attended = between + rows * width;
+    Scratch scratch = {threads, deepest, memory + (size_t)threads * BLOCK * deepest, memory};
+    float *wide = scratch.inputs + rows * deepest, *between = wide + rows * widest, *attended = between + rows * width;
     for (const Block *block = blocks; block < blocks + n_layer; block++) {
-        multiply(&block->qkv, eps, x, NULL, wide, rows, &room);
-        attend(block, eps, wide, attended, batch, new, start, heads, size, capacity, positions, threads);
-        multiply(&block->project, eps, attended, x, between, rows, &room);
-        multiply(&block->up, eps, between, NULL, wide, rows, &room);
-        multiply(&block->down, eps, wide, between, x, rows, &room);
+        multiply(&block->qkv, eps, x, NULL, wide, rows, &scratch);
+        attend(block, eps, wide, attended, shape, threads);
+        multiply(&block->project, eps, attended, x, between, rows, &scratch);
+        multiply(&block->up, eps, between, NULL, wide, rows, &scratch);
+        multiply(&block->down, eps, wide, between, x, rows, &scratch);
     }
     for (int b = 0; b < batch; b++)
         memcpy(between + b * width, x + ((size_t)b * new + new - 1) * width, sizeof(float) * width);
-    multiply(head, eps, between, NULL, logits, batch, &room);
+    multiply(head, eps, between, NULL, logits, batch, &scratch);
 }
 
 /* The `count` largest of each row's n logits, largest first: their probabilities (rows, count) in
    softmax(logits / temperature), and their places (rows, count). */
-void likeliest(const float *logits, int rows, int n, int count, float temperature, float *probabilities,
+void top_probabilities(const float *logits, int rows, int n, int count, float temperature, float *probabilities,
                int64_t *places)
 {
 #pragma omp parallel for if (rows > 8)

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from model.runtime import cpu_facts
 from model.settings import REPO
 
 if TYPE_CHECKING:
-    from model.decoder import Attention, KVCache
+    from model.decoder import DecoderBlock, KVCache
 
 SOURCE = Path(__file__).with_suffix(".c")
 CACHE = REPO / ".cache" / "kernels"
@@ -41,13 +41,18 @@ PREPARATIONS = ("nothing", "rms_norm", "layer_norm", "swiglu", "gelu")
 VECTORS = 4
 
 
+class Kernels(NamedTuple):
+    library: ctypes.PyDLL | None
+    shortcoming: str  # why there are none, or why they are slower than they could be; else empty
+
+
 @functools.cache
-def load() -> tuple[ctypes.PyDLL | None, str]:
-    """The kernels or None, and why there are none, or why they are slower than they could be; else an empty text."""
+def load() -> Kernels:
+    """The kernels, compiled at the first call."""
     commands = [os.environ.get("CC", "").split(), ["gcc"], ["clang"], ["cc"]]
     compiler = next((words for words in commands if words and shutil.which(words[0])), None)
     if compiler is None:
-        return None, "no C compiler here"
+        return Kernels(None, "no C compiler here")
     for openmp in OPENMP:
         try:
             # not CDLL, which would let Python's other threads run meanwhile, and use the scratch memory at once
@@ -58,12 +63,11 @@ def load() -> tuple[ctypes.PyDLL | None, str]:
             reason = first_line(error)
         else:
             pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-            sizes = [*[integer] * 7, pointer, *[integer] * 3]
-            library.decode.argtypes = [pointer, integer, pointer, real, *[pointer] * 2, *sizes]
-            library.likeliest.argtypes = [pointer, *[integer] * 3, real, *[pointer] * 2]
-            library.decode.restype = library.likeliest.restype = None
-            return library, f"one thread only with {compiler[0]}" if openmp == OPENMP[1] else ""
-    return None, reason
+            library.decode.argtypes = [pointer, integer, pointer, real, *[pointer] * 4, *[integer] * 3]
+            library.top_probabilities.argtypes = [pointer, *[integer] * 3, real, *[pointer] * 2]
+            library.decode.restype = library.top_probabilities.restype = None
+            return Kernels(library, f"one thread only with {compiler[0]}" if openmp == OPENMP[1] else "")
+    return Kernels(None, reason)
 
 
 def compiled(command: list[str]) -> Path:
@@ -109,11 +113,11 @@ def processor() -> list[str]:
 
 def block_rows() -> int:
     """The rows of weights in each of the blocks that kernels.c describes."""
-    return ctypes.c_int.in_dll(load()[0], "block_rows").value
+    return ctypes.c_int.in_dll(load().library, "block_rows").value
 
 
-class Linear(ctypes.Structure):
-    """decoder.Linear as kernels.c reads it, with weights in float32, or in int8 with one scale per row."""
+class PackedLinear(ctypes.Structure):
+    """decoder.FusedLinear as kernels.c reads it, with weights in float32, or in int8 with one scale per row."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weights", "scales", "bias")),
@@ -132,16 +136,23 @@ class Linear(ctypes.Structure):
         super().__init__(*map(address, self.tensors), rows, columns, PREPARATIONS.index(prepare))
 
 
-class Block(ctypes.Structure):
-    """A block of decoder.py as kernels.c reads it."""
+class PackedBlock(ctypes.Structure):
+    """decoder.DecoderBlock as kernels.c reads it."""
 
     _fields_ = (
-        *((name, Linear) for name in ("qkv", "project", "up", "down")),
+        *((name, PackedLinear) for name in ("qkv", "project", "up", "down")),
         *((name, ctypes.c_void_p) for name in ("cos", "sin", "keys", "values")),
     )
 
-    def __init__(self, qkv: Linear, attention: "Attention", project: Linear, up: Linear, down: Linear):
-        super().__init__(qkv, project, up, down, address(attention.cos), address(attention.sin))
+    def __init__(self, block: "DecoderBlock"):
+        matrices = block.qkv, block.project, block.up, block.down
+        super().__init__(*matrices, address(block.attention.cos), address(block.attention.sin))
+
+
+class Shape(ctypes.Structure):
+    """What a step is about, as kernels.c reads it."""
+
+    _fields_ = [(name, ctypes.c_int) for name in "batch new start heads size capacity positions".split()]
 
 
 class Network:
@@ -155,12 +166,12 @@ class Network:
     FEW = 8
     TRIAL, PERIOD = 4, 256  # steps with each number of threads, and steps until the next trial
 
-    def __init__(self, blocks: list[tuple], head: Linear, eps: float):
+    def __init__(self, blocks: "list[DecoderBlock]", head: PackedLinear, eps: float):
         self.parts = blocks, head  # which keep the tensors
-        self.blocks = (Block * len(blocks))(*(Block(*block) for block in blocks))
-        self.head, self.eps, cos = head, eps, blocks[0][1].cos
+        self.blocks = (PackedBlock * len(blocks))(*map(PackedBlock, blocks))
+        self.head, self.eps, cos = head, eps, blocks[0].attention.cos
         self.positions = 0 if cos is None else cos.size(-2)
-        matrices = [part for block in blocks for part in block if isinstance(part, Linear)]
+        matrices = [part for block in blocks for part in block if isinstance(part, PackedLinear)]
         self.deepest = max(matrix.inputs for matrix in (*matrices, head))
         self.widest = max(matrix.outputs for matrix in matrices)
         self.block_rows = block_rows()
@@ -182,10 +193,12 @@ class Network:
             self.scratch = x.new_empty(needed)
         logits = x.new_empty(batch, self.head.outputs)
         pointers = ctypes.addressof(self.head), self.eps, x.data_ptr(), logits.data_ptr()
-        shape = batch, new, cache.length, heads, size, capacity, self.positions
+        shape = Shape(batch, new, cache.length, heads, size, capacity, self.positions)
         scratch = self.scratch.data_ptr(), self.deepest, self.widest
         started = time.perf_counter()
-        load()[0].decode(self.blocks, len(self.blocks), *pointers, *shape, *scratch, threads)
+        load().library.decode(
+            self.blocks, len(self.blocks), *pointers, ctypes.byref(shape), *scratch, threads
+        )
         if timed:
             self.fastest[threads] = min(time.perf_counter() - started, self.fastest.get(threads, math.inf))
             self.steps += 1
@@ -204,13 +217,13 @@ class Network:
         return min(self.fastest, key=self.fastest.get)
 
 
-def likeliest(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+def top_probabilities(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
     """The probabilities (B, count) of the likeliest tokens, in descending order, and their ids, for logits (B, V)."""
     logits = logits.contiguous()
     probabilities = logits.new_empty(len(logits), count)
     ids = torch.empty(len(logits), count, dtype=torch.long)
     pointers = probabilities.data_ptr(), ids.data_ptr()
-    load()[0].likeliest(logits.data_ptr(), *logits.shape, count, temperature, *pointers)
+    load().library.top_probabilities(logits.data_ptr(), *logits.shape, count, temperature, *pointers)
     return probabilities, ids
 
 

@@ -84,7 +84,7 @@ def add_tokenizer(writer: object, gguf: ModuleType, tokenizer: dict, vocab_size:
     by_words = cut and cut["type"] == "ByteLevel" and cut["use_regex"] and not cut["add_prefix_space"]
     by_characters = supported and cut is None and model["byte_fallback"] and not model["merges"]
     require(
-        bool(supported and (by_words or by_characters)),
+        supported and (by_words or by_characters),
         "llama.cpp cannot split text as this tokenizer does: use one of kind bpe, gpt2 or char",
     )
     tokens = {number: token for token, number in model["vocab"].items()}

@@ -60,31 +60,31 @@ class Muon(torch.optim.Optimizer):
         on_gpu = skip is not None and skip.device.type != "cpu"  # looking at its value would mean waiting
         if not on_gpu and skip:
             return
-        kept = 1 - skip if on_gpu else 1.0  # 0 if the step must change nothing
+        applied = 1 - skip if on_gpu else 1.0  # 0 if the step must change nothing
         for group in self.param_groups:
             same_shape = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     same_shape[parameter.shape].append(parameter)
             for parameters in same_shape.values():
-                self.update(parameters, group, kept)
+                self.update(parameters, group, applied)
 
-    def update(self, parameters: list[Tensor], group: dict, kept: Tensor | float) -> None:
-        """A step for parameters of the same shape, in few operations for all together; if `kept` is 0, no step."""
+    def update(self, parameters: list[Tensor], group: dict, applied: Tensor | float) -> None:
+        """A step for parameters of the same shape, in few operations for all together; if `applied` is 0, no step."""
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
         momenta = [self.state[parameter]["momentum"] for parameter in parameters]
         gradients = [parameter.grad for parameter in parameters]
-        if isinstance(kept, Tensor):  # a momentum that moves towards itself stays where it is
-            apply = kept > 0
+        if isinstance(applied, Tensor):  # a momentum that moves towards itself stays where it is
+            apply = applied > 0
             gradients = [torch.where(apply, g, m) for g, m in zip(gradients, momenta, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         directions = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
         pieces = cut(directions.bfloat16() if self.low_precision else directions, *group["pieces"])
-        steps = join(orthogonalise(pieces) * kept, *group["pieces"]).to(directions.dtype)
+        steps = join(orthogonalise(pieces) * applied, *group["pieces"]).to(directions.dtype)
         scale = 0.2 * math.sqrt(max(pieces.shape[1:]))
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * kept)
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * applied)
         torch._foreach_add_(parameters, steps.unbind(), alpha=-group["lr"] * scale)
 
 

@@ -29,16 +29,19 @@ class Processes:
 
     def wait(self) -> None:
         """Until all processes are here."""
+        self.extremes(0)
+
+    def extremes(self, number: int) -> tuple[int, int]:
+        """The smallest and the largest of the processes' numbers."""
+        facts = torch.tensor([-number, number])  # on the CPU, to avoid waiting for the GPU
         if self.count > 1:
-            dist.barrier()
+            dist.all_reduce(facts, op=dist.ReduceOp.MAX)
+        return -int(facts[0]), int(facts[1])
 
     def have_the_same(self, number: int) -> bool:
         """Whether all processes have the same number."""
-        if self.count == 1:
-            return True
-        extremes = torch.tensor([number, -number])
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-        return extremes.sum().item() == 0
+        smallest, largest = self.extremes(number)
+        return smallest == largest
 
     def total(self, value: Tensor) -> float:
         """Sum of a scalar tensor over all processes."""
@@ -116,7 +119,6 @@ class StopRequest:
     def agree(self, seconds: float) -> float:
         """Let all processes know whether one is to stop; return the longest of their training times."""
         if self.processes.count > 1:
-            # on the CPU, to avoid waiting for the GPU
             facts = torch.tensor([self.received, seconds], dtype=torch.float64)
             dist.all_reduce(facts, op=dist.ReduceOp.MAX)
             self.agreed, seconds = int(facts[0]), float(facts[1])

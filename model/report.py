@@ -211,8 +211,8 @@ def draw(labels: list[str], lines: list[tuple], x_label: str, title: str, log: b
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(5, 3.6), layout="constrained")
         axes = figure.subplots()
-        for k, (label, (x, y, options)) in enumerate(zip(labels, lines, strict=True)):
-            axes.plot(x, y, color=COLOURS[k % len(COLOURS)], label=label, linewidth=1.6, **options)
+        for k, (x, y, options) in enumerate(lines):
+            axes.plot(x, y, color=COLOURS[k % len(COLOURS)], linewidth=1.6, **options)
         if log:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -220,7 +220,8 @@ def draw(labels: list[str], lines: list[tuple], x_label: str, title: str, log: b
         axes.set_title(title, loc="left", fontsize=11)
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", frameon=False)
+        names = [label.replace("$", r"\$") for label in labels]  # dollars would enclose a formula
+        figure.legend(axes.get_lines(), names, loc="outside lower left", frameon=False)
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)

@@ -8,13 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
-from model.batches import Batches, Data, fingerprints, load_data, validation_windows
+from model.batches import Batches, validation_windows
 from model.checkpoint import STARTED_EARLIER
 from model.config import CONFIG_FIELDS, LEARNING_RATES, PRESETS, RECIPE_FIELDS, GPTConfig, Recipe
 from model.errors import UserError, require
 from model.files import command, shown
+from model.gpt import Shortlist
 from model.huggingface import Pretrained, load_pretrained
+from model.packed_data import Data, fingerprints, load_data
 from model.processes import Processes
 from model.runtime import Runtime, choose_device, choose_runtime
 from model.sampled_softmax import Shortlists, make_shortlists
@@ -58,6 +61,10 @@ class Run:
         """Of a sampled softmax; None if the softmax is over the whole vocabulary."""
         return make_shortlists(self.batches, self.config.vocab_size) if self.recipe.sampled_softmax else None
 
+    def shortlist(self, step: int) -> Shortlist | None:
+        """The tokens in the softmax of a step; None: all."""
+        return self.shortlists and self.shortlists.shortlist(step, self.runtime.device)
+
     @property
     def softmax_size(self) -> int:
         return self.shortlists.size if self.shortlists else self.config.vocab_size
@@ -73,10 +80,7 @@ def plan_run(settings: SimpleNamespace, processes: Processes, checkpoint: dict |
     pretrained = None
     if settings.init_from and not checkpoint:
         pretrained = load_pretrained(settings.init_from)
-    config, recipe = settle(settings, checkpoint, data, device.type == "cpu", pretrained)
-    moved = checkpoint and checkpoint.get("device", device.type) != device.type
-    if moved and "micro_batch" not in settings.given:
-        settings.micro_batch = 0  # what suits a GPU may not fit a CPU's memory
+    config, recipe = complete_settings(settings, checkpoint, data, device, pretrained)
     if pretrained:
         pretrained = pretrained.with_context(config.block_size)
     windows = recipe.windows_per_step(config.block_size)
@@ -98,11 +102,11 @@ def plan_run(settings: SimpleNamespace, processes: Processes, checkpoint: dict |
     )
 
 
-def settle(
+def complete_settings(
     settings: SimpleNamespace,
     checkpoint: dict | None,
     data: Data,
-    on_cpu: bool,
+    device: torch.device,
     pretrained: Pretrained | None = None,
 ) -> tuple[GPTConfig, Recipe]:
     """Fill in every setting that was left open; return the model's shape and the recipe.
@@ -111,24 +115,15 @@ def settle(
     own, except those set by a flag or edited in the script since it started. Raises UserError, listing the
     settings that may not change, if any did.
     """
-    bigrams, growing = settings.bigram_start, settings.grow_at
     if checkpoint is None:
-        fill_from_preset(settings, data, on_cpu, pretrained)
+        fill_from_preset(settings, data, device, pretrained)
     else:
-        keep_from_checkpoint(settings, checkpoint, data)
-    if settings.vocab_size < data.vocab_size:
-        raise UserError(f"vocab_size {settings.vocab_size} is below the tokenizer's {data.vocab_size}")
-    config = GPTConfig(**{name: getattr(settings, name) for name in CONFIG_FIELDS})
-    if checkpoint is None and settings.bigram_start and (pretrained or not config.can_hold_bigrams):
-        require(
-            not bigrams,
-            "--bigram-start needs modern blocks with an untied output head (--no-tie-weights), and no --init-from",
-        )
-        settings.bigram_start = False
-    if checkpoint is None and pretrained:
-        require(not growing, "--grow-at is for new models: those of --init-from train whole")
-        settings.grow_at = 0.0
-    return config, Recipe(**{name: getattr(settings, name) for name in RECIPE_FIELDS})
+        keep_from_checkpoint(settings, checkpoint, data, device)
+    return shape(settings), Recipe(**{name: getattr(settings, name) for name in RECIPE_FIELDS})
+
+
+def shape(settings: SimpleNamespace) -> GPTConfig:
+    return GPTConfig(**{name: getattr(settings, name) for name in CONFIG_FIELDS})
 
 
 def chosen_settings(settings: SimpleNamespace, names: Iterable[str]) -> set[str]:
@@ -139,11 +134,11 @@ def chosen_settings(settings: SimpleNamespace, names: Iterable[str]) -> set[str]
 
 
 def fill_from_preset(
-    settings: SimpleNamespace, data: Data, on_cpu: bool, pretrained: Pretrained | None
+    settings: SimpleNamespace, data: Data, device: torch.device, pretrained: Pretrained | None
 ) -> None:
     preset, chosen = PRESETS[settings.preset], chosen_settings(settings, kept_settings(settings))
     recipe = replace(preset.recipe, **{name: getattr(settings, name) for name in chosen & LIMITS})
-    if on_cpu:
+    if device.type == "cpu":
         recipe = recipe.on_cpu()
     values = {**vars(recipe), **vars(preset.config), "vocab_size": data.vocab_size}
     if settings.optimizer not in (None, recipe.optimizer):
@@ -154,6 +149,17 @@ def fill_from_preset(
     for name in (*CONFIG_FIELDS, *RECIPE_FIELDS):
         if name not in chosen:
             setattr(settings, name, values[name])
+    if settings.vocab_size < data.vocab_size:
+        raise UserError(f"vocab_size {settings.vocab_size} is below the tokenizer's {data.vocab_size}")
+    if settings.bigram_start and (pretrained or not shape(settings).can_hold_bigrams):
+        require(
+            "bigram_start" not in chosen,
+            "--bigram-start needs modern blocks with an untied output head (--no-tie-weights), and no --init-from",
+        )
+        settings.bigram_start = False
+    if settings.grow_at and pretrained:
+        require("grow_at" not in chosen, "--grow-at is for new models: those of --init-from train whole")
+        settings.grow_at = 0.0
 
 
 def shape_of(pretrained: Pretrained, settings: SimpleNamespace, data: Data) -> dict[str, object]:
@@ -170,7 +176,8 @@ def shape_of(pretrained: Pretrained, settings: SimpleNamespace, data: Data) -> d
     require(
         token_table(pretrained.tokenizer_json) == token_table(data.tokenizer_json),
         f"the stories were packed with another tokenizer than that of {settings.init_from}: run "
-        f"{command('data/train_tokenizer.py')} --kind {settings.init_from}, then {command('data/prepare_data.py')}",
+        f"{command('data/train_tokenizer.py', data_dir=settings.data_dir)} --kind {settings.init_from}, then "
+        f"{command('data/prepare_data.py', data_dir=settings.data_dir)}",
     )
     return shape
 
@@ -179,7 +186,9 @@ def kept_settings(settings: SimpleNamespace) -> list[str]:
     return [name for name in settings.defaults if name not in NOT_KEPT]
 
 
-def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data) -> None:
+def keep_from_checkpoint(
+    settings: SimpleNamespace, checkpoint: dict, data: Data, device: torch.device
+) -> None:
     saved, then, kept = checkpoint["settings"], checkpoint["defaults"], kept_settings(settings)
     edited = {name for name, value in settings.defaults.items() if name in then and value != then[name]}
     require(set(kept) <= saved.keys(), STARTED_EARLIER)
@@ -191,6 +200,8 @@ def keep_from_checkpoint(settings: SimpleNamespace, checkpoint: dict, data: Data
             setattr(settings, name, saved[name])
         elif name in FIXED and value != saved[name]:
             differences.append(f"{name} {saved[name]} is now {value}")
+    if checkpoint.get("device", device.type) != device.type and "micro_batch" not in chosen:
+        settings.micro_batch = 0  # what suits a GPU may not fit a CPU's memory
     current = fingerprints(data)
     differences += [f"changed {name}" for name, value in checkpoint["data"].items() if value != current[name]]
     if differences:

@@ -44,7 +44,10 @@ class Runtime:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA, else Apple's MPS, else the CPU. Raises UserError if the device is not available."""
+    """`auto` takes CUDA, else Apple's MPS, else the CPU. Raises UserError if the device is not available.
+
+    A CUDA device becomes the current one.
+    """
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -153,9 +156,19 @@ def keep_freed_memory() -> None:
 def choose_runtime(
     device: torch.device, dtype_setting: str, compile_setting: str, deterministic: bool = False
 ) -> Runtime:
-    """Choose precision and compilation from settings that may be auto."""
+    """Choose precision and compilation from settings that may be auto, and prepare PyTorch for them."""
     dtype, dtype_reason = choose_dtype(device, dtype_setting)
     compiled, compile_reason = choose_compile(device, compile_setting)
+    configure_torch(device, deterministic)
+    reasons = (
+        f"{device_name(device)}; {str(dtype).removeprefix('torch.')} ({dtype_reason}); "
+        f"torch.compile {'on' if compiled else 'off'} ({compile_reason})"
+    )
+    return Runtime(device, dtype, compiled, reasons)
+
+
+def configure_torch(device: torch.device, deterministic: bool) -> None:
+    """Set the folder of compiled code, which kernels are allowed, and what becomes of freed memory."""
     # So that the next run finds the compiled code; torch's default is a folder under /tmp.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(REPO / ".cache" / "inductor"))
     if device.type == "cpu":
@@ -168,11 +181,6 @@ def choose_runtime(
         # A warning is not enough: attention would keep its non-deterministic kernels.
         torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    reasons = (
-        f"{device_name(device)}; {str(dtype).removeprefix('torch.')} ({dtype_reason}); "
-        f"torch.compile {'on' if compiled else 'off'} ({compile_reason})"
-    )
-    return Runtime(device, dtype, compiled, reasons)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -180,6 +188,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
+    if re.search("Laptop|MIG", name):  # a slower variant, or a part of a GPU
+        return None
     return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 

@@ -7,8 +7,9 @@ a random few of these stand for all (importance sampling: Bengio and Senécal 20
 import numpy as np
 import torch
 
-from model.batches import Batches, excerpt, to_device
+from model.batches import Batches, to_device
 from model.gpt import Shortlist
+from model.packed_data import excerpt
 
 SIZE = 0.25  # tokens in a shortlist, as a fraction of the vocabulary
 SURE = 0.75  # fraction of a shortlist that is not drawn: a step's targets, and other tokens by frequency

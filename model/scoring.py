@@ -93,10 +93,10 @@ def encode_stories(candidate: Candidate, stories: list[str]) -> list[np.ndarray]
         part = stories[first : first + 1_000]
         for encoding in candidate.tokenizer.encode_batch_fast(part, add_special_tokens=False):
             sequences.append(np.array([candidate.start_id, *encoding.ids, candidate.end_id], np.int32))
-    largest = max(int(ids.max()) for ids in sequences)
+    highest_id = max(int(ids.max()) for ids in sequences)
     require(
-        largest < candidate.vocab_size,
-        f"{candidate.name}: its tokenizer produces token {largest}, but its model has only {candidate.vocab_size}",
+        highest_id < candidate.vocab_size,
+        f"{candidate.name}: its tokenizer produces token {highest_id}, but its model has only {candidate.vocab_size}",
     )
     return sequences
 
@@ -141,7 +141,7 @@ def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, ba
     add(*waiting)
     sizes = np.array([len(story.encode()) for story in stories])
     require(
-        bool(np.isfinite(loss).all()),
+        np.isfinite(loss).all(),
         f"{candidate.name} gives a loss that is not finite: its weights are bad",
     )
     return Scores(loss, right, tokens, sizes, position_loss)
@@ -189,12 +189,12 @@ def score_tokens(
             logits = candidate.head(states[chunk])
             if logits.dtype in (torch.bfloat16, torch.float16):
                 logits = logits.float()
-            highest, likeliest = largest(logits)
+            highest, predicted = largest(logits)
             wanted_logits = logits.gather(1, target[:, None])[:, 0]
             # In-place cross-entropy: copying the logits would cost more than the exponentials
             sums = logits.sub_(highest[:, None]).exp_().sum(1)
             losses.append(sums.log_() + highest - wanted_logits)
-            hits.append(likeliest == target)
+            hits.append(predicted == target)
     return torch.cat(losses), torch.cat(hits)
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from model.batches import Data
 from model.errors import UserError, require
 from model.files import read_text
+from model.packed_data import Data
 from model.tokenizer import text_tokenizer
 
 # Shortest span, in tokens, that counts as copied; a power of two
@@ -223,8 +223,9 @@ def read_written(path: str) -> list[Story]:
         try:
             row = json.loads(line)
             prompt, story = str(row["prompt"]), str(row["story"])
+            (prompt + story).encode()  # which fails for half of a surrogate pair, such as "\ud83d"
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} line {number} is not a story written by generate.py --output") from None
         stories.append(Story(prompt + story, prompt, row.get("finish_reason") != "length"))
-    require(bool(stories), f"{path} holds no stories")
+    require(stories, f"{path} holds no stories")
     return stories

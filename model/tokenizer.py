@@ -28,7 +28,7 @@ def readable(word: str) -> str:
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer that step 2 wrote. Raises UserError if it is missing, damaged or cannot separate stories."""
-    step = command("data/train_tokenizer.py")
+    step = command("data/train_tokenizer.py", data_dir=path.parent.parent)
     require(path.is_file(), f"no tokenizer yet in {shown(path.parent)}: run {step}")
     try:
         tokenizer = text_tokenizer(path.read_text(encoding="utf-8"))

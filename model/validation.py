@@ -1,34 +1,16 @@
-"""What train.py does at each evaluation: the loss on validation windows, a sample story, and a copy if it is best."""
+"""What train.py evaluates on the way: the loss on validation windows, and a sample story."""
 
 import math
 
 import torch
 
 from model.batches import number_stories, to_device
-from model.checkpoint import save_checkpoint
 from model.decoder import Decoder
 from model.generation import Sampling, generate_all
 from model.gpt import GPT
-from model.metrics import Metrics
-from model.resume import TrainingState
 from model.run import Run
 from model.runtime import tokens_at_once
 from model.tokenizer import readable, text_tokenizer
-
-
-def evaluate(run: Run, state: TrainingState, metrics: Metrics) -> str:
-    """Evaluate the model, add the result to the metrics, and save a model that is the best so far; in one line, how
-    good it is."""
-    row = {"step": state.step, "tokens": state.step * run.tokens_per_step, **validate(run, state.model)}
-    metrics.add({**row, "sample": write_sample(run, state.model)})
-    metrics.draw()
-    state.last_evaluation = state.step
-    loss, mark = row["validation_loss"], ""
-    if loss < state.best_loss:
-        state.best_loss, mark = loss, "; best so far"
-        save_checkpoint(run.folder / "best.pt", state.snapshot(run))
-    bits = row["bits_per_byte"]
-    return f"step {state.step:,}: validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte{mark}"
 
 
 @torch.no_grad()
@@ -61,8 +43,10 @@ def write_sample(run: Run, model: GPT) -> str:
     # Sampling's cumulative sums have no deterministic CUDA kernel.
     mode = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("default")
-    (written,) = generate_all(
-        Decoder(model), [ids], settings.sample_tokens, eot_id, Sampling(), [settings.seed]
-    )
-    torch.set_deterministic_debug_mode(mode)
+    try:
+        (written,) = generate_all(
+            Decoder(model), [ids], settings.sample_tokens, eot_id, Sampling(), [settings.seed]
+        )
+    finally:
+        torch.set_deterministic_debug_mode(mode)
     return tokenizer.decode(ids[1:] + written, skip_special_tokens=False)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.batches import Batches, load_data, shuffled, validation_windows
+from model.batches import Batches, shuffled, validation_windows
 from model.errors import UserError
+from model.packed_data import load_data
 
 # (tokens, block_size, windows_per_step): the epochs are cut evenly, with a rest, within a step, to one window
 SHAPES = [(1_000, 10, 5), (1_003, 10, 7), (97, 8, 5), (50, 7, 40), (9, 8, 3), (200, 1, 9)]

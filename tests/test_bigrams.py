@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import batches
+from model import packed_data
 from model.bigrams import PRIOR, SCALE, begin_as_bigrams, count_bigrams, factors
 from model.config import GPTConfig
 from model.gpt import GPT
@@ -41,8 +41,8 @@ def test_counts_are_those_of_a_loop():
 
 
 def test_of_a_long_text_pieces_from_all_over_are_counted(monkeypatch):
-    monkeypatch.setattr(batches, "PIECE", 10)
-    monkeypatch.setattr(batches, "COUNTED", 400)
+    monkeypatch.setattr(packed_data, "PIECE", 10)
+    monkeypatch.setattr(packed_data, "COUNTED", 400)
     tokens = np.repeat(np.arange(100), 10)  # a thousand, of which each tenth is of its own kind
     frequency = count_bigrams(tokens, 100)[3]
     seen = np.flatnonzero(frequency > frequency.min())

@@ -371,9 +371,9 @@ def test_without_a_best_the_latest_does_and_the_other_way_round(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (None, "no checkpoint in .* yet: run python train.py"),
-        ("best", "no checkpoint in .* yet: run python train.py"),
-        ("latest", "no checkpoint in .* yet: run python train.py"),
+        (None, "no checkpoint in .* yet: run python train.py --checkpoint-dir"),
+        ("best", "no checkpoint in .* yet: run python train.py --checkpoint-dir"),
+        ("latest", "no checkpoint in .* yet: run python train.py --checkpoint-dir"),
         ("7", "there is no checkpoint '7'"),
         ("missing.pt", "there is no checkpoint 'missing.pt'"),
         ("nowhere/ckpt_7.pt", "there is no checkpoint 'nowhere/ckpt_7.pt'"),

@@ -14,11 +14,11 @@ def quickstart(tmp_path):
     for name in ("quickstart.sh", "environment.sh", "requirements.txt"):
         shutil.copy(REPO / name, tmp_path)
 
-    def quickstart(*flags):
+    def quickstart(*flags, cwd=tmp_path):
         env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
         env.pop("PYTHON", None)
         command = ["bash", tmp_path / "quickstart.sh", *flags]
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
 
     return quickstart
 
@@ -73,6 +73,18 @@ def test_each_flag_goes_to_the_step_that_knows_it(quickstart, tmp_path):
         "ran generate.py",
         "ran evaluate.py --checkpoint best",
     ]
+
+
+def test_files_are_named_relative_to_the_callers_folder(quickstart, tmp_path):
+    script = (
+        f'echo "ran $* in $PWD"; mkdir -p {tmp_path}/data/processed; : >{tmp_path}/data/processed/meta.json'
+    )
+    write_program(tmp_path / ".venv/bin/python", script)
+    elsewhere = tmp_path / "else where"
+    elsewhere.mkdir()
+    ran = quickstart("--source", "a.txt", cwd=elsewhere).stdout.splitlines()
+    assert f"ran {tmp_path}/data/ingestion.py --source a.txt in {elsewhere}" in ran
+    assert f"ran {tmp_path}/generate.py in {elsewhere}" in ran and not list(elsewhere.iterdir())
 
 
 def test_a_run_on_other_stories_is_kept(quickstart, tmp_path):

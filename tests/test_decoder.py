@@ -15,7 +15,9 @@ FAMILIES = ("modern", "gpt2")
 CPU = torch.device("cpu")
 
 
-needs_kernels = pytest.mark.skipif(kernels.load()[0] is None, reason=f"no kernels: {kernels.load()[1]}")
+needs_kernels = pytest.mark.skipif(
+    kernels.load().library is None, reason=f"no kernels: {kernels.load().shortcoming}"
+)
 WEIGHTS = [
     ("float32", torch.float64),
     pytest.param("float32", torch.float32, marks=needs_kernels),

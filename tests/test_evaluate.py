@@ -5,6 +5,7 @@ import html.parser
 import json
 import math
 import random
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -412,6 +413,16 @@ def test_the_report_is_one_page_with_everything(evaluate, tmp_path):
     assert "n_layer" in said and "prefers-color-scheme: dark" in text
 
 
+def test_a_name_with_dollars_is_not_a_formula(evaluate, checkpoint, tmp_path):
+    name = "_$x^$.pt"
+    shutil.copy(checkpoint / "best.pt", tmp_path / name)
+    evaluate("--report", "r.html", "--checkpoint", name, "--num-stories", 1)
+    words = Page((tmp_path / "r.html").read_text(encoding="utf-8")).words
+    assert (
+        sum(word.strip() == name for word in words) >= 2
+    )  # in the table, and in the legend of loss by position
+
+
 def test_a_report_of_stories_alone(evaluate, tmp_path):
     (tmp_path / "s.jsonl").write_text('{"prompt": "The", "story": " cat sat."}\n')
     evaluate("--stories", "s.jsonl", "--report", "r.html")
@@ -437,7 +448,7 @@ def test_a_report_of_stories_alone(evaluate, tmp_path):
         (["--text", "empty.txt", "--split", "all"], "--text and --split: give one of the two"),
         (["--stories", "none.jsonl"], "there is no file none.jsonl"),
         (["--report", "."], "--report . is a folder"),
-        (["--data-dir", "nothing"], "run python data/prepare_data.py"),
+        (["--data-dir", "nothing"], r"run python .*data/prepare_data\.py --data-dir nothing"),
         (["--checkpoint", "short.pt"], "short.pt has a context of 1 token"),
     ],
 )
@@ -460,12 +471,12 @@ def test_an_error_ends_the_script_with_status_two(run, tmp_path, checkpoint, dat
 
 @pytest.mark.parametrize("facts", [None, {"tokens": 0, "stories": 0, "bytes": 0, "sha256": "-"}])
 def test_a_split_that_is_missing_is_named(evaluate, data_dir, tmp_path, facts):
-    import shutil
-
     shutil.copytree(data_dir, tmp_path / "data")
     path = tmp_path / "data" / "processed" / "meta.json"
     meta = json.loads(path.read_text())
     meta["splits"] = {"train": meta["splits"]["train"]} | ({"validation": facts} if facts else {})
     path.write_text(json.dumps(meta))
-    with pytest.raises(UserError, match=r"has no validation stories: run python data/prepare_data\.py"):
+    with pytest.raises(
+        UserError, match=r"has no validation stories: run python .*prepare_data\.py --data-dir data"
+    ):
         evaluate("--data-dir", tmp_path / "data")

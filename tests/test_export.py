@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import export
 from data import train_tokenizer
-from model.batches import load_data
 from model.checkpoint import load_checkpoint, load_model, save_checkpoint
 from model.config import GPTConfig
 from model.decoder import Decoder
@@ -27,12 +26,14 @@ from model.errors import UserError
 from model.generation import Sampling, generate_all
 from model.gpt import GPT
 from model.huggingface import from_config_json, load_pretrained, to_config_json
-from model.run import settle
+from model.packed_data import load_data
+from model.run import complete_settings
 from model.settings import read_settings
 from model.tokenizer import token_table
 
 torch.set_num_threads(1)
 
+CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0)
 STORIES = ["Once upon a time, there was a cat.", "The dog said, \u201cYes!\u201d\nÅke ran 12 miles."]
 PROMPTS = [
@@ -170,8 +171,11 @@ def test_the_model_card_says_what_it_is(trained, tmp_path):
     row = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()][-1]
     facts = ["quickstart", "128 tokens in 2 steps", f"| {row['bits_per_byte']:.4f} |"]
     facts += load_checkpoint(trained / "best.pt")["data"].values()
-    for fact in facts:
+    for fact in (*facts, "Both\nwere measured during training"):
         assert fact in card
+    shutil.copy(trained / "best.pt", tmp_path)  # without metrics.jsonl
+    folder = run_export("--checkpoint", tmp_path / "best.pt", "--output", tmp_path / "not measured")
+    assert "measured" not in (folder / "README.md").read_text(encoding="utf-8")
     assert {file.name for file in folder.iterdir()} == set(export.FILES)
 
 
@@ -397,13 +401,13 @@ def test_training_refuses_what_does_not_fit(make, packed, kind, flags, message):
     path = make(kind)
     settings = read_settings(REPO / "train.py", ["--init-from", str(path), *flags])
     with pytest.raises(UserError, match=message):
-        settle(settings, None, load_data(packed), True, load_pretrained(str(path)))
+        complete_settings(settings, None, load_data(packed), CPU, load_pretrained(str(path)))
 
 
 def test_a_run_that_began_otherwise_is_not_changed(make, packed, trained):
     settings = read_settings(REPO / "train.py", ["--init-from", "model.pt"])
     with pytest.raises(UserError, match="init_from None is now model.pt.*--fresh"):
-        settle(settings, load_checkpoint(trained / "best.pt"), load_data(packed), True)
+        complete_settings(settings, load_checkpoint(trained / "best.pt"), load_data(packed), CPU)
 
 
 def test_weights_that_do_not_fit_their_configuration_are_refused(trained, tmp_path):

@@ -3,11 +3,12 @@
 import os
 
 import pytest
+from conftest import REPO
 
 from model import files
 from model.checkpoint import only_one
 from model.errors import UserError
-from model.files import atomic_folder, remove_leftovers
+from model.files import atomic_folder, command, file_to_write, remove_leftovers
 
 DEAD = 2**22 + 1  # beyond the numbers that Linux gives to processes
 
@@ -61,13 +62,29 @@ def test_what_was_killed_between_two_renames_comes_back(folder, tmp_path):
 
 
 def test_a_run_tidies_up_what_is_dead_and_nothing_else(tmp_path):
-    (tmp_path / f".best.pt.{DEAD}.tmp").write_text("half")
-    (tmp_path / f".export.{DEAD}.tmp").mkdir()
-    alive = {f".report.html.{os.getppid()}.tmp", "best.pt", ".hidden", ".notes.old"}
+    for name in ("best.pt", "ckpt_12.pt", "metrics.jsonl"):
+        (tmp_path / f".{name}.{DEAD}.tmp").write_text("half")
+    alive = {f".best.pt.{os.getppid()}.tmp", "best.pt", ".hidden", ".notes.old", f".draft.{DEAD}.tmp"}
     for name in alive:
         (tmp_path / name).write_text("whole")
     with only_one(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == alive
+
+
+def test_what_cannot_be_written_is_said_at_once(tmp_path):
+    (tmp_path / "file").write_text("1")
+    (tmp_path / "loop").symlink_to("loop")
+    assert file_to_write(str(tmp_path / "new" / "one.json"), "--output") == tmp_path / "new" / "one.json"
+    assert not (tmp_path / "new").exists()
+    for name, reason in (("file/one.json", "file is not a folder"), ("loop", "loop cannot be written")):
+        with pytest.raises(UserError, match=f"--output .*{reason}"):
+            file_to_write(str(tmp_path / name), "--output")
+
+
+def test_a_command_has_the_folders_that_the_script_would_not_take_by_itself(monkeypatch):
+    monkeypatch.chdir(REPO)
+    folders = {"data_dir": REPO / "data", "checkpoint_dir": REPO / "my runs" / "a"}
+    assert command("train.py", **folders) == "python train.py --checkpoint-dir 'my runs/a'"
 
 
 def test_only_the_lock_is_taken_for_another_run(tmp_path):

@@ -4,16 +4,19 @@ import contextlib
 import json
 import os
 import pty
+import random
 import re
 import select
 import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPO, assert_one_line_error
 from test_decoder import needs_kernels
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from model.candidates import MAX_TOKENS
 from model.generation import Sampling
@@ -166,6 +169,53 @@ def test_a_prompt_that_is_not_utf8_is_read_as_well_as_can_be(generate):
     assert result.stdout.startswith("caf\ufffd")
 
 
+def test_a_terminal_that_lacks_a_character_shows_the_others(generate):
+    flags = ["--prompt", "caf\u00e9 \U0001f409", "--max-tokens", 3, "--seed", 1]
+    result = generate(*flags, env={"PYTHONIOENCODING": "ascii"}, check=0)
+    assert result.stdout.startswith("caf? ?")
+
+
+def test_closed_streams_are_no_defect(trained):
+    command = f"{sys.executable} {REPO / 'generate.py'} --checkpoint-dir {trained} --max-tokens 3"
+    result = subprocess.run(["bash", "-c", f"{command} >&-"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    result = subprocess.run(["bash", "-c", f"{command} --interactive <&-"], capture_output=True, text=True)
+    assert result.returncode == 2 and "standard input is closed" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_what_is_streamed_is_the_story(kind, monkeypatch, capsys):
+    """Even where a model writes bytes that are not UTF-8, which may change the text of bytes before them."""
+    import generate as script
+
+    if kind == "char":
+        vocab = {
+            token: k
+            for k, token in enumerate(["<|e|>", *(f"<0x{b:02X}>" for b in range(256)), *"abc \u00e9"])
+        }
+        tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    else:
+        vocab = {token: k for k, token in enumerate(["<|e|>", *pre_tokenizers.ByteLevel.alphabet()])}
+        tokenizer = Tokenizer(models.BPE(vocab, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    decoder = SimpleNamespace(config=SimpleNamespace(block_size=1_000))
+    writer = script.Writer(decoder, tokenizer, 0, None, 1_000)
+    dragon = tokenizer.encode("a\U0001f409c").ids
+    rng = random.Random(1)
+    for prompt in ("", "abc", "caf\ufffd", "b\U0001f409"):
+        for _ in range(50):
+            written = [rng.randrange(1, len(vocab)) for _ in range(rng.randrange(40))] + dragon
+            written += rng.choice([[], dragon[:3]])
+            monkeypatch.setattr(
+                script, "generate", lambda *_, written=written: ([token] for token in written)
+            )
+            row = writer.stream(prompt, 0)
+            assert capsys.readouterr().out == prompt + row["story"] + "\n"
+            assert prompt or row["story"] == tokenizer.decode(written)
+
+
 def test_stories_beyond_the_memory_for_one_batch_wait_for_the_next(trained, monkeypatch):
     import generate as script
     from model.checkpoint import find_checkpoint, load_model
@@ -176,7 +226,7 @@ def test_stories_beyond_the_memory_for_one_batch_wait_for_the_next(trained, monk
     writer = script.Writer(Decoder(model.double()), tokenizer, checkpoint["eot_id"], Sampling(), 12)
     together = writer.write(["A cat", "Two", "", "One day"], seed=3)
     monkeypatch.setattr(
-        script, "BATCH_BYTES", 3 * 8 * 16 * 16
+        script, "CACHE_BYTES", 3 * 8 * 16 * 16
     )  # of one layer of 16, context 16: three stories
     assert writer.write(["A cat", "Two", "", "One day"], seed=3) == together
 

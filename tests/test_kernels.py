@@ -72,7 +72,7 @@ def test_the_faster_number_of_threads_is_taken(monkeypatch, seconds, ones, faste
         used.append(arguments[-1])
         now[0] += seconds[used[-1]] * (1 + len(used) % 3 / 10)  # the fastest step counts
 
-    monkeypatch.setattr(kernels, "load", lambda: (SimpleNamespace(decode=decode), ""))
+    monkeypatch.setattr(kernels, "load", lambda: kernels.Kernels(SimpleNamespace(decode=decode), ""))
     monkeypatch.setattr(kernels.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     few, trial, period = decoder.network.FEW, decoder.network.TRIAL, decoder.network.PERIOD
@@ -114,7 +114,7 @@ def round_to_int8(norm, matrix):
 @pytest.mark.parametrize("temperature", [1e-30, 0.7, 1.0, 50.0])
 def test_the_likeliest_tokens_are_those_of_a_sort(count, temperature):
     logits = 5 * torch.randn(9, 100, generator=torch.Generator().manual_seed(0))
-    probabilities, ids = kernels.likeliest(logits, count, temperature)
+    probabilities, ids = kernels.top_probabilities(logits, count, temperature)
     exact = ((logits.double() - logits.amax(1, keepdim=True)) / temperature).softmax(-1)
     torch.testing.assert_close(probabilities.double(), exact.topk(count)[0], atol=1e-7, rtol=1e-5)
     assert torch.equal(ids, logits.topk(count)[1])
@@ -122,8 +122,8 @@ def test_the_likeliest_tokens_are_those_of_a_sort(count, temperature):
 
 def test_equal_and_missing_logits_have_places_too():
     tied = torch.zeros(2, 40)
-    assert torch.equal(kernels.likeliest(tied, 5, 1.0)[1], torch.arange(5).expand(2, 5))
-    _, ids = kernels.likeliest(torch.full((2, 40), torch.nan), 5, 1.0)
+    assert torch.equal(kernels.top_probabilities(tied, 5, 1.0)[1], torch.arange(5).expand(2, 5))
+    _, ids = kernels.top_probabilities(torch.full((2, 40), torch.nan), 5, 1.0)
     assert (ids >= 0).all() and (ids < 40).all()
 
 
@@ -186,7 +186,7 @@ def test_without_a_compiler_decoding_is_plain(fresh, monkeypatch, tmp_path, comp
         (tmp_path / "gcc").chmod(0o755)
     library, reason = fresh()
     assert library is None and reason.endswith(says) and not list(tmp_path.glob("kernels/*"))
-    monkeypatch.setattr(kernels, "load", lambda: (None, reason))
+    monkeypatch.setattr(kernels, "load", lambda: kernels.Kernels(None, reason))
     assert choose_weights(CPU, "auto") == "float32" and Decoder(make_model("modern")).network is None
     with pytest.raises(UserError, match="int8 weights need compiled kernels") as error:
         choose_weights(CPU, "int8")

@@ -124,21 +124,21 @@ def test_muon_passes_over_what_has_no_gradient():
 
 
 def test_a_gpus_step_passes_over_infinite_gradients_without_looking():
-    """As on a GPU, with `kept` in a tensor: 1 gives the usual step, 0 leaves everything as it is."""
+    """As on a GPU, with `applied` in a tensor: 1 gives the usual step, 0 leaves everything as it is."""
     parameters, others = make_parameters(SHAPES[:2]), make_parameters(SHAPES[:2])
     usual, ours = (Muon([{"params": each, "pieces": (2, 4)}], lr=0.1) for each in (parameters, others))
     give_gradients(parameters, seed=0)
     give_gradients(others, seed=0)
     usual.step()
     with torch.no_grad():
-        ours.update(others, ours.param_groups[0], kept=torch.tensor(1.0))
+        ours.update(others, ours.param_groups[0], applied=torch.tensor(1.0))
     for one, another in zip(others, parameters, strict=True):
         assert torch.equal(one, another)
     for parameter in others:
         parameter.grad[0, :2] = torch.tensor([torch.inf, torch.nan])
     momenta = [ours.state[parameter]["momentum"].clone() for parameter in others]
     with torch.no_grad():
-        ours.update(others, ours.param_groups[0], kept=torch.tensor(0.0))
+        ours.update(others, ours.param_groups[0], applied=torch.tensor(0.0))
     for one, another, momentum in zip(others, parameters, momenta, strict=True):
         assert torch.equal(one, another) and torch.equal(ours.state[one]["momentum"], momentum)
 

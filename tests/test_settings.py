@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from model.settings import read_constants, read_settings
 SCRIPT = '''"""A script of one page."""
 import sys
 sys.path.insert(0, {repo!r})
-from model.errors import run_script
+from model.script import run_script
 from model.settings import read_settings
 
 STEPS = 65_536  # optimizer steps, 100 % of them
@@ -256,7 +257,8 @@ def test_help_and_values_through_a_real_command_line(script, tmp_path):
 FAILING = """
 import sys
 sys.path.insert(0, {repo!r})
-from model.errors import UserError, run_script
+from model.errors import UserError
+from model.script import run_script
 
 def main():
     print("some output")
@@ -290,6 +292,12 @@ def test_interruptions_have_the_usual_exit_status(tmp_path, error, status):
     script.write_text(FAILING.format(repo=str(REPO), error=error), encoding="utf-8")
     result = run_file(script)
     assert result.returncode == status and "Traceback" not in result.stderr
+
+
+def test_interrupted_while_torch_is_imported_a_script_just_ends(run, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    result = run("generate.py", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert result.returncode == -signal.SIGINT and not result.stderr and not result.stdout
 
 
 def test_a_defect_keeps_its_traceback(tmp_path):
@@ -354,7 +362,7 @@ def test_a_signal_during_garbage_collection_still_stops(tmp_path, name, status):
         f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(REPO)!r})
-from model.errors import run_script
+from model.script import run_script
 
 class Finalized:
     def __del__(self):

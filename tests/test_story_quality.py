@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from model import story_quality
-from model.batches import Data, Split
 from model.errors import UserError
+from model.packed_data import Data, Split
 from model.story_quality import (
     SPAN,
     Story,
@@ -171,6 +171,7 @@ def test_stories_of_generate_are_read(tmp_path):
         (b'{"prompt": "a", "story": "b"}\n{"text": "c"}\n', "line 2 is not a story"),
         (b"Once upon\n", "line 1 is not a story"),
         (b"[1]\n", "line 1 is not a story"),
+        (rb'{"prompt": "a", "story": "\ud83d"}', "line 1 is not a story"),
         (b"\xff\xfe", "is not UTF-8 text"),
         (None, "there is no file"),
     ],

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from data.encoder import Encoder
+from model.tokenizer import read_tokenizer
 
 STORY = (
     "Once upon a time, there was a little dog named {}. {} liked to run, and to play with his friend Tim.\n\n"
@@ -206,6 +207,19 @@ def test_new_stories_make_the_tokenizer_anew(run, tmp_path):
     run(*arguments, check=0)
     make_raw(tmp_path, [*STORIES, "Zoë"] * 2)
     assert "up to date" not in run(*arguments, check=0).stdout
+
+
+def test_a_marker_within_a_story_is_text_for_a_tokenizer_taken_over(run, made, unmade, tmp_path):
+    parts = json.loads(made["bpe"].to_str())
+    for token in parts["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(parts))
+    run("data/train_tokenizer.py", "--kind", tmp_path / "model", "--data-dir", unmade, check=0)
+    tokenizer = read_tokenizer(unmade / "tokenizer" / "tokenizer.json")
+    text = "a <|endoftext|> b"
+    ids = tokenizer.encode(text).ids
+    assert tokenizer.token_to_id("<|endoftext|>") not in ids and tokenizer.decode(ids) == text
 
 
 def test_no_stories_yet(run, tmp_path):

@@ -15,18 +15,18 @@ import pytest
 import torch
 from conftest import REPO, assert_one_line_error
 
-from model.batches import Batches, Data, Split, fingerprints, load_data, validation_windows
+from model.batches import Batches, validation_windows
 from model.bigrams import begin_as_bigrams
-from model.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from model.checkpoint import list_checkpoints, load_checkpoint, load_latest, save_checkpoint
 from model.config import PRESETS, GPTConfig, Recipe
 from model.console import ProgressBar, print_end, print_plan
 from model.errors import UserError
 from model.forward import choose_flex, prepare_forward
 from model.gpt import GPT, story_mask
 from model.metrics import smooth, write_samples
+from model.packed_data import Data, Split, fingerprints, load_data
 from model.processes import Processes, StopRequest
-from model.resume import TrainingState, rewind
-from model.run import Run, settle
+from model.run import Run, complete_settings
 from model.runtime import (
     Runtime,
     choose_runtime,
@@ -35,6 +35,7 @@ from model.runtime import (
 )
 from model.sampled_softmax import Shortlists
 from model.settings import read_settings
+from model.training_state import TrainingState, rewind
 from model.validation import validate
 from train import main
 
@@ -42,6 +43,7 @@ TINY = (
     "--preset quickstart --n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --batch-tokens 512 --max-steps 12 "
     "--warmup-steps 2 --eval-interval 4 --eval-tokens 1024 --log-interval 1 --sample-tokens 8 --compile off"
 ).split()
+CPU = torch.device("cpu")
 LARGE_VOCABULARY = ["--vocab-size", "2000"]  # of which a softmax may be sampled
 
 
@@ -154,7 +156,7 @@ def test_losses_are_those_of_a_plain_loop(train, packed, mask, grow_at, vocab_si
             stories = torch.tensor(
                 [[row[: k + 1].count(data.eot_id) for k in range(32)] for row in inputs.tolist()]
             )
-        logits = model(inputs, stories=stories)
+        logits = model(inputs, story_ids=stories)
         if sampled:
             ids, log_counts = Shortlists(batches, vocab_size).shortlist(step, torch.device("cpu"))
             left_out = torch.full((vocab_size,), -math.inf).index_fill(0, ids, 0.0)
@@ -431,6 +433,17 @@ def test_a_finished_run_made_longer_is_the_longer_run(train):
     assert (folder / "shorter_12_metrics.jsonl").exists()
 
 
+def test_a_run_made_longer_remembers_its_best_if_it_is_killed_at_once(train):
+    folder, _ = train("run", "--max-steps", 12)
+    path = folder / "ckpt_12.pt"
+    run = make_run(settings=SimpleNamespace(checkpoint_dir=folder), recipe=Recipe(max_steps=20))
+    best = {**load_checkpoint(path), "best_loss": 0.5}
+    _, rewound = rewind(run, path, best)
+    path, latest = load_latest(folder)
+    assert latest["step"] == rewound["step"] < 12 and latest["best_loss"] == rewound["best_loss"] == 0.5
+    assert rewind(run, path, latest) == (path, latest)
+
+
 def test_a_run_made_longer_goes_on_from_its_end_if_what_came_before_its_decay_is_damaged(train):
     folder, _ = train("run")
     (folder / "before_decay.pt").write_bytes(b"not a checkpoint")
@@ -491,9 +504,23 @@ def test_another_weight_decay_counts_when_a_run_goes_on(train):
 def test_fresh_moves_the_old_run_aside(train, tmp_path):
     folder, _ = train("run", "--seed", 1)
     _, result = train("run", "--seed", 2, "--fresh")
-    (moved,) = tmp_path.glob("run-*")
+    (moved,) = folder.glob("earlier-*")
     assert moved.name in result.out and (moved / "ckpt_12.pt").exists()
     assert load_checkpoint(folder / "ckpt_12.pt")["settings"]["seed"] == 2
+
+
+def test_fresh_moves_only_what_belongs_to_the_run(train, tmp_path):
+    """Here the folder is a link, and has files of others in it."""
+    folder, real = tmp_path / "run", tmp_path / "on another disk"
+    real.mkdir()
+    folder.symlink_to(real)
+    train("run", "--max-steps", 1)
+    (folder / "notes.txt").write_text("mine")
+    before = {path.name for path in folder.iterdir()}
+    train("run", "--max-steps", 1, "--fresh")
+    (moved,) = real.glob("earlier-*")
+    assert folder.is_symlink() and {path.name for path in moved.iterdir()} == before - {"notes.txt"}
+    assert {path.name for path in real.iterdir()} == before | {moved.name}
 
 
 @pytest.mark.parametrize(
@@ -554,6 +581,21 @@ def test_the_micro_batch_of_another_device_is_not(train):
     assert load_checkpoint(folder / "ckpt_4.pt")["settings"]["micro_batch"] == 16
 
 
+def test_an_edited_micro_batch_holds_on_another_device(packed):
+    data, first = load_data(packed), read_settings(REPO / "train.py", [])
+    complete_settings(first, None, data, CPU)
+    checkpoint = {
+        "settings": vars(first),
+        "defaults": first.defaults,
+        "data": fingerprints(data),
+        "device": "cuda",
+    }
+    settings = read_settings(REPO / "train.py", [])
+    settings.micro_batch = settings.defaults["micro_batch"] = 4
+    complete_settings(settings, checkpoint, data, CPU)
+    assert settings.micro_batch == 4
+
+
 def test_checkpoints_follow_another_interval_of_evaluation(train):
     flags = ["--decay-fraction", "0.01", "--grow-at", 0]
     folder, _ = train("run", *flags, "--max-steps", 4)
@@ -585,7 +627,7 @@ def test_a_run_that_ended_by_the_clock_needs_more_time(train):
 )
 def test_the_learning_rate_suits_the_optimizer(packed, flags, rate):
     settings = read_settings(REPO / "train.py", [*flags, "--vocab-size", "50257"])
-    assert settle(settings, None, load_data(packed), True)[1].learning_rate == rate
+    assert complete_settings(settings, None, load_data(packed), CPU)[1].learning_rate == rate
 
 
 @pytest.mark.parametrize(
@@ -606,10 +648,10 @@ def test_a_limit_that_is_chosen_replaces_the_others(packed, flags, new, resumed)
         return read_settings(REPO / "train.py", ["--preset", "quickstart", *flags.split()])
 
     first, again = settings(), settings()
-    assert limits(settle(first, None, data, True)[1]) == new
+    assert limits(complete_settings(first, None, data, CPU)[1]) == new
     saved = {**vars(first), "max_steps": 70, "max_minutes": 8.0}
     checkpoint = {"settings": saved, "defaults": first.defaults, "data": fingerprints(data)}
-    assert limits(settle(again, checkpoint, data, True)[1]) == resumed == limits(again)
+    assert limits(complete_settings(again, checkpoint, data, CPU)[1]) == resumed == limits(again)
 
 
 def test_a_limit_in_the_script_is_one_on_resume_too(packed):
@@ -618,9 +660,9 @@ def test_a_limit_in_the_script_is_one_on_resume_too(packed):
     settings = read_settings(REPO / "train.py", ["--max-steps", "50"])
     settings.max_minutes = settings.defaults["max_minutes"] = 30.0
     first = read_settings(REPO / "train.py", ["--max-minutes", "60"])
-    settle(first, None, data, True)
+    complete_settings(first, None, data, CPU)
     checkpoint = {"settings": vars(first), "defaults": settings.defaults, "data": fingerprints(data)}
-    recipe = settle(settings, checkpoint, data, True)[1]
+    recipe = complete_settings(settings, checkpoint, data, CPU)[1]
     assert (recipe.max_steps, recipe.max_minutes) == (50, 30.0)
 
 
@@ -776,8 +818,25 @@ def test_micro_batches_are_equal_if_slightly_smaller_ones_are(monkeypatch, windo
     model = GPT(GPTConfig(vocab_size=16, block_size=4, n_layer=1, n_head=1, n_embd=4))
     runtime = Runtime(torch.device("cpu"), torch.float32, False, "")
     recipe = Recipe(sampled_softmax=False, mask_stories=False)
-    run = make_run(settings=SimpleNamespace(micro_batch=0), runtime=runtime, recipe=recipe)
-    assert prepare_forward(run, model, windows)[1] == chosen
+    settings = SimpleNamespace(micro_batch=0)
+    run = make_run(settings=settings, config=model.config, runtime=runtime, recipe=recipe)
+    prepare_forward(run, model, windows)
+    assert settings.micro_batch == chosen
+
+
+def test_all_processes_take_the_smallest_micro_batch(monkeypatch):
+    """One of them, with 36 windows to the other's 35, has memory for 9 at once, the other for 6."""
+    answers = iter([(35, 36), (6, 9), (6, 6)])
+    monkeypatch.setattr(Processes, "extremes", lambda self, number: next(answers))
+    monkeypatch.setattr("model.forward.average_gradients", lambda forward: forward)
+    monkeypatch.setattr("model.forward.guess_micro_batch", lambda model, runtime: 9)
+    tried = []
+    monkeypatch.setattr("model.forward.try_out", lambda run, forward, size: tried.append(size))
+    model = GPT(GPTConfig(vocab_size=16, block_size=4, n_layer=1, n_head=1, n_embd=4))
+    settings, runtime = SimpleNamespace(micro_batch=0), Runtime(CPU, torch.float32, False, "")
+    run = make_run(settings=settings, config=model.config, runtime=runtime, processes=Processes(count=2))
+    prepare_forward(run, model, 35)
+    assert settings.micro_batch == 6 and sorted(tried) == [5, 6, 8, 9]
 
 
 @pytest.mark.parametrize("blocks", ["modern", "gpt2"])

@@ -25,7 +25,7 @@ def open_hub(word: str, column: str, stream: bool, folder: Path) -> dict[str, It
     name_like = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
     # datasets treats "json" and the like as readers of files in the current folder
     reader = name in datasets.packaged_modules._PACKAGED_DATASETS_MODULES
-    require(bool(name_like) and not reader, f"{word!r} is not a file, a folder or a data set on the hub")
+    require(name_like and not reader, f"{word!r} is not a file, a folder or a data set on the hub")
     offline = why_offline()
     if offline:
         datasets.config.HF_HUB_OFFLINE = True

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.batches import fingerprints
 from model.bigrams import begin_as_bigrams
 from model.checkpoint import (
     BEFORE_DECAY,
@@ -28,6 +27,7 @@ from model.errors import UserError, require, warn
 from model.files import shown
 from model.gpt import GPT
 from model.optimizer import make_optimizers
+from model.packed_data import fingerprints
 from model.run import Run, kept_settings
 
 
@@ -84,7 +84,7 @@ def arrangement(groups: list[dict]) -> list[tuple]:
     return [(group["params"], group.get("pieces")) for group in groups]
 
 
-def begin(run: Run, checkpoint: dict | None) -> TrainingState:
+def initial_state(run: Run, checkpoint: dict | None) -> TrainingState:
     """The state of a new run, or of one that goes on from a checkpoint."""
     device, recipe = run.runtime.device, run.recipe
     torch.manual_seed(run.settings.seed)
@@ -149,6 +149,7 @@ def rewind(run: Run, path: Path, checkpoint: dict) -> tuple[Path, dict]:
         return path, checkpoint
     if rewound["step"] == step:
         return path, checkpoint
+    rewound["best_loss"] = min(rewound["best_loss"], checkpoint["best_loss"])
     if run.processes.first:
         print(
             f"extended run: going back to before the learning-rate decay; step {step:,} is kept as shorter_*"
@@ -157,7 +158,9 @@ def rewind(run: Run, path: Path, checkpoint: dict) -> tuple[Path, dict]:
         for file in (path, *results):
             if file.exists():
                 shutil.copy2(file, run.folder / f"shorter_{step}_{file.name}")
+        # so that a run that is killed now still knows what best.pt is
+        save_checkpoint(run.folder / f"ckpt_{rewound['step']}.pt", rewound)
         for file in list_checkpoints(run.folder):
             if step_of(file) > rewound["step"]:
                 file.unlink()
-    return earlier, {**rewound, "best_loss": min(rewound["best_loss"], checkpoint["best_loss"])}
+    return earlier, rewound

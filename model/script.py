@@ -1,0 +1,58 @@
+"""How every script starts and ends. To be imported before torch, whose import takes seconds."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from model.errors import UserError, is_file_error
+from model.settings import REPO
+
+# Keep idle OpenMP threads from spinning for long, so that a shared CPU stays usable; torch reads it when imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+# Until run_script() takes over, let Ctrl-C end a script of ours without a traceback.
+started = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
+if started.parent in (REPO, REPO / "data") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def stop_again(failure: object) -> None:
+    """Re-send SIGINT/SIGTERM if its exception was raised inside a finalizer, where Python discards it."""
+    again = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(failure.exc_type)
+    if again:
+        threading.Timer(0.01, signal.pthread_kill, [threading.main_thread().ident, again]).start()
+    else:
+        sys.__unraisablehook__(failure)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main(). Errors that the user can fix end in one line and exit status 2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that cleanup code runs
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.unraisablehook = stop_again
+    if sys.stdout is None:  # closed by `>&-`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack some of a story's characters
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, such as `head`, is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if not is_file_error(error):
+            raise
+        message = f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
+    else:
+        return
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
