@@ -82,7 +82,7 @@ def main() -> None:
         },
         aliases={"model": "checkpoint", "max-stories": "max-samples"},
     )
-    complete_settings(settings)
+    prepare_settings(settings)
     files = {name: read_written(name) for name in settings.stories}
     # judging stories in files needs no model, unless other flags ask for one
     needed = not files or settings.given & {"num_stories", "prompt"}
@@ -123,7 +123,7 @@ def main() -> None:
     show(report, settings)
 
 
-def complete_settings(settings: SimpleNamespace) -> None:
+def prepare_settings(settings: SimpleNamespace) -> None:
     """Complete and check the settings. Raises UserError before any long work starts."""
     require_within(settings, max_samples="[0, inf)", batch_size="[0, inf)", num_stories="[0, inf)")
     require_seed(settings.seed)

@@ -192,7 +192,8 @@ class Writer:
         ):
             if token is not None:
                 ids.append(token)
-                text = self.continuation((encoded[1:] + ids[:printed])[-CONTEXT:], ids[printed:])
+                before = (encoded[1:] + ids[:printed])[-CONTEXT:] if printed else encoded[1:]
+                text = self.continuation(before, ids[printed:])
                 if not (text.endswith("\ufffd") or BYTE.fullmatch(self.tokenizer.id_to_token(token) or "")):
                     print(text, end="", flush=True)
                     text, printed = "", len(ids)

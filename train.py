@@ -170,7 +170,7 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
     progress_bar = ProgressBar(run, state)
     stop = StopRequest(processes)
     eval_interval, save_interval = recipe.eval_interval, settings.save_interval or recipe.eval_interval
-    saved_at, progress, pausing = state.step, 0.0, False
+    saved_at, progress = state.step, 0.0
     state.seconds = stop.agree(state.seconds)  # counting bigrams took a different time in each process
 
     while True:
@@ -190,8 +190,6 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
                 saved_at = state.step
         if finished or stop:
             break
-        if pausing:
-            processes.wait()  # while the first evaluates and saves, which is not training time
 
         # The second half of the blocks joins; so far, they have added nothing
         if recipe.depth(progress, run.config.n_layer) > state.model.depth:

@@ -30,16 +30,17 @@ from model.tokenizer import text_tokenizer
 
 FORMAT = 1
 BEFORE_DECAY = "before_decay.pt"
-# A run's files in its folder, the most important last
+# A run's files in its folder, and the folder in which they are gathered to be set aside
 RUN_FILES = (
-    "loss_curve.png",
-    "samples.md",
-    "shorter_*",
-    "metrics.jsonl",
+    "ckpt_*.pt",
     "best.pt",
     BEFORE_DECAY,
-    "ckpt_*.pt",
+    "shorter_*",
+    "metrics.jsonl",
+    "loss_curve.png",
+    "samples.md",
 )
+UNFINISHED = ".earlier"
 NAME = re.compile(r"ckpt_(\d+)\.pt")
 STARTED_EARLIER = (
     "this run was started by an earlier version of this repository: resume it with that version, or start a new "
@@ -160,6 +161,8 @@ def only_one(folder: Path) -> Iterator[None]:
             ) from None
         for pattern in RUN_FILES:
             remove_leftovers(folder, pattern)
+        if (folder / UNFINISHED).exists():
+            move_run_files(folder)
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -175,12 +178,16 @@ def set_aside(folder: Path) -> Path | None:
     if not all_checkpoints(folder):
         return None
     with only_one(folder):
-        moved = folder / f"earlier-{datetime.now():%Y%m%d-%H%M%S}"
-        moved.mkdir()
-        for pattern in RUN_FILES:
-            for file in sorted(folder.glob(pattern)):
-                file.rename(moved / file.name)
-    return moved
+        (folder / UNFINISHED).mkdir()
+        return move_run_files(folder)
+
+
+def move_run_files(folder: Path) -> Path:
+    """Move a run's files, or the rest of them if a process was killed while it did so. The next one finishes it."""
+    for pattern in RUN_FILES:
+        for file in folder.glob(pattern):
+            file.rename(folder / UNFINISHED / file.name)
+    return (folder / UNFINISHED).rename(folder / f"earlier-{datetime.now():%Y%m%d-%H%M%S}")
 
 
 def prune(folder: Path, keep: int, step: int) -> None:

@@ -87,11 +87,9 @@ def file_to_write(name: str | None, flag: str) -> Path | None:
     path = Path(name).expanduser()
     require(not path.is_dir(), f"{flag} {name or repr(name)} is a folder: name a file in it")
     require(not path.exists() or path.is_file(), f"{flag} {name} is not a regular file")
-    try:
-        folder = path.resolve().parent
-    except (OSError, RuntimeError):  # a link that leads to itself
-        raise UserError(f"{flag} {name} cannot be written") from None
-    folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    target = Path(os.path.realpath(path))
+    require(not target.is_symlink(), f"{flag} {name} cannot be written: it is a link that leads to itself")
+    folder = next(parent for parent in target.parents if parent.exists())
     require(folder.is_dir(), f"{flag} {name} cannot be written: {shown(folder)} is not a folder")
     require(os.access(folder, os.W_OK), f"{flag} {name} cannot be written: {shown(folder)} is read-only")
     return path
@@ -173,7 +171,7 @@ def command(script: str, **folders: Path) -> str:
         {constant.name: constant.value for constant in read_constants(REPO / script)} if folders else {}
     )
     for name, folder in folders.items():
-        if folder != REPO / defaults[name]:
+        if folder != REPO / Path(defaults[name]).expanduser():
             words += [flag_name(name), shown(folder)]
     return shlex.join(words)
 

@@ -279,7 +279,7 @@ void decode(const Block *blocks, int n_layer, const Linear *head, float eps, flo
 /* The `count` largest of each row's n logits, largest first: their probabilities (rows, count) in
    softmax(logits / temperature), and their places (rows, count). */
 void top_probabilities(const float *logits, int rows, int n, int count, float temperature, float *probabilities,
-               int64_t *places)
+                       int64_t *places)
 {
 #pragma omp parallel for if (rows > 8)
     for (int r = 0; r < rows; r++) {

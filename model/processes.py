@@ -33,9 +33,10 @@ class Processes:
 
     def extremes(self, number: int) -> tuple[int, int]:
         """The smallest and the largest of the processes' numbers."""
+        if self.count == 1:
+            return number, number
         facts = torch.tensor([-number, number])  # on the CPU, to avoid waiting for the GPU
-        if self.count > 1:
-            dist.all_reduce(facts, op=dist.ReduceOp.MAX)
+        dist.all_reduce(facts, op=dist.ReduceOp.MAX)
         return -int(facts[0]), int(facts[1])
 
     def have_the_same(self, number: int) -> bool:
@@ -117,9 +118,10 @@ class StopRequest:
             print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
     def agree(self, seconds: float) -> float:
-        """Let all processes know whether one is to stop; return the longest of their training times."""
+        """Let all processes know whether one is to stop; return the first one's training time. (That of the others
+        may include waiting for the first while it evaluates and saves.)"""
         if self.processes.count > 1:
-            facts = torch.tensor([self.received, seconds], dtype=torch.float64)
+            facts = torch.tensor([self.received, seconds if self.processes.first else 0], dtype=torch.float64)
             dist.all_reduce(facts, op=dist.ReduceOp.MAX)
             self.agreed, seconds = int(facts[0]), float(facts[1])
         return seconds

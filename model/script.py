@@ -1,5 +1,6 @@
 """How every script starts and ends. To be imported before torch, whose import takes seconds."""
 
+import io
 import os
 import signal
 import sys
@@ -13,10 +14,16 @@ from model.settings import REPO
 # Keep idle OpenMP threads from spinning for long, so that a shared CPU stays usable; torch reads it when imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+STEPS = (
+    "data/ingestion.py data/train_tokenizer.py data/prepare_data.py train.py generate.py evaluate.py".split()
+)
+SCRIPTS = {REPO / name for name in (*STEPS, "export.py")}
+
 # Until run_script() takes over, let Ctrl-C end a script of ours without a traceback.
-started = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
-if started.parent in (REPO, REPO / "data") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+started = getattr(sys.modules["__main__"], "__file__", None)  # None in an interactive session
+if started and Path(started).resolve() in SCRIPTS:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stop_again(failure: object) -> None:
@@ -36,7 +43,8 @@ def run_script(main: Callable[[], None]) -> None:
     sys.unraisablehook = stop_again
     if sys.stdout is None:  # closed by `>&-`
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack some of a story's characters
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack some of a story's characters
     try:
         main()
         sys.stdout.flush()

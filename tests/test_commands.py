@@ -76,9 +76,7 @@ def test_each_flag_goes_to_the_step_that_knows_it(quickstart, tmp_path):
 
 
 def test_files_are_named_relative_to_the_callers_folder(quickstart, tmp_path):
-    script = (
-        f'echo "ran $* in $PWD"; mkdir -p {tmp_path}/data/processed; : >{tmp_path}/data/processed/meta.json'
-    )
+    script = f'echo "ran $* in $PWD"; cd "{tmp_path}"; mkdir -p data/processed; : >data/processed/meta.json'
     write_program(tmp_path / ".venv/bin/python", script)
     elsewhere = tmp_path / "else where"
     elsewhere.mkdir()

@@ -71,14 +71,17 @@ def test_a_run_tidies_up_what_is_dead_and_nothing_else(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == alive
 
 
-def test_what_cannot_be_written_is_said_at_once(tmp_path):
+def test_what_cannot_be_written_is_said_at_once(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("1")
     (tmp_path / "loop").symlink_to("loop")
     assert file_to_write(str(tmp_path / "new" / "one.json"), "--output") == tmp_path / "new" / "one.json"
     assert not (tmp_path / "new").exists()
-    for name, reason in (("file/one.json", "file is not a folder"), ("loop", "loop cannot be written")):
+    for name, reason in (("file/one.json", "file is not a folder"), ("loop", "a link that leads to itself")):
         with pytest.raises(UserError, match=f"--output .*{reason}"):
             file_to_write(str(tmp_path / name), "--output")
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match="read-only"):
+        file_to_write(str(tmp_path / "one.json"), "--output")
 
 
 def test_a_command_has_the_folders_that_the_script_would_not_take_by_itself(monkeypatch):

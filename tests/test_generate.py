@@ -7,6 +7,7 @@ import pty
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -176,14 +177,15 @@ def test_a_terminal_that_lacks_a_character_shows_the_others(generate):
 
 
 def test_closed_streams_are_no_defect(trained):
-    command = f"{sys.executable} {REPO / 'generate.py'} --checkpoint-dir {trained} --max-tokens 3"
+    words = [sys.executable, REPO / "generate.py", "--checkpoint-dir", trained, "--max-tokens", 3]
+    command = shlex.join(map(str, words))
     result = subprocess.run(["bash", "-c", f"{command} >&-"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     result = subprocess.run(["bash", "-c", f"{command} --interactive <&-"], capture_output=True, text=True)
     assert result.returncode == 2 and "standard input is closed" in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("kind", ["char", "bpe"])
+@pytest.mark.parametrize("kind", ["char", "spaced", "bpe"])
 def test_what_is_streamed_is_the_story(kind, monkeypatch, capsys):
     """Even where a model writes bytes that are not UTF-8, which may change the text of bytes before them."""
     import generate as script
@@ -195,6 +197,20 @@ def test_what_is_streamed_is_the_story(kind, monkeypatch, capsys):
         }
         tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
         tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    elif kind == "spaced":  # as Llama's, which mark a word's space in its first token
+        vocab = {
+            token: k
+            for k, token in enumerate(["<|e|>", *(f"<0x{b:02X}>" for b in range(256)), *"\u2581abc\u00e9"])
+        }
+        tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        marks = [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+        tokenizer.decoder = decoders.Sequence(marks)
     else:
         vocab = {token: k for k, token in enumerate(["<|e|>", *pre_tokenizers.ByteLevel.alphabet()])}
         tokenizer = Tokenizer(models.BPE(vocab, []))
@@ -204,7 +220,7 @@ def test_what_is_streamed_is_the_story(kind, monkeypatch, capsys):
     writer = script.Writer(decoder, tokenizer, 0, None, 1_000)
     dragon = tokenizer.encode("a\U0001f409c").ids
     rng = random.Random(1)
-    for prompt in ("", "abc", "caf\ufffd", "b\U0001f409"):
+    for prompt in ("", "abc", "caf\ufffd", "b\U0001f409", "\u4e2d\u4e2d\u4e2d"):
         for _ in range(50):
             written = [rng.randrange(1, len(vocab)) for _ in range(rng.randrange(40))] + dragon
             written += rng.choice([[], dragon[:3]])

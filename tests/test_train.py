@@ -523,6 +523,17 @@ def test_fresh_moves_only_what_belongs_to_the_run(train, tmp_path):
     assert {path.name for path in real.iterdir()} == before | {moved.name}
 
 
+def test_fresh_that_was_killed_is_finished_by_the_next_start(train, tmp_path):
+    folder, _ = train("run", "--max-steps", 2)
+    names = {path.name for path in folder.iterdir()}
+    (folder / ".earlier").mkdir()
+    (folder / "ckpt_2.pt").rename(folder / ".earlier" / "ckpt_2.pt")
+    _, result = train("run", "--max-steps", 1)
+    (moved,) = folder.glob("earlier-*")
+    assert {path.name for path in moved.iterdir()} == names and not (folder / ".earlier").exists()
+    assert "resuming" not in result.out and load_checkpoint(folder / "ckpt_1.pt")["step"] == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -903,6 +914,19 @@ def test_several_processes_stop_together():
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_training_time_is_the_first_process_own(monkeypatch, rank):
+    """Meanwhile, the other has waited for it to evaluate."""
+    seconds, other = [(5.0, [0.0, 0.0]), (9.0, [0.0, 5.0])][rank]
+
+    def all_reduce(facts, op):
+        facts.copy_(torch.maximum(facts, torch.tensor(other, dtype=facts.dtype)))
+
+    monkeypatch.setattr("model.processes.dist.all_reduce", all_reduce)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert StopRequest(Processes(rank=rank, count=2)).agree(seconds) == 5.0
 
 
 def test_float16_trains_like_float32_and_its_scaler_is_kept(train):
