@@ -25,13 +25,7 @@ from model.script import run_script  # first: see there
 import numpy as np
 
 from data.encoder import Encoder, encode_all
-from data.stories import (
-    SPLITS,
-    Progress,
-    open_split,
-    raw_batches,
-    read_manifest,
-)
+from data.stories import SPLITS, Progress, open_split, raw_batches, read_manifest
 from model.config import GPTConfig
 from model.errors import UserError, require
 from model.files import (

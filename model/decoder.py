@@ -93,11 +93,11 @@ class CachedAttention:
 
 
 class DecoderBlock(NamedTuple):
-    qkv: "FusedLinear | kernels.PackedLinear"
+    qkv: FusedLinear | kernels.PackedLinear
     attention: CachedAttention
-    project: "FusedLinear | kernels.PackedLinear"
-    up: "FusedLinear | kernels.PackedLinear"
-    down: "FusedLinear | kernels.PackedLinear"
+    project: FusedLinear | kernels.PackedLinear
+    up: FusedLinear | kernels.PackedLinear
+    down: FusedLinear | kernels.PackedLinear
 
 
 class KVCache:

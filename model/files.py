@@ -1,6 +1,7 @@
 """Atomic writes, checksums, and paths as the user types them."""
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -89,15 +90,20 @@ def file_to_write(name: str | None, flag: str) -> Path | None:
     require(not path.exists() or path.is_file(), f"{flag} {name} is not a regular file")
     target = Path(os.path.realpath(path))
     require(not target.is_symlink(), f"{flag} {name} cannot be written: it is a link that leads to itself")
-    folder = next(parent for parent in target.parents if parent.exists())
+    folder = nearest_existing(target.parent)
     require(folder.is_dir(), f"{flag} {name} cannot be written: {shown(folder)} is not a folder")
     require(os.access(folder, os.W_OK), f"{flag} {name} cannot be written: {shown(folder)} is read-only")
     return path
 
 
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or the nearest of its parents that exists."""
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+
+
 def require_space(folder: Path, needed: float) -> None:
     """Raise UserError if the disk of `folder` has fewer than `needed` bytes free."""
-    folder = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    folder = nearest_existing(folder)
     free = shutil.disk_usage(folder).free
     require(
         needed <= free,
@@ -167,13 +173,17 @@ def command(script: str, **folders: Path) -> str:
     """The command to run a script, given by its path in the repository, from the current directory. For its settings
     `folders` (data_dir, checkpoint_dir), it has the flags that are needed: none if these are its defaults."""
     words = ["python", shown(REPO / script)]
-    defaults = (
-        {constant.name: constant.value for constant in read_constants(REPO / script)} if folders else {}
-    )
     for name, folder in folders.items():
-        if folder != REPO / Path(defaults[name]).expanduser():
+        if folder != default_folders(script)[name]:
             words += [flag_name(name), shown(folder)]
     return shlex.join(words)
+
+
+@functools.cache
+def default_folders(script: str) -> dict[str, Path]:
+    """The folders that a script takes without flags, by the names of its settings."""
+    constants = [one for one in read_constants(REPO / script) if one.name.endswith("_dir")]
+    return {constant.name: REPO / Path(constant.value).expanduser() for constant in constants}
 
 
 def size_text(count: float) -> str:

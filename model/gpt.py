@@ -92,7 +92,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropou
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, T, C) -> (B, T, C), with the mask `mask` of story_mask(), or a causal one."""
+    """Multi-head self-attention, (B, T, C) -> (B, T, C), with a mask of story_mask(), or a causal one."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()

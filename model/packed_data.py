@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,34 +44,36 @@ def load_data(data_dir: Path, verify: bool = False) -> Data:
 
     Raises UserError if a file is missing, truncated, or made with another tokenizer.
     """
-    processed, prepare = data_dir / "processed", command("data/prepare_data.py", data_dir=data_dir)
+    processed, prepare = data_dir / "processed", partial(command, "data/prepare_data.py", data_dir=data_dir)
     meta = read_json(processed / "meta.json")
     if not meta:
-        raise UserError(f"no packed stories in {shown(processed)} yet: run {prepare}")
+        raise UserError(f"no packed stories in {shown(processed)} yet: run {prepare()}")
     missing = [entry for entry in META if entry not in meta]
     if missing:
-        raise UserError(f"{shown(processed / 'meta.json')} lacks {', '.join(missing)}: run {prepare}")
+        raise UserError(f"{shown(processed / 'meta.json')} lacks {', '.join(missing)}: run {prepare()}")
     tokenizer_path = data_dir / "tokenizer" / "tokenizer.json"
     if not tokenizer_path.exists():
         step = command("data/train_tokenizer.py", data_dir=data_dir)
         raise UserError(f"no tokenizer at {shown(tokenizer_path)} yet: run {step}")
     if sha256_file(tokenizer_path) != meta["tokenizer_sha256"]:
         raise UserError(
-            f"{shown(processed)} was packed with another tokenizer than {shown(tokenizer_path)}: run {prepare}"
+            f"{shown(processed)} was packed with another tokenizer than {shown(tokenizer_path)}: run {prepare()}"
         )
     splits = {}
     for name in ("train", "validation"):
         path, facts = processed / f"{name}.bin", meta["splits"].get(name)
         if not facts or not facts["tokens"]:
-            raise UserError(f"{shown(processed)} has no {name} stories: run {prepare}")
+            raise UserError(f"{shown(processed)} has no {name} stories: run {prepare()}")
         expected = facts["tokens"] * np.dtype(meta["dtype"]).itemsize
         size = path.stat().st_size if path.exists() else 0
         if size != expected:
             raise UserError(
-                f"{shown(path)} has {size:,} bytes, but meta.json says {expected:,}: run {prepare}"
+                f"{shown(path)} has {size:,} bytes, but meta.json says {expected:,}: run {prepare()}"
             )
         if verify and sha256_file(path) != facts["sha256"]:
-            raise UserError(f"{shown(path)} is damaged (its SHA-256 differs from meta.json's): run {prepare}")
+            raise UserError(
+                f"{shown(path)} is damaged (its SHA-256 differs from meta.json's): run {prepare()}"
+            )
         tokens = np.memmap(path, dtype=np.dtype(meta["dtype"]).newbyteorder("<"), mode="r")
         splits[name] = Split(tokens, facts["stories"], facts["bytes"], facts["sha256"])
     return Data(

@@ -211,8 +211,9 @@ def draw(labels: list[str], lines: list[tuple], x_label: str, title: str, log: b
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(5, 3.6), layout="constrained")
         axes = figure.subplots()
-        for k, (x, y, options) in enumerate(lines):
-            axes.plot(x, y, color=COLOURS[k % len(COLOURS)], linewidth=1.6, **options)
+        names = [label.replace("$", r"\$") for label in labels]  # dollars would enclose a formula
+        for k, (name, (x, y, options)) in enumerate(zip(names, lines, strict=True)):
+            axes.plot(x, y, label=name, color=COLOURS[k % len(COLOURS)], linewidth=1.6, **options)
         if log:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -220,7 +221,7 @@ def draw(labels: list[str], lines: list[tuple], x_label: str, title: str, log: b
         axes.set_title(title, loc="left", fontsize=11)
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
-        names = [label.replace("$", r"\$") for label in labels]  # dollars would enclose a formula
+        # handles by name: left to itself, it would omit labels that start with an underscore
         figure.legend(axes.get_lines(), names, loc="outside lower left", frameon=False)
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
