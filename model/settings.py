@@ -124,7 +124,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def make_parser(constants: list[Constant], prog: str, description: str) -> Parser:
+def make_parser(constants: list[Constant], aliases: dict[str, str], prog: str, description: str) -> Parser:
     plain = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of the script's docstring
     parser = Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=plain)
     for constant in constants:
@@ -143,7 +143,9 @@ def make_parser(constants: list[Constant], prog: str, description: str) -> Parse
             options |= {"nargs": "+", "action": "extend"}
         default = " ".join(map(str, constant.value)) if constant.many else constant.value
         default = "" if default in (None, "") else f" [{default}]"
-        text = (constant.help + default).replace("%", "%%")
+        others = [f"--{alias}" for alias, name in aliases.items() if flag_name(constant.name) == f"--{name}"]
+        also = f" (also {', '.join(others)})" if others else ""
+        text = (constant.help + default + also).replace("%", "%%")
         parser.add_argument(flag_name(constant.name), help=text, **options)
     return parser
 
@@ -178,13 +180,13 @@ def read_settings(
     ends in _dir becomes an absolute Path: a default is relative to the repository, a flag to the current directory.
     Raises UserError for an unknown flag or bad value.
     """
-    constants = read_constants(script)
+    constants, aliases = read_constants(script), aliases or {}
     prog = os.path.relpath(script, REPO)
     docstring = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8"))) or ""
-    parser = make_parser(constants, prog, docstring)
+    parser = make_parser(constants, aliases, prog, docstring)
     kinds = {flag_name(constant.name)[2:]: constant.kind for constant in constants}
     argv = sys.argv[1:] if argv is None else argv
-    parsed, unknown = parser.parse_known_args([normalise(word, kinds, aliases or {}) for word in argv])
+    parsed, unknown = parser.parse_known_args([normalise(word, kinds, aliases) for word in argv])
     if unknown:
         word = unknown[0].partition("=")[0]
         nearest = difflib.get_close_matches(word.lstrip("-"), ["help", *kinds], n=1, cutoff=0.5)

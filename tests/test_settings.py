@@ -252,6 +252,7 @@ def test_help_and_values_through_a_real_command_line(script, tmp_path):
         assert part in result.stdout
     result = run_file(script, "--help")
     assert result.returncode == 0 and "100 % of them [65536]" in result.stdout
+    assert result.stdout.count("(also --lr)") == 1
 
 
 FAILING = """
