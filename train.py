@@ -32,7 +32,7 @@ from model.forward import prepare_forward
 from model.metrics import Metrics
 from model.optimizer import learning_rate, set_rates
 from model.processes import Processes, StopRequest, start_processes, stop_processes
-from model.run import Run, plan_run
+from model.run import Run, changed_settings, plan_run
 from model.runtime import ran_out_of_memory
 from model.settings import read_settings, require_within
 from model.training_state import TrainingState, initial_state, rewind
@@ -105,7 +105,22 @@ def main() -> None:
             "dtype": ("auto", "bfloat16", "float16", "float32"),
             "compile": ("auto", "on", "off"),
         },
-        aliases={"max-iters": "max-steps", "lr": "learning-rate", "out-dir": "checkpoint-dir"},
+        aliases={
+            "max-iters": "max-steps",
+            "lr": "learning-rate",
+            "warmup-iters": "warmup-steps",
+            "n-layers": "n-layer",
+            "n-heads": "n-head",
+            "context-length": "block-size",
+            "out-dir": "checkpoint-dir",
+        },
+        hints={
+            "batch-size": "a step takes --batch-tokens, a forward pass --micro-batch windows",
+            "gradient-accumulation-steps": "a step takes --batch-tokens, a forward pass --micro-batch windows",
+            "epochs": "--max-steps or --max-minutes limits a run, and it prints how many epochs that is",
+            "min-lr": "--final-learning-rate is a fraction of the peak",
+            "resume": "it resumes by itself, unless --fresh starts a new run",
+        },
     )
     require_within(settings, keep="[1, inf)", log_interval="[1, inf)", eval_tokens="[1, inf)")
     require_within(settings, save_interval="[1, inf)", micro_batch="[0, inf)", sample_tokens="[0, inf)")
@@ -136,6 +151,8 @@ def start(settings: SimpleNamespace, processes: Processes) -> None:
         run = run or plan_run(settings, processes, checkpoint)
         processes.wait()  # all have read, so the first may move files
         if checkpoint:
+            if processes.first and (changes := changed_settings(settings, checkpoint)):
+                print(f"changed      {'; '.join(changes)}")
             path, checkpoint = rewind(run, path, checkpoint)
         train(run, path, checkpoint)
 
@@ -170,7 +187,9 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
     progress_bar = ProgressBar(run, state)
     stop = StopRequest(processes)
     eval_interval, save_interval = recipe.eval_interval, settings.save_interval or recipe.eval_interval
-    saved_at, progress = state.step, 0.0
+    # Settings that have changed are saved before the first step, so that it can be resumed with them
+    saved_at = -1 if checkpoint and changed_settings(settings, checkpoint) else state.step
+    progress = recipe.progress(state.step, state.seconds)
     state.seconds = stop.agree(state.seconds)  # counting bigrams took a different time in each process
 
     while True:
@@ -184,7 +203,7 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
         if processes.first and state.step != saved_at:
             if before < recipe.turning_point <= progress:  # from here on, a longer run would differ
                 save_checkpoint(folder / BEFORE_DECAY, state.snapshot(run))
-            if finished or stop or state.step % save_interval == 0:
+            if finished or stop or saved_at < 0 or state.step % save_interval == 0:
                 save_checkpoint(folder / f"ckpt_{state.step}.pt", state.snapshot(run))
                 prune(folder, settings.keep, state.step)
                 saved_at = state.step
@@ -215,7 +234,8 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
                 raise UserError(
                     f"the loss or its gradient is not finite, {state.not_finite.item()} steps in a row up to step "
                     f"{state.step}; none of them was applied. Try a lower --learning-rate than "
-                    f"{recipe.learning_rate:g}, or --dtype float32"
+                    f"{recipe.learning_rate:g}, or --dtype float32. If that happens at once when resuming, the model "
+                    "was ruined before it was saved: delete the latest checkpoint, or start a new run with --fresh"
                 )
         state.seconds += time.perf_counter() - started
         if reading:

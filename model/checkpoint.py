@@ -26,6 +26,7 @@ from model.config import GPTConfig
 from model.errors import UserError, first_line, warn
 from model.files import atomic_write, command, remove_leftovers, shown
 from model.gpt import GPT
+from model.settings import REPO
 from model.tokenizer import text_tokenizer
 
 FORMAT = 1
@@ -47,6 +48,8 @@ STARTED_EARLIER = (
     "run with --fresh (it moves the old one aside)"
 )
 ENTRIES = ("config", "settings", "weights", "step", "tokenizer", "eot_id", "data")
+# What it takes to resume, besides
+TO_RESUME = ("defaults", "depth", "optimizers", "scaler", "seconds", "best_loss", "last_evaluation")
 
 
 class BadCheckpoint(UserError):
@@ -59,11 +62,11 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         try:
             torch.save({"format": FORMAT, **checkpoint}, temporary)
         except RuntimeError as error:  # how torch's zip writer reports a full disk
-            raise UserError(f"cannot write {shown(path)}: is the disk full? ({error})") from error
+            raise UserError(f"cannot write {shown(path)}: is the disk full?") from error
 
 
-def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint. Raises BadCheckpoint if the file is missing, damaged or of another format."""
+def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
+    """Read a checkpoint. Raises BadCheckpoint if the file is missing, damaged, of another format or lacks entries."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
             if damaged := archive.testzip():
@@ -77,7 +80,7 @@ def load_checkpoint(path: Path) -> dict:
         raise BadCheckpoint(f"{shown(path)} is not a checkpoint of this project")
     if checkpoint["format"] != FORMAT:
         raise BadCheckpoint(f"{shown(path)} has format {checkpoint['format']}; this version reads {FORMAT}")
-    missing = [entry for entry in ENTRIES if entry not in checkpoint]
+    missing = [entry for entry in ENTRIES + TO_RESUME * to_resume if entry not in checkpoint]
     if missing:
         raise BadCheckpoint(f"{shown(path)} lacks {', '.join(missing)}")
     return checkpoint
@@ -108,7 +111,7 @@ def load_latest(folder: Path) -> tuple[Path, dict] | None:
     paths = all_checkpoints(folder)
     for path in paths:
         try:
-            return path, load_checkpoint(path)
+            return path, load_checkpoint(path, to_resume=True)
         except BadCheckpoint as error:
             warn(f"{error}; trying the one before")
     if paths:
@@ -130,9 +133,9 @@ def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
         candidates = [folder / f"ckpt_{name}.pt"]
     else:
         path = Path(name).expanduser()
-        if path.is_dir():
+        if path.is_dir() and not (path / "config.json").is_file():
             return find_checkpoint(path, None, prefer)
-        candidates = [path, folder / name]
+        candidates = [path, folder / name, folder / f"{name}.pt", REPO / name]
     for path in candidates:
         if path.is_file():
             return path
@@ -140,6 +143,8 @@ def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
         raise UserError(
             f"no checkpoint in {shown(folder)} yet: run {command('train.py', checkpoint_dir=folder)}"
         )
+    if (candidates[0] / "config.json").is_file():
+        raise UserError(f"{name} is a Hugging Face model, not a checkpoint: see train.py --init-from")
     raise UserError(f"there is no checkpoint {name!r} (looked for {shown(candidates[0])})")
 
 

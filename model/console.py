@@ -28,11 +28,10 @@ def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> Non
     minutes = f"{recipe.max_minutes:g} minutes" if recipe.max_minutes else ""
     epochs = (recipe.max_steps or 0) * run.tokens_per_step / len(train.tokens)
     where = f" on {run.processes.count} processes" if run.processes.count > 1 else ""
-    half = recipe.depth(0.0, config.n_layer)
     softmax = f"; softmax over {run.softmax_size:,} tokens" if run.shortlists else ""
     growth = ""
-    if half < config.n_layer:
-        growth = f"; {half} layer{'s' * (half > 1)} until {100 * recipe.grow_at:g} % are done"
+    if (depth := state.model.depth) < config.n_layer:
+        growth = f"; {depth} layer{'s' * (depth > 1)} until {100 * recipe.grow_at:g} % are done"
     print(
         f"stories      {train.stories:,} ({len(train.tokens):,} tokens) for training, "
         f"{data.validation.stories:,} ({len(data.validation.tokens):,} tokens) for validation\n"

@@ -16,6 +16,16 @@ from model.settings import REPO, flag_name, read_constants
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within this block, let the system's errors that name no file, such as a full disk, name this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or shown(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary name next to `path`; on success flush it to disk and rename it to `path`.
 
@@ -26,7 +36,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     remove_leftovers(path.parent, glob.escape(path.name))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -111,7 +111,8 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = probabilities.cumsum(-1)
     # Scale by the sum and stay below it, so that rounding cannot select past the last nonzero probability.
     targets = uniforms.type_as(cumulative).clamp(max=1 - 2**-22)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, targets, right=True)[:, 0]
+    # Of probabilities that are not numbers, as a model that diverged has them, it takes the last.
+    return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp(max=probabilities.size(1) - 1)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from model.files import atomic_write, write_text
+from model.files import atomic_write, naming, write_text
 
 
 class Metrics:
@@ -27,7 +27,7 @@ class Metrics:
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def draw(self) -> None:
@@ -37,17 +37,25 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, without broken lines, such as a truncated last one."""
+    """The rows of a metrics.jsonl, without broken lines, such as a truncated last one, and others' lines."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(row, dict) and "step" in row:
+            if is_row(row):
                 rows.append(row)
     return rows
+
+
+def is_row(row: object) -> bool:
+    """Whether a line has what is read from it, with the right types."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    losses = [row[name] for name in ("train_loss", "validation_loss") if row.get(name) is not None]
+    return all(type(loss) in (int, float) for loss in losses) and row.get("validation_loss", 0) is not None
 
 
 def smooth(values: list[float]) -> list[float]:
@@ -98,7 +106,7 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
 
 def write_samples(rows: list[dict], path: Path) -> None:
     """Write the story of each evaluation, latest first."""
-    parts = ["# A story at each evaluation\n\nThe same prompt and seed each time; latest first.\n"]
+    parts = ["# A story at each evaluation\n\nLatest first, all with the same seed.\n"]
     for row in reversed(rows):
         if row.get("sample"):
             story = re.sub(r"\n+", "\n\n", row["sample"])  # Markdown needs a blank line between paragraphs

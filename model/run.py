@@ -24,7 +24,16 @@ from model.sampled_softmax import Shortlists, make_shortlists
 from model.tokenizer import token_table
 
 # Settings that identify a run; the others may change when it resumes.
-FIXED = {"preset", "init_from", *CONFIG_FIELDS, "seed", "batch_tokens", "optimizer"}
+FIXED = {
+    "preset",
+    "init_from",
+    *CONFIG_FIELDS,
+    "bigram_start",
+    "mask_stories",
+    "seed",
+    "batch_tokens",
+    "optimizer",
+}
 # The run's length: the limit that is reached first ends it
 LIMITS = {"max_steps", "max_minutes"}
 # Settings that a checkpoint does not remember: where and how a run is resumed
@@ -186,6 +195,21 @@ def kept_settings(settings: SimpleNamespace) -> list[str]:
     return [name for name in settings.defaults if name not in NOT_KEPT]
 
 
+def remembered(settings: SimpleNamespace) -> dict[str, object]:
+    """The settings that a checkpoint keeps, by name."""
+    return {name: getattr(settings, name) for name in kept_settings(settings)}
+
+
+def changed_settings(settings: SimpleNamespace, checkpoint: dict) -> list[str]:
+    """What a resumed run changes, each as "learning_rate 0.006 is now 0.001"."""
+    saved = checkpoint["settings"]
+    return [
+        f"{name} {saved[name]} is now {now}"
+        for name, now in remembered(settings).items()
+        if now != saved[name]
+    ]
+
+
 def keep_from_checkpoint(
     settings: SimpleNamespace, checkpoint: dict, data: Data, device: torch.device
 ) -> None:
@@ -203,7 +227,9 @@ def keep_from_checkpoint(
     if checkpoint.get("device", device.type) != device.type and "micro_batch" not in chosen:
         settings.micro_batch = 0  # what suits a GPU may not fit a CPU's memory
     current = fingerprints(data)
-    differences += [f"changed {name}" for name, value in checkpoint["data"].items() if value != current[name]]
+    changed = [name for name, value in checkpoint["data"].items() if value != current[name]]
+    # with another tokenizer, the packed stories differ in any case
+    differences += [f"changed {name}" for name in (["tokenizer"] if "tokenizer" in changed else changed)]
     if differences:
         raise UserError(
             f"the run in {shown(settings.checkpoint_dir)} cannot be resumed with: {'; '.join(differences)}. "

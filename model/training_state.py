@@ -23,12 +23,12 @@ from model.checkpoint import (
     step_of,
 )
 from model.config import RECIPE_FIELDS, Recipe
-from model.errors import UserError, require, warn
+from model.errors import UserError, first_line, require, warn
 from model.files import shown
 from model.gpt import GPT
 from model.optimizer import make_optimizers
 from model.packed_data import fingerprints
-from model.run import Run, kept_settings
+from model.run import Run, remembered
 
 
 @dataclass
@@ -52,7 +52,7 @@ class TrainingState:
         """This state as a checkpoint, enough to resume, generate, evaluate and export."""
         return {
             "config": asdict(self.model.config),
-            "settings": {name: getattr(run.settings, name) for name in kept_settings(run.settings)},
+            "settings": remembered(run.settings),
             "defaults": run.settings.defaults,
             "device": run.runtime.device.type,
             "depth": self.model.depth,
@@ -96,7 +96,14 @@ def initial_state(run: Run, checkpoint: dict | None) -> TrainingState:
     not_finite = torch.zeros((), dtype=torch.int, device=device)
     state = TrainingState(model, optimizers, scaler, not_finite=not_finite)
     if checkpoint:
-        state.restore(checkpoint)
+        try:
+            state.restore(checkpoint)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"the parts of the checkpoint after step {checkpoint['step']} do not fit together "
+                f"({first_line(error)}): move it away, and the run goes on from the one before"
+            ) from error
+        state.best_loss = best_loss(run, checkpoint)
         return state
     if recipe.bigram_start:
         with ThreadPoolExecutor(1) as background:
@@ -108,6 +115,12 @@ def initial_state(run: Run, checkpoint: dict | None) -> TrainingState:
         model.set_depth(recipe.depth(0.0, run.config.n_layer))
         model.silence(model.depth)
     return state
+
+
+def best_loss(run: Run, *checkpoints: dict) -> float:
+    """The lowest validation loss in these checkpoints. Those on another number of tokens do not compare."""
+    losses = (c["best_loss"] for c in checkpoints if c["settings"]["eval_tokens"] == run.settings.eval_tokens)
+    return min(losses, default=math.inf)
 
 
 def timed(function: Callable, *arguments: object) -> float:
@@ -140,8 +153,12 @@ def rewind(run: Run, path: Path, checkpoint: dict) -> tuple[Path, dict]:
         return path, checkpoint
     if now >= min(then, 1):
         return path, checkpoint
+    if before.turning_point == 0:  # there is no step before the decay
+        if run.processes.first:
+            print(f"extended run: going on from step {step:,}, with the learning rate of the longer run")
+        return path, checkpoint
     try:
-        rewound = load_checkpoint(earlier)
+        rewound = load_checkpoint(earlier, to_resume=True)
         require(rewound["step"] <= step, f"{shown(earlier)} is from a later step")
     except UserError as error:
         if run.processes.first:
@@ -149,18 +166,19 @@ def rewind(run: Run, path: Path, checkpoint: dict) -> tuple[Path, dict]:
         return path, checkpoint
     if rewound["step"] == step:
         return path, checkpoint
-    rewound["best_loss"] = min(rewound["best_loss"], checkpoint["best_loss"])
+    rewound["best_loss"] = best_loss(run, rewound, checkpoint)
+    rewound |= {"settings": remembered(run.settings), "defaults": run.settings.defaults}
     if run.processes.first:
-        print(
-            f"extended run: going back to before the learning-rate decay; step {step:,} is kept as shorter_*"
-        )
         results = (run.folder / name for name in ("metrics.jsonl", "loss_curve.png", "samples.md"))
         for file in (path, *results):
             if file.exists():
                 shutil.copy2(file, run.folder / f"shorter_{step}_{file.name}")
-        # so that a run that is killed now still knows what best.pt is
+        # so that a run that is killed now still knows its new length, and what best.pt is
         save_checkpoint(run.folder / f"ckpt_{rewound['step']}.pt", rewound)
         for file in list_checkpoints(run.folder):
             if step_of(file) > rewound["step"]:
                 file.unlink()
+        print(
+            f"extended run: going back to before the learning-rate decay; step {step:,} is kept as shorter_*"
+        )
     return earlier, rewound

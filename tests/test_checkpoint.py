@@ -44,6 +44,7 @@ def make_checkpoint(step=7, config=CONFIG):
         "config": dataclasses.asdict(config),
         "settings": {"preset": "stories-9m", "max_minutes": None, "seed": 1337, "learning_rate": 6e-3},
         "defaults": {"prompt": []},
+        "depth": 1,
         "weights": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "scaler": {},
@@ -199,6 +200,13 @@ def without_config(path):
     torch.save(content, path)
 
 
+def without_optimizers(path):
+    """As someone shares it, since it is a third of the size: enough for all but resuming."""
+    content = torch.load(path, weights_only=True)
+    del content["optimizers"]
+    torch.save(content, path)
+
+
 def a_folder(path):
     path.unlink()
     path.mkdir()
@@ -235,6 +243,14 @@ def test_a_damaged_file_is_named_and_passed_over(tmp_path, capsys, damage, messa
     assert path.name == "ckpt_20.pt" and checkpoint["step"] == 20
     warning = capsys.readouterr().err
     assert warning.startswith("warning: ") and "ckpt_30.pt" in warning and message in warning
+
+
+def test_a_file_that_is_too_little_to_resume_from_is_passed_over(tmp_path, capsys):
+    save(tmp_path, 10, 20)
+    without_optimizers(tmp_path / "ckpt_20.pt")
+    assert load_checkpoint(tmp_path / "ckpt_20.pt")["step"] == 20
+    assert load_latest(tmp_path)[1]["step"] == 10
+    assert "ckpt_20.pt lacks optimizers; trying the one before" in capsys.readouterr().err
 
 
 def test_the_best_is_the_last_resort(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Files and folders are written whole or not at all, and nothing is lost where that fails."""
 
+import errno
 import os
 
 import pytest
@@ -8,7 +9,7 @@ from conftest import REPO
 from model import files
 from model.checkpoint import only_one
 from model.errors import UserError
-from model.files import atomic_folder, command, file_to_write, remove_leftovers
+from model.files import atomic_folder, atomic_write, command, file_to_write, naming, remove_leftovers
 
 DEAD = 2**22 + 1  # beyond the numbers that Linux gives to processes
 
@@ -82,6 +83,13 @@ def test_what_cannot_be_written_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(UserError, match="read-only"):
         file_to_write(str(tmp_path / "one.json"), "--output")
+
+
+def test_a_full_disk_is_said_with_the_name_of_the_file(tmp_path):
+    for block in (lambda: naming(tmp_path / "a"), lambda: atomic_write(tmp_path / "a")):
+        with pytest.raises(OSError) as caught, block():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert caught.value.filename == str(tmp_path / "a")
 
 
 def test_a_command_has_the_folders_that_the_script_would_not_take_by_itself(monkeypatch):

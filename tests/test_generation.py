@@ -315,6 +315,14 @@ def test_no_draw_falls_on_a_token_without_probability():
     assert draw(torch.tensor([[0.5, 0.5]] * 2), torch.tensor([0.4999, 0.5])).tolist() == [0, 1]
 
 
+def test_a_model_that_diverged_draws_something():
+    for sampling in (Sampling(), Sampling(top_p=1), Sampling(temperature=0), Sampling(top_k=3, min_p=0.1)):
+        probabilities, ids = next_distribution(torch.full((2, 300), torch.nan), None, sampling)
+        drawn = draw(probabilities, torch.tensor([0.0, 0.7]))
+        tokens = drawn if ids is None else ids.gather(1, drawn[:, None])[:, 0]
+        assert ((tokens >= 0) & (tokens < 300)).all()
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import REPO, assert_one_line_error
 
+import train as train_script
 from model.batches import Batches, validation_windows
 from model.bigrams import begin_as_bigrams
 from model.checkpoint import list_checkpoints, load_checkpoint, load_latest, save_checkpoint
@@ -23,7 +24,7 @@ from model.console import ProgressBar, print_end, print_plan
 from model.errors import UserError
 from model.forward import choose_flex, prepare_forward
 from model.gpt import GPT, story_mask
-from model.metrics import smooth, write_samples
+from model.metrics import Metrics, smooth, write_samples
 from model.packed_data import Data, Split, fingerprints, load_data
 from model.processes import Processes, StopRequest
 from model.run import Run, complete_settings
@@ -75,6 +76,12 @@ def make_run(**parts):
     return Run(**{**empty, "processes": Processes(), **parts})
 
 
+def settings_of(checkpoint, folder, **changes):
+    """Of a run that goes on from a checkpoint."""
+    values = {**checkpoint["settings"], **changes}
+    return SimpleNamespace(**values, defaults=checkpoint["defaults"], checkpoint_dir=folder)
+
+
 def metrics(folder):
     """The rows of metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -118,6 +125,64 @@ def test_a_run_leaves_what_it_promises(train):
 def test_keep_limits_the_checkpoints(train):
     folder, _ = train("run", "--keep", 1)
     assert [path.name for path in list_checkpoints(folder)] == ["ckpt_12.pt"]
+
+
+def test_what_changes_is_printed_and_kept_from_before_the_first_step(train, monkeypatch):
+    flags = ["--decay-fraction", "0.01", "--grow-at", 0, "--max-steps", 6]
+    folder, _ = train("run", *flags)
+    monkeypatch.setattr(train_script, "take_step", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):
+        train("run", "--max-steps", 12, "--learning-rate", "1e-3", tiny=[])
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    saved = load_checkpoint(folder / "ckpt_6.pt")["settings"]
+    assert (saved["max_steps"], saved["learning_rate"]) == (12, 1e-3)
+
+
+def test_what_is_printed_of_layers_is_what_trains(train):
+    """Those that have joined stay, whatever --grow-at says on resume."""
+    train("run", "--decay-fraction", "0.01", "--max-steps", 4, "--grow-at", 0)
+    _, result = train("run", "--max-steps", 8, "--grow-at", 0.9, tiny=[])
+    assert "changed      max_steps 4 is now 8; grow_at 0.0 is now 0.9\n" in result.out
+    assert "layer until" not in result.out
+
+
+def test_losses_on_other_validation_tokens_do_not_count_as_the_best(train):
+    folder, _ = train("run", "--decay-fraction", "0.01", "--grow-at", 0, "--max-steps", 4)
+    path = folder / "ckpt_4.pt"
+    save_checkpoint(path, {**load_checkpoint(path), "best_loss": 0.5})
+    train("run", "--max-steps", 8, tiny=[])
+    assert load_checkpoint(folder / "ckpt_8.pt")["best_loss"] == 0.5
+    train("run", "--max-steps", 12, "--eval-tokens", 512, tiny=[])
+    assert load_checkpoint(folder / "best.pt")["step"] == 12
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_a_user_error(train):
+    folder, _ = train("run", "--max-steps", 4)
+    checkpoint = load_checkpoint(folder / "ckpt_4.pt")
+    del checkpoint["weights"]["norm.weight"]
+    save_checkpoint(folder / "ckpt_4.pt", checkpoint)
+    with pytest.raises(UserError, match="after step 4 do not fit together .*norm.weight"):
+        train("run", tiny=[])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": null, "note": "mine"}',
+        '{"step": "7"}',
+        '{"step": 3, "validation_loss": null}',
+        '{"step": 3, "train_loss": "abc"}',
+        "[1]",
+        '{"note": "mine"}',
+        '{"step": 3, "train_l',
+    ],
+)
+def test_lines_of_others_in_the_metrics_do_no_harm(tmp_path, line):
+    ours = ['{"step": 1, "train_loss": null}', '{"step": 2, "validation_loss": 3.5, "tokens": 9}']
+    (tmp_path / "metrics.jsonl").write_text("\ufeff" + "\n".join([ours[0], line, ours[1], line]), "utf-8")
+    Metrics(tmp_path, 5, 5).draw()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == ours
 
 
 @pytest.mark.parametrize(
@@ -433,15 +498,24 @@ def test_a_finished_run_made_longer_is_the_longer_run(train):
     assert (folder / "shorter_12_metrics.jsonl").exists()
 
 
-def test_a_run_made_longer_remembers_its_best_if_it_is_killed_at_once(train):
+def test_a_run_made_longer_remembers_its_length_and_its_best_if_it_is_killed_at_once(train):
     folder, _ = train("run", "--max-steps", 12)
     path = folder / "ckpt_12.pt"
-    run = make_run(settings=SimpleNamespace(checkpoint_dir=folder), recipe=Recipe(max_steps=20))
     best = {**load_checkpoint(path), "best_loss": 0.5}
+    run = make_run(settings=settings_of(best, folder, max_steps=20), recipe=Recipe(max_steps=20))
     _, rewound = rewind(run, path, best)
     path, latest = load_latest(folder)
     assert latest["step"] == rewound["step"] < 12 and latest["best_loss"] == rewound["best_loss"] == 0.5
+    assert latest["settings"]["max_steps"] == 20
     assert rewind(run, path, latest) == (path, latest)
+
+
+def test_a_preset_that_decays_from_the_start_is_made_longer_without_a_warning(train):
+    flags = ["--schedule", "cosine", "--decay-fraction", 1]
+    folder, _ = train("run", *flags, "--max-steps", 8)
+    _, result = train("run", "--max-steps", 12, tiny=["--compile", "off"])
+    assert "extended run: going on from step 8, with the learning rate of the longer run" in result.out
+    assert result.err == "" and load_checkpoint(folder / "ckpt_12.pt")["step"] == 12
 
 
 def test_a_run_made_longer_goes_on_from_its_end_if_what_came_before_its_decay_is_damaged(train):
@@ -461,7 +535,7 @@ def test_only_a_run_in_its_decay_goes_back(train):
     for max_steps in steps.values():
         then["settings"]["max_steps"] = max_steps
         run = make_run(
-            settings=SimpleNamespace(checkpoint_dir=folder),
+            settings=settings_of(then, folder),
             recipe=Recipe(max_steps=80),
             processes=Processes(rank=1, count=2),
         )
@@ -478,7 +552,7 @@ def test_a_run_made_shorter_keeps_what_came_before_its_decay(train, capsys):
     then["settings"]["max_steps"] = 40
 
     def resumed(max_steps, checkpoint):
-        settings = SimpleNamespace(checkpoint_dir=folder)
+        settings = settings_of(checkpoint, folder)
         return rewind(make_run(settings=settings, recipe=Recipe(max_steps=max_steps)), path, checkpoint)
 
     kept.unlink()
@@ -684,6 +758,8 @@ def test_a_limit_in_the_script_is_one_on_resume_too(packed):
         (["--n-layer", "3", "--n-embd", "64"], ["n_layer 2 is now 3", "n_embd 32 is now 64"]),
         (["--preset", "stories-9m"], ["preset quickstart is now stories-9m"]),
         (["--optimizer", "adamw"], ["optimizer muon is now adamw"]),
+        (["--no-bigram-start"], ["bigram_start True is now False"]),
+        (["--no-mask-stories"], ["mask_stories True is now False"]),
     ],
 )
 def test_what_makes_the_run_may_not_change(train, flags, needles):
@@ -790,7 +866,7 @@ def test_what_overflows_in_float16_keeps_both_optimizers_from_their_step(train, 
 def test_a_run_that_stays_not_finite_stops_and_says_where(train, poison, tmp_path):
     poison(range(6, 1000))
     with pytest.raises(
-        UserError, match="not finite, 5 steps in a row up to step 10; .*lower --learning-rate"
+        UserError, match="not finite, 5 steps in a row up to step 10; .*lower --learning-rate .*--fresh"
     ):
         train("run", "--eval-interval", 12, "--save-interval", 1)
     assert len(list_checkpoints(tmp_path / "run")) == 3
