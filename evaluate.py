@@ -257,7 +257,8 @@ def show(report: dict, settings: SimpleNamespace) -> None:
                 value = f"{value[0]:.4f} to {value[1]:.4f}"
             print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
     elif results:
-        print_table(cells(SCORE_COLUMNS, results))
+        table = cells(SCORE_COLUMNS, results)
+        print_table(min(transposed(table), table, key=width))
     if report["quality"]:
         print()
         rows = [{"name": name, **figures} for name, figures in report["quality"].items()]
@@ -270,12 +271,20 @@ def show(report: dict, settings: SimpleNamespace) -> None:
         print(f"report written to {shown(settings.report)}")
 
 
+def widths(rows: list[list[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+
+def width(rows: list[list[str]]) -> int:
+    """Of a table as it is printed, in characters."""
+    return sum(widths(rows)) + 2 * (len(rows[0]) - 1)
+
+
 def print_table(rows: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         first, *rest = (
-            cell.ljust(width) if k == 0 else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(size) if k == 0 else cell.rjust(size)
+            for k, (cell, size) in enumerate(zip(row, widths(rows), strict=True))
         )
         print("  ".join([first, *rest]).rstrip())
 

@@ -61,6 +61,7 @@ def main() -> None:
             "start": "prompt",
             "max-new-tokens": "max-tokens",
             "n": "num-samples",
+            "temp": "temperature",
         },
     )
     require_within(settings, num_samples="[1, inf)", max_tokens="[1, 100000]")
@@ -114,7 +115,7 @@ def note(text: str) -> None:
 def read_prompts(settings: SimpleNamespace) -> list[str]:
     prompts = list(settings.prompt)
     if settings.prompts_file is not None:
-        prompts += read_text(settings.prompts_file).removesuffix("\n").split("\n")
+        prompts += read_text(settings.prompts_file).rstrip("\n").split("\n")
     return list(map(readable, prompts)) or [""]
 
 

@@ -48,7 +48,7 @@ class Batches:
     def __init__(self, tokens: np.ndarray, block_size: int, windows_per_step: int, seed: int):
         if len(tokens) <= block_size:
             raise UserError(
-                f"block_size {block_size} is longer than the {len(tokens):,} training tokens: "
+                f"block_size {block_size} is too long for the {len(tokens):,} training tokens: "
                 "lower it or ingest more stories"
             )
         require_seed(seed)
@@ -125,7 +125,7 @@ def validation_windows(tokens: np.ndarray, block_size: int, limit: int) -> np.nd
     available = (len(tokens) - 1) // block_size
     if available < 1:
         raise UserError(
-            f"block_size {block_size} is longer than the {len(tokens):,} validation tokens: "
+            f"block_size {block_size} is too long for the {len(tokens):,} validation tokens: "
             "lower it or hold out more stories"
         )
     chosen = np.linspace(0, available - 1, min(limit, available)).round().astype(np.int64)

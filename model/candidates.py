@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from model.checkpoint import find_checkpoint, load_model
 from model.decoder import Decoder, choose_weights
-from model.errors import UserError, require, warn
+from model.errors import UserError, first_line, require, warn
 from model.files import sha256_file, shown
 from model.generation import Sampling, generate_all
 from model.hub import why_offline
@@ -211,8 +211,7 @@ class TransformersModel(Candidate):
 
 def load_transformers(name: str) -> tuple[nn.Module, object]:
     """Load model and tokenizer from a folder or hub name. Raises UserError if they do not load."""
-    if not Path(name).is_dir():
-        why_offline()  # before transformers reads whether it is to stay offline
+    offline = "" if Path(name).is_dir() else why_offline()  # transformers reads whether it is to stay so
     try:
         import transformers
     except ImportError:
@@ -226,8 +225,8 @@ def load_transformers(name: str) -> tuple[nn.Module, object]:
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # each kind of damage raises its own exception
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{where}{name} does not load: {reason[:200]}") from None
+        reason = offline or first_line(error)
+        raise UserError(f"{where}{name} does not load: {reason}") from None
     # transformers initialises missing weights at random
     lacking = sorted(loading["missing_keys"])
     require(not lacking, f"{name} lacks {len(lacking)} of its weights, including {', '.join(lacking[:2])}")

@@ -6,7 +6,7 @@ A setting is one line: an UPPER_CASE name with a literal value and a trailing co
     LEARNING_RATE: float | None = None  # peak learning rate; None: the preset's
 
 These lines also define the flags --batch-tokens and --learning-rate, with their type, default and help.
-A value that may be None, or a list, needs a type annotation.
+A value that may be None, or a list, needs a type annotation. Constants that are no settings come after these.
 """
 
 import argparse
@@ -26,10 +26,19 @@ from model.errors import UserError, require
 REPO = Path(__file__).resolve().parent.parent
 
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+# Other spellings of words that settings take
+SPELLINGS = {
+    "true": "on",
+    "false": "off",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "val": "validation",
+}
 
 
 class NoSuchSetting(UserError, AttributeError):
-    """A setting whose line was deleted from the script or lost its comment."""
+    """A setting whose line was deleted from the script, or whose comment was, if it is the last one."""
 
 
 class Settings(SimpleNamespace):
@@ -70,7 +79,8 @@ def read_constants(script: str | Path) -> list[Constant]:
     source = Path(script).read_text(encoding="utf-8")
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    constants = []
+    constants: dict[str, Constant] = {}
+    uncommented = ""
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign):
             target, annotation = node.targets[0], ""
@@ -78,20 +88,28 @@ def read_constants(script: str | Path) -> list[Constant]:
             target, annotation = node.target, ast.unparse(node.annotation)
         else:
             continue
-        if not (isinstance(target, ast.Name) and target.id.isupper() and node.end_lineno in comments):
+        if not (isinstance(target, ast.Name) and target.id.isupper()):
             continue
+        place = f"{Path(script).name} line {node.lineno}: {target.id}"
+        if node.end_lineno not in comments:
+            uncommented = uncommented or place
+            continue
+        require(not uncommented, f"{uncommented} needs a comment at the end of its line, like every setting")
+        require(target.id.lower() not in constants, f"{place} is set twice: delete one of the lines")
         value = literal(node.value)
         words = annotation.replace("[", " ").replace("]", " ").split()
         kind = next((k for k in (int, float, bool, str) if k.__name__ in words), type(value))
         optional, many = "None" in words, "list" in words
+        require(
+            annotation or not isinstance(value, (list, type(None))),
+            f"{place} needs a type for {ast.unparse(node.value)}, such as {target.id}: list[str] or int | None",
+        )
         constant = Constant(target.id.lower(), value, kind, optional, many, comments[node.end_lineno])
         require(
-            constant.accepts(value),
-            f"{Path(script).name} line {node.lineno}: {target.id} takes {constant.type_name()}, "
-            f"not {ast.unparse(node.value)}",
+            constant.accepts(value), f"{place} takes {constant.type_name()}, not {ast.unparse(node.value)}"
         )
-        constants.append(constant)
-    return constants
+        constants[constant.name] = constant
+    return list(constants.values())
 
 
 def literal(node: ast.expr) -> object:
@@ -172,12 +190,14 @@ def read_settings(
     *,
     choices: dict[str, tuple[str, ...]] | None = None,
     aliases: dict[str, str] | None = None,
+    hints: dict[str, str] | None = None,
 ) -> SimpleNamespace:
     """A script's constants, overridden by its command line, as a namespace of lower-case names.
 
-    `choices` lists the allowed values of a setting, `aliases` maps additional flag names to settings. The namespace
-    also has `given`, the names set on the command line, and `defaults`, the values in the file. A setting whose name
-    ends in _dir becomes an absolute Path: a default is relative to the repository, a flag to the current directory.
+    `choices` lists the allowed values of a setting, `aliases` maps additional flag names to settings, and `hints` those
+    of other programs to what does the same here. The namespace also has `given`, the names set on the command line,
+    and `defaults`, the values in the file. A setting whose name ends in _dir becomes an absolute Path: a default is
+    relative to the repository, a flag to the current directory.
     Raises UserError for an unknown flag or bad value.
     """
     constants, aliases = read_constants(script), aliases or {}
@@ -189,8 +209,11 @@ def read_settings(
     parsed, unknown = parser.parse_known_args([normalise(word, kinds, aliases) for word in argv])
     if unknown:
         word = unknown[0].partition("=")[0]
-        nearest = difflib.get_close_matches(word.lstrip("-"), ["help", *kinds], n=1, cutoff=0.5)
-        hint = f"; did you mean --{nearest[0]}?" if nearest and word.startswith("-") else ""
+        require(word.startswith("-"), f"{prog} takes flags only, not {word!r} (--help lists them)")
+        name = word.lstrip("-").replace("_", "-")
+        nearest = difflib.get_close_matches(name, ["help", *kinds], n=1, cutoff=0.5)
+        hint = f"; did you mean --{nearest[0]}?" if nearest else ""
+        hint = f": {hints[name]}" if name in (hints or {}) else hint
         raise UserError(f"{prog} has no flag {word}{hint} (--help lists all)")
 
     given = vars(parsed)
@@ -198,6 +221,8 @@ def read_settings(
     for constant in constants:
         value = given.get(constant.name, constant.value)
         allowed = (choices or {}).get(constant.name)
+        if allowed and isinstance(value, str) and value not in allowed:
+            value = SPELLINGS.get(value.lower(), value.lower())
         if allowed and value not in allowed and not (value is None and constant.optional):
             flag = flag_name(constant.name)
             raise UserError(f"{flag} takes {', '.join(allowed[:-1])} or {allowed[-1]}, not {value!r}")
@@ -215,6 +240,8 @@ def require_within(values: object, **intervals: str) -> None:
     """Raise UserError for an attribute of `values` outside its interval: dropout="[0, 1)". None is inside any."""
     for name, interval in intervals.items():
         value = getattr(values, name)
+        shown = flag_name(name) if isinstance(values, Settings) else name
+        require(value is None or isinstance(value, (int, float)), f"{shown} takes a number, not {value!r}")
         low, high = map(float, interval[1:-1].split(","))
         bounds = [f"above {low:g}" if interval[0] == "(" else f"at least {low:g}"]
         if high < math.inf:
@@ -225,10 +252,10 @@ def require_within(values: object, **intervals: str) -> None:
             (low < value or (low == value and interval[0] == "["))
             and (value < high or (value == high and interval[-1] == "]"))
         )
-        shown = flag_name(name) if isinstance(values, Settings) else name
         require(inside, f"{shown} must be {' and '.join(bounds)}, not {value}")
 
 
 def require_seed(seed: int) -> None:
     """Raise UserError if torch's or numpy's random generators would reject the seed."""
-    require(0 <= seed < 2**63, f"seed must be 0 or more and below 2**63, not {seed}")
+    valid = isinstance(seed, int) and 0 <= seed < 2**63
+    require(valid, f"seed must be 0 or more and below 2**63, not {seed!r}")

@@ -149,7 +149,7 @@ def test_token_numbers_come_out_whole(dtype):
 
 @pytest.mark.parametrize("length", [1, 5, 10])
 def test_too_few_training_tokens_are_a_user_error(length):
-    with pytest.raises(UserError, match=f"block_size 10 is longer than the {length} training tokens"):
+    with pytest.raises(UserError, match=f"block_size 10 is too long for the {length} training tokens"):
         make_batches(length)
     assert make_batches(11).windows_per_epoch == 1
 
@@ -180,7 +180,7 @@ def test_validation_windows_are_spread_evenly(length, limit):
 
 
 def test_too_few_validation_tokens_are_a_user_error():
-    with pytest.raises(UserError, match="block_size 10 is longer than the 10 validation tokens"):
+    with pytest.raises(UserError, match="block_size 10 is too long for the 10 validation tokens"):
         validation_windows(np.arange(10), 10, 5)
     assert len(validation_windows(np.arange(11), 10, 5)) == 1
 

@@ -61,7 +61,11 @@ def read(script):
 
     def read(*argv):
         return read_settings(
-            script, list(argv), choices={"blocks": ("modern", "gpt2")}, aliases={"lr": "rate", "n": "steps"}
+            script,
+            list(argv),
+            choices={"blocks": ("modern", "gpt2")},
+            aliases={"lr": "rate", "n": "steps"},
+            hints={"batch-size": "--steps is what you want"},
         )
 
     return read
@@ -160,7 +164,8 @@ def test_folders_default_to_the_repository_and_flags_to_the_current_one(read, tm
         ("--data-dirs x", ["did you mean --data-dir?"]),
         ("--internal 3", ["no flag --internal"]),
         ("--zzzzzz", ["no flag --zzzzzz (--help"]),
-        ("stray", ["no flag stray"]),
+        ("stray", ["takes flags only, not 'stray'"]),
+        ("--batch_size 8", ["no flag --batch_size: --steps is what you want"]),
         ("--steps many", ["--steps takes a whole number, not 'many'"]),
         ("--steps 1.5", ["--steps takes a whole number, not '1.5'"]),
         ("--steps inf", ["--steps takes a whole number"]),
@@ -220,6 +225,10 @@ def test_a_bad_flag_ends_in_one_line_and_status_2(script, tmp_path):
         ('NAME = "cat"', "NAME = NAMES[1]", ["NAME takes a literal, not NAMES[1]"]),
         ('NAME = "cat"', 'NAME = "c" * 3', None),
         ("STEPS = 65_536  #", "STEPS = 1 // 0  #", ["STEPS takes a literal"]),
+        ("STEPS = 65_536  # optimizer steps, 100 % of them", "STEPS = 65_536", ["STEPS needs a comment"]),
+        ("RATE = 0.5  #", "RATE = 0.5  # old\nRATE = 0.25  #", ["RATE is set twice"]),
+        ("PROMPT: list[str] = []", 'PROMPT = ["a"]', ["PROMPT needs a type for ['a'], such as", "list[str]"]),
+        ("DEPTH: int | None = None  #", "DEPTH = None  #", ["DEPTH needs a type for None"]),
     ],
 )
 def test_an_edited_constant_is_checked_as_a_flag_is(script, line, edited, needles):
@@ -236,10 +245,8 @@ def test_an_edited_constant_is_checked_as_a_flag_is(script, line, edited, needle
         assert all(needle in str(error.value) for needle in ["script.py line ", *needles])
 
 
-def test_a_setting_that_lost_its_comment_is_named(script):
-    script.write_text(
-        script.read_text().replace("STEPS = 65_536  # optimizer steps, 100 % of them", "STEPS = 3")
-    )
+def test_a_setting_that_lost_its_line_is_named(script):
+    script.write_text(script.read_text().replace("STEPS = 65_536  # optimizer steps, 100 % of them", ""))
     settings = read_settings(script, [])
     with pytest.raises(UserError, match="no setting STEPS"):
         settings.steps  # noqa: B018
