@@ -27,7 +27,7 @@ from model.script import run_script  # first: see there
 import numpy as np
 
 from data.story_files import find_files, read_file, tidy
-from model.candidates import Candidate, find_candidate, load_candidate
+from model.candidates import MAX_TOKENS, Candidate, find_candidate, load_candidate
 from model.errors import UserError, require
 from model.files import file_to_write, shown, size_text, write_json, write_text
 from model.packed_data import Data, fingerprints, load_data, real_stories, spread
@@ -67,6 +67,10 @@ SEED = 1337  # for the stories and the bootstrap
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
 DTYPE = "float32"  # of scoring: float32, or faster: bfloat16, float16 or auto (what training would choose)
 
+# Stories for a verdict: with fewer, one of two equal models is better in all of them more than once in twenty times
+ENOUGH = 6
+# Differences in bits per byte that rounding may cause
+ROUNDING = 1e-6
 # Stories each checkpoint writes for a report
 REPORT_STORIES = 100
 # Prompts whose stories are shown side by side in a report
@@ -113,6 +117,11 @@ def main() -> None:
             count = len(settings.prompt)
             prompts = [settings.prompt[k % count] for k in range(settings.num_stories)]
             written[candidate.name] = candidate.write(prompts, settings.seed)
+            if candidate.block_size < MAX_TOKENS and candidate.stops_at_context:
+                note(
+                    f"{candidate.name} writes no more than its context of {candidate.block_size} tokens, the "
+                    f"checkpoints of this project up to {MAX_TOKENS}: figures that depend on length do not compare"
+                )
             result["stories_written_in"] = candidate.written_in
         del candidate  # free its memory for the next one
     if results:
@@ -132,8 +141,9 @@ def prepare_settings(settings: SimpleNamespace) -> None:
         printed = len(settings.prompt) if "prompt" in settings.given else 0
         settings.num_stories = max(printed, REPORT_STORIES if settings.report else 0)
     require(not (settings.text and "split" in settings.given), "--text and --split: give one of the two")
+    read = (*settings.text, *settings.stories, *settings.checkpoint)
     for name in ("output", "report"):
-        setattr(settings, name, file_to_write(getattr(settings, name), f"--{name}"))
+        setattr(settings, name, file_to_write(getattr(settings, name), f"--{name}", read))
 
 
 def read_data(settings: SimpleNamespace) -> Data | None:
@@ -150,13 +160,17 @@ def read_stories(settings: SimpleNamespace, data: Data | None) -> tuple[list[str
     """The stories to score, and a description of them."""
     if settings.text:
         stories = read_text(settings)
-        return stories, f"{len(stories):,} stories of {', '.join(settings.text)}"
+        return stories, f"{count_of(stories, 'story', 'stories')} of {', '.join(settings.text)}"
     splits = {"train": [data.train], "validation": [data.validation], "all": [data.train, data.validation]}
     stories = real_stories(splits[settings.split], data, settings.max_samples)
     require(stories, f"there are no {settings.split} stories in {shown(settings.data_dir)}")
     kind = "training and validation" if settings.split == "all" else settings.split
     # sorted, so that no result depends on the order in the file
-    return sorted(stories), f"{len(stories):,} {kind} stories"
+    return sorted(stories), count_of(stories, f"{kind} story", f"{kind} stories")
+
+
+def count_of(things: list, one: str, several: str) -> str:
+    return f"{len(things):,} {one if len(things) == 1 else several}"
 
 
 def read_text(settings: SimpleNamespace) -> list[str]:
@@ -178,11 +192,14 @@ def warn_if_trained_elsewhere(candidate: Candidate, settings: SimpleNamespace, d
         return
     here = fingerprints(data)
     if trained_on.get("tokenizer") == here["tokenizer"] and trained_on != here:
-        print(
-            f"note: {candidate.name} was trained on other stories than those in {shown(settings.data_dir)}; "
-            "the stories scored here may be among them",
-            file=sys.stderr,
+        note(
+            f"{candidate.name} was trained on other stories than those in {shown(settings.data_dir)}; "
+            "the stories scored here may be among them"
         )
+
+
+def note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def add_intervals(results: list[dict], resampled: np.ndarray) -> None:
@@ -195,7 +212,9 @@ def add_intervals(results: list[dict], resampled: np.ndarray) -> None:
             low, high = interval(samples - resampled[0])
             result["difference"] = result["bits_per_byte"] - results[0]["bits_per_byte"]
             result["difference_interval"] = [low, high]
-            result["verdict"] = "better" if high < 0 else "worse" if low > 0 else "no clear difference"
+            better, worse = high < -ROUNDING, low > ROUNDING
+            clear = (better or worse) and result["stories"] >= ENOUGH
+            result["verdict"] = ("better" if better else "worse") if clear else "no clear difference"
 
 
 def judge(groups: dict[str, list[Story]], stories: list[str], data: Data | None) -> dict[str, dict]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from model.checkpoint import find_checkpoint, load_model
 from model.config import GPTConfig, Recipe
 from model.errors import require
-from model.files import atomic_folder, atomic_write, shown, size_text
+from model.files import atomic_folder, atomic_write, nearest_existing, shown, size_text
 from model.generation import Sampling
 from model.huggingface import needs, to_config_json, to_huggingface
 from model.llama_cpp import write_gguf
@@ -55,6 +55,8 @@ def main() -> None:
     )
     gguf, dtype = settings.format == "gguf", settings.dtype
     require(gguf or dtype != "q8_0", "--dtype q8_0 is for --format gguf")
+    named_gguf = (settings.output or "").endswith(".gguf")
+    require(gguf or not named_gguf, f"--output {settings.output}: add --format gguf, or name a folder")
     path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="best")
     model, _, checkpoint = load_model(path)
     origin = checkpoint["settings"].get("init_from")
@@ -90,7 +92,8 @@ def check_output(output: Path, gguf: bool, overwrite: bool) -> None:
         require(not output.is_dir(), f"{shown(output)} is a folder: --format gguf writes a file")
         require(overwrite or not output.exists(), f"{shown(output)} exists: --overwrite replaces it")
         return
-    require(not output.exists() or output.is_dir(), f"{shown(output)} is a file: --format hf writes a folder")
+    folder = nearest_existing(output)
+    require(folder.is_dir(), f"{shown(folder)} is a file: --format hf writes a folder")
     present = [file.name for file in output.iterdir()] if output.exists() else []
     require(overwrite or not present, f"{shown(output)} is not empty: --overwrite replaces an earlier export")
     foreign = sorted(set(present) - set(FILES))
@@ -137,6 +140,7 @@ def make_files(
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "pad")},
         "model_max_length": config.block_size,
+        "padding_side": "left",  # what is continued comes last
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # <|endoftext|> spelled out in a story stays text
     }

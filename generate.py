@@ -5,6 +5,8 @@ python generate.py --prompt "Once upon a time, a cat" --num-samples 3
 python generate.py --interactive                            you start a story, the model continues it
 """
 
+import contextlib
+import importlib
 import json
 import re
 import secrets
@@ -25,7 +27,7 @@ from model.errors import require
 from model.files import file_to_write, read_text, shown, write_text
 from model.generation import Sampling, generate
 from model.runtime import choose_device
-from model.settings import flag_name, read_settings, require_within
+from model.settings import flag_name, read_settings, require_seed, require_within
 from model.tokenizer import readable
 
 CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; None: best, else latest
@@ -68,7 +70,6 @@ def main() -> None:
     sampling = Sampling(
         settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.repetition_penalty
     )
-    settings.output = file_to_write(settings.output, "--output")
     ignored = settings.given & {"prompt", "prompts_file", "num_samples", "output"}
     require(
         not (settings.interactive and ignored),
@@ -76,12 +77,17 @@ def main() -> None:
     )
     prompts = read_prompts(settings)
     path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="best")
+    read = [path, *filter(None, [settings.prompts_file])]
+    settings.output = file_to_write(settings.output, "--output", read)
+    seed = secrets.randbelow(1_000_000) if settings.seed is None else settings.seed
+    require_seed(seed)
+    count = len(prompts) * settings.num_samples
+    require(seed + count <= 2**63, f"--seed {seed} is too large for {count:,} stories")
     device = choose_device(settings.device)
     weights = choose_weights(device, settings.dtype)
     model, tokenizer, checkpoint = load_model(path, device)
     decoder = Decoder(model, weights, graphs=True)
     writer = Writer(decoder, tokenizer, checkpoint["eot_id"], sampling, settings.max_tokens)
-    seed = secrets.randbelow(1_000_000) if settings.seed is None else settings.seed
     size = f"{model.count_parameters():,} parameters in {weights}"
     if device.type == "cpu" and (reason := kernels.load().shortcoming):
         size += f" (slower than it could be: {reason})"
@@ -164,7 +170,7 @@ class Writer:
         # per story: keys and values, of 4 bytes each
         cache_bytes = 2 * 4 * config.n_layer * config.n_head * config.head_dim * config.block_size
         at_once = max(1, CACHE_BYTES // cache_bytes)
-        rows = []
+        rows, started = [], time.monotonic()
         with tqdm(total=len(prompts), unit="story", disable=None, delay=2, leave=False) as bar:
             for first in range(0, len(prompts), at_once):
                 part = prompts[first : first + at_once]
@@ -177,15 +183,21 @@ class Writer:
                     for ids, token in zip(written, tokens, strict=True):
                         if token is not None:
                             ids.append(token)
-                    bar.set_postfix_str(f"{position + 1} tokens", refresh=position % 16 == 0)
+                    if position % 16 == 0 and time.monotonic() - started > 2:
+                        ended = sum(
+                            bool(ids) and token is None for ids, token in zip(written, tokens, strict=True)
+                        )
+                        bar.set_postfix_str(f"{position + 1} tokens", refresh=False)
+                        bar.update(first + ended - bar.n)
+                        bar.refresh()
                 rows += [self.row(*facts) for facts in zip(part, encoded, written, seeds, strict=True)]
-                bar.update(len(part))
+                bar.update(len(rows) - bar.n)
         return rows
 
     def stream(self, prompt: str, seed: int) -> dict:
         """Print one story as it is generated, in whole characters."""
+        encoded = self.encode(prompt)  # which may print a note
         print(prompt, end="", flush=True)
-        encoded = self.encode(prompt)
         ids: list[int] = []
         text, printed = "", 0  # what is not printed yet; how many of the ids are
         for (token,) in generate(
@@ -206,11 +218,16 @@ def converse(writer: Writer, seed: int) -> None:
     """Continue what the user types, until end of file or Ctrl-C."""
     require(sys.stdin is not None, "--interactive reads from the keyboard, but standard input is closed")
     sys.stdin.reconfigure(errors="replace")
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):  # not every Python has it
+            importlib.import_module("readline")  # lets input() edit lines, and take long ones
     note("Type the beginning of a story and press Enter (empty: a new story). Ctrl-D or Ctrl-C quits.")
     while True:
         try:
-            prompt = input("> " if sys.stdin.isatty() else "")
-            writer.stream(prompt, seed)
+            # Words begin with their space: after one, the model would have to write the middle of a word
+            prompt = input("> " if sys.stdin.isatty() else "").rstrip(" ")
+            if writer.stream(prompt, seed)["finish_reason"] == "length":
+                note(f"(cut at {writer.max_tokens} tokens: --max-tokens)")
         except (EOFError, KeyboardInterrupt):
             note("")
             return

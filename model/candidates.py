@@ -37,6 +37,7 @@ class Candidate:
     """
 
     name: str
+    stops_at_context = False  # whether its stories are no longer than that
     whole_logits = False  # whether `states` computes the logits of all positions
     written_in = "float32"  # the weights with which it writes stories
     network: nn.Module
@@ -127,6 +128,7 @@ class OwnModel(Candidate):
 class TransformersModel(Candidate):
     """A model that transformers loads from a folder or the Hugging Face hub."""
 
+    stops_at_context = True
     whole_logits = True
 
     def __init__(self, name: str, device: torch.device):

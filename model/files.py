@@ -8,7 +8,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from model.errors import UserError, require
@@ -92,13 +92,16 @@ def lives(process: int) -> bool:
     return process != os.getpid()
 
 
-def file_to_write(name: str | None, flag: str) -> Path | None:
-    """The value of a flag as a path (None: not given). Raises UserError if it cannot be written as a file."""
+def file_to_write(name: str | None, flag: str, read: Iterable[str | Path] = ()) -> Path | None:
+    """The value of a flag as a path (None: not given). Raises UserError if it cannot be written as a file, or is one of
+    the files that are read."""
     if name is None:
         return None
     path = Path(name).expanduser()
     require(not path.is_dir(), f"{flag} {name or repr(name)} is a folder: name a file in it")
     require(not path.exists() or path.is_file(), f"{flag} {name} is not a regular file")
+    overwritten = path.exists() and any(os.path.exists(other) and path.samefile(other) for other in read)
+    require(not overwritten, f"{flag} {name} would replace a file that is read: choose another name")
     target = Path(os.path.realpath(path))
     require(not target.is_symlink(), f"{flag} {name} cannot be written: it is a link that leads to itself")
     folder = nearest_existing(target.parent)

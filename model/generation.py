@@ -28,7 +28,7 @@ class Sampling:
     repetition_penalty: float = 1.0  # above 1: tokens that already occurred become less likely
 
     def __post_init__(self):
-        require_within(self, temperature="[0, inf)", top_k="[0, inf)", top_p="(0, 1]", min_p="[0, 1)")
+        require_within(self, temperature="[0, inf)", top_k="[0, inf)", top_p="(0, 1]", min_p="[0, 1]")
         require_within(self, repetition_penalty="(0, inf)")
 
 
@@ -68,10 +68,11 @@ def filter_top(logits: Tensor, temperature: float, sampling: Sampling, count: in
         probabilities = probabilities.masked_fill(outside, 0)
         probabilities = probabilities / total(probabilities)
     if sampling.top_p < 1:
-        # Keep a token if those before it hold less than top_p; the most likely one is always kept.
+        # Keep a token if those before it hold less than top_p.
         outside |= probabilities.cumsum(-1) - probabilities >= sampling.top_p
     if sampling.min_p > 0:
         outside |= probabilities < sampling.min_p * probabilities[:, :1]
+    outside[:, 0] = False  # even if a tiny top_p is rounded to 0
     all_are_here = count in (logits.size(-1), sampling.top_k)
     probabilities = probabilities.masked_fill(outside, 0)
     probabilities = probabilities / total(probabilities)

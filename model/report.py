@@ -26,12 +26,18 @@ Columns = list[tuple[str, Callable[[dict], str]]]
 
 def number(name: str, form: str) -> Callable[[dict], str]:
     """A cell with a row's figure, or – if it has none."""
-    return lambda row: "–" if row.get(name) is None else format(row[name], form)
+    return lambda row: "–" if row.get(name) is None else figure(row[name], form)
 
 
 def span(name: str, form: str) -> Callable[[dict], str]:
     """A cell with an interval: low to high."""
-    return lambda row: " to ".join(format(end, form) for end in row[name]) if row.get(name) else "–"
+    return lambda row: " to ".join(figure(end, form) for end in row[name]) if row.get(name) else "–"
+
+
+def figure(value: float, form: str) -> str:
+    """format(), but without a minus for what is rounded to zero."""
+    text = format(value, form)
+    return text.replace("-", "+" * form.startswith("+")) if not text.strip("-0.%") else text
 
 
 SCORE_COLUMNS: Columns = [

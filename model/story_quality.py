@@ -222,9 +222,9 @@ def read_written(path: str) -> list[Story]:
             continue
         try:
             row = json.loads(line)
-            prompt, story = str(row["prompt"]), str(row["story"])
+            prompt, story = row["prompt"], row["story"]
             (prompt + story).encode()  # which fails for half of a surrogate pair, such as "\ud83d"
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} line {number} is not a story written by generate.py --output") from None
         stories.append(Story(prompt + story, prompt, row.get("finish_reason") != "length"))
     require(stories, f"{path} holds no stories")

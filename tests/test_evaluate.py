@@ -22,6 +22,7 @@ import evaluate as script
 from model.candidates import TransformersModel
 from model.checkpoint import save_checkpoint
 from model.errors import UserError
+from model.report import figure
 from model.scoring import score_stories
 
 TRAIN = [f"Cat {k} sat on the mat and saw a dog." for k in range(10)]
@@ -144,6 +145,30 @@ def test_several_checkpoints_are_columns_of_a_table(evaluate, capsys):
     assert other["difference_interval"][0] < other["difference"] < other["difference_interval"][1]
     verdicts = next(line for line in lines if line.startswith("verdict"))
     assert re.split("  +", verdicts) == ["verdict", other["verdict"], "no clear difference"]
+
+
+@pytest.mark.parametrize(
+    ("stories", "difference", "verdict"),
+    [
+        (100, -0.01, "better"),
+        (100, 0.01, "worse"),
+        (100, 1e-8, "no clear difference"),  # as rounding makes it, of one model in two formats
+        (5, -0.01, "no clear difference"),
+    ],
+)
+def test_a_verdict_needs_more_than_rounding_and_a_few_stories(stories, difference, verdict):
+    results = [
+        {"bits_per_byte": 1.0, "stories": stories},
+        {"bits_per_byte": 1 + difference, "stories": stories},
+    ]
+    resampled = np.ones((2, 1000)) + [[0.0], [difference]] + 1e-9 * np.random.default_rng(0).random(1000)
+    script.add_intervals(results, resampled)
+    assert results[1]["verdict"] == verdict
+
+
+def test_what_is_rounded_to_zero_has_no_minus():
+    assert [figure(value, "+.4f") for value in (-1e-9, 1e-9, -0.5)] == ["+0.0000", "+0.0000", "-0.5000"]
+    assert [figure(value, ".1%") for value in (-1e-9, -0.5)] == ["0.0%", "-50.0%"]
 
 
 def test_neither_order_nor_batch_size_changes_a_figure(evaluate, tmp_path):

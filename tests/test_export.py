@@ -151,6 +151,12 @@ def test_transformers_has_the_same_model(make, tmp_path, kind, blocks, shape):
         assert inputs.input_ids[0].tolist() == prompt_ids
         output = reference.generate(**inputs, do_sample=False, max_new_tokens=40)[0].tolist()
         assert output[len(prompt_ids) :] in (expected, [*expected, checkpoint["eot_id"]])
+    together = theirs(PROMPTS, padding=True, return_tensors="pt")
+    outputs = reference.generate(**together, do_sample=False, max_new_tokens=40)
+    for output, (_, expected) in zip(
+        outputs[:, together.input_ids.size(1) :], continuations(path), strict=True
+    ):
+        assert output[: len(expected)].tolist() == expected
 
 
 def test_generate_stops_at_the_end_of_the_story_or_of_the_context(make, tmp_path):
@@ -476,6 +482,8 @@ def test_nothing_else_is_written_over(make, tmp_path):
         (folder, "hf", "holds diary.txt"),
         (path, "hf", "is a file"),
         (path, "gguf", "ends in .gguf"),
+        (path / "folder", "hf", "is a file"),
+        (tmp_path / "new.gguf", "hf", "add --format gguf"),
     ):
         with pytest.raises(UserError, match=message):
             run_export("--checkpoint", path, "--output", output, "--format", form, "--overwrite")

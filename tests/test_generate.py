@@ -1,6 +1,7 @@
 """generate.py as its users run it, with a model that has learnt next to nothing."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import pty
@@ -81,10 +82,23 @@ def test_a_line_is_a_story_whatever_it_holds(generate, run, tmp_path):
         (["--output", ""], ["--output '' is a folder"]),
         (["--output", "/dev/null"], ["/dev/null is not a regular file"]),
         (["--interactive", "--output", "x.jsonl", "--prompt", "A"], ["leave out --output and --prompt"]),
+        (["--seed", -1], ["seed must be 0 or more"]),
+        (["--seed", 2**63 - 1, "--num-samples", 2], [f"--seed {2**63 - 1} is too large for 2 stories"]),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_written(generate, flags, needles):
     assert_one_line_error(generate(*flags), *needles)
+
+
+def test_what_is_read_is_not_written_over(generate, trained, tmp_path):
+    (tmp_path / "beginnings.txt").write_text("Once")
+    shutil.copy(trained / "best.pt", tmp_path / "model.pt")
+    for name in ("beginnings.txt", "model.pt"):
+        before = (tmp_path / name).read_bytes()
+        flags = ["--prompts-file", tmp_path / "beginnings.txt", "--checkpoint", tmp_path / "model.pt"]
+        result = generate(*flags, "--output", tmp_path / name)
+        assert_one_line_error(result, "would replace a file that is read")
+        assert (tmp_path / name).read_bytes() == before
 
 
 def test_a_sample_is_the_story_that_its_seed_gives_alone(generate, tmp_path):
@@ -118,12 +132,31 @@ def test_a_beginning_beyond_the_context_is_noted_and_continued(generate):
     assert "only its end is used" in result.stderr and result.stdout.startswith("a big dog a big dog")
 
 
+def test_a_note_is_not_in_the_middle_of_a_story(trained):
+    command = [sys.executable, REPO / "generate.py", "--checkpoint-dir", trained, "--max-tokens", 5]
+    command += ["--prompt", "a big dog " * 30, "--seed", 1]
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    lines = subprocess.run(list(map(str, command)), text=True, timeout=60, **both).stdout.splitlines()
+    assert lines[1].startswith("note: a prompt of") and lines[2].startswith("a big dog a big dog")
+
+
+def test_a_beginning_ends_with_a_word(trained):
+    """After its space, the model would have to go on within a word."""
+    command = [sys.executable, REPO / "generate.py", "--checkpoint-dir", trained, "--interactive"]
+    command += ["--max-tokens", 5, "--temperature", 0]
+    said = subprocess.run(
+        list(map(str, command)), input="A cat\nA cat \n", capture_output=True, text=True
+    ).stdout
+    assert said[: len(said) // 2] == said[len(said) // 2 :]
+
+
 def test_interactive_in_a_terminal(trained):
     """A beginning, its story, the next prompt; then Ctrl-C leaves without an error."""
     command = [sys.executable, REPO / "generate.py", "--checkpoint-dir", trained, "--interactive"]
     terminal, other_side = pty.openpty()
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), other_side)
-    process = subprocess.Popen([*map(str, command), "--max-tokens", "5", "--seed", "1"], **pipes)
+    words = [*map(str, command), "--max-tokens", "5", "--seed", "1"]
+    process = subprocess.Popen(words, **pipes, env={**os.environ, "TERM": "dumb"})
     os.close(other_side)
     try:
         shown = read_until(terminal, b"> ")
@@ -131,6 +164,10 @@ def test_interactive_in_a_terminal(trained):
         os.write(terminal, b"A cat\n")
         story = read_until(terminal, b"\n> ")
         assert story.count(b"A cat") == 2  # as typed, and as the story's beginning
+        assert b"(cut at 5 tokens: --max-tokens)" in story
+        if importlib.util.find_spec("readline"):
+            os.write(terminal, b"A fgg\x08\x08ox\n")  # deletes two characters
+            assert b"\nA fox" in read_until(terminal, b"\n> ").replace(b"\r", b"")
         for _ in range(5):  # one that comes just before it waits for a key waits with it, in Python's input()
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -315,6 +315,14 @@ def test_no_draw_falls_on_a_token_without_probability():
     assert draw(torch.tensor([[0.5, 0.5]] * 2), torch.tensor([0.4999, 0.5])).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize(
+    "sampling", [Sampling(top_p=1e-300), Sampling(min_p=1), Sampling(top_p=1e-300, min_p=1)]
+)
+def test_the_most_likely_token_always_remains(sampling):
+    probabilities, ids = next_distribution(torch.arange(300.0)[None], None, sampling)
+    assert ids[0, 0] == 299 and probabilities[0].tolist() == [1] + [0] * (probabilities.size(1) - 1)
+
+
 def test_a_model_that_diverged_draws_something():
     for sampling in (Sampling(), Sampling(top_p=1), Sampling(temperature=0), Sampling(top_k=3, min_p=0.1)):
         probabilities, ids = next_distribution(torch.full((2, 300), torch.nan), None, sampling)
@@ -332,7 +340,7 @@ def test_a_model_that_diverged_draws_something():
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"min_p": -0.1},
-        {"min_p": 1.0},
+        {"min_p": 1.1},
         {"repetition_penalty": 0.0},
     ],
 )

@@ -171,6 +171,8 @@ def test_stories_of_generate_are_read(tmp_path):
         (b'{"prompt": "a", "story": "b"}\n{"text": "c"}\n', "line 2 is not a story"),
         (b"Once upon\n", "line 1 is not a story"),
         (b"[1]\n", "line 1 is not a story"),
+        (b'{"prompt": "a", "story": null}', "line 1 is not a story"),
+        (b'{"prompt": ["a"], "story": ["b"]}', "line 1 is not a story"),
         (rb'{"prompt": "a", "story": "\ud83d"}', "line 1 is not a story"),
         (b"\xff\xfe", "is not UTF-8 text"),
         (None, "there is no file"),
