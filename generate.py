@@ -1,8 +1,9 @@
-"""Step 5: write stories with a trained model. A checkpoint file is all it needs.
+"""Step 5: write stories with a trained model. A checkpoint file, or a Hugging Face model, is all it needs.
 
 python generate.py                                          a new story
 python generate.py --prompt "Once upon a time, a cat" --num-samples 3
 python generate.py --interactive                            you start a story, the model continues it
+python generate.py --checkpoint openai-community/gpt2       with a GPT-2 or Qwen3 model from the hub, or a folder
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import re
 import secrets
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 from model.script import run_script  # first: see there
@@ -21,16 +23,18 @@ import torch
 from tokenizers import Tokenizer
 
 from model import kernels
-from model.checkpoint import find_checkpoint, load_model
+from model.candidates import find_candidate
+from model.checkpoint import load_model
 from model.decoder import Decoder, choose_weights
 from model.errors import require
 from model.files import file_to_write, read_text, shown, write_text
 from model.generation import Sampling, generate
+from model.huggingface import load_pretrained_model
 from model.runtime import choose_device
 from model.settings import flag_name, read_settings, require_seed, require_within
 from model.tokenizer import readable
 
-CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; None: best, else latest
+CHECKPOINT: str | None = None  # a file, folder, step, "latest" or Hugging Face model; None: best or latest
 CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
 PROMPT: list[str] = []  # starts of stories, each continued NUM_SAMPLES times; empty: a new story
 PROMPTS_FILE: str | None = None  # a text file with one prompt per line
@@ -76,8 +80,8 @@ def main() -> None:
         f"--interactive reads from the keyboard: leave out {' and '.join(map(flag_name, sorted(ignored)))}",
     )
     prompts = read_prompts(settings)
-    path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="best")
-    read = [path, *filter(None, [settings.prompts_file])]
+    found = find_candidate(settings.checkpoint_dir, settings.checkpoint, prefer="best")
+    read = [found, *filter(None, [settings.prompts_file])]
     settings.output = file_to_write(settings.output, "--output", read)
     seed = secrets.randbelow(1_000_000) if settings.seed is None else settings.seed
     require_seed(seed)
@@ -85,13 +89,17 @@ def main() -> None:
     require(seed + count <= 2**63, f"--seed {seed} is too large for {count:,} stories")
     device = choose_device(settings.device)
     weights = choose_weights(device, settings.dtype)
-    model, tokenizer, checkpoint = load_model(path, device)
+    if isinstance(found, Path):
+        model, tokenizer, checkpoint = load_model(found, device)
+        eot_id, step = checkpoint["eot_id"], f"step {checkpoint['step']:,}, "
+    else:
+        (model, tokenizer, eot_id), step = load_pretrained_model(found, device), ""
     decoder = Decoder(model, weights, graphs=True)
-    writer = Writer(decoder, tokenizer, checkpoint["eot_id"], sampling, settings.max_tokens)
+    writer = Writer(decoder, tokenizer, eot_id, sampling, settings.max_tokens)
     size = f"{model.count_parameters():,} parameters in {weights}"
     if device.type == "cpu" and (reason := kernels.load().shortcoming):
         size += f" (slower than it could be: {reason})"
-    note(f"{shown(path)}: step {checkpoint['step']:,}, {size}; seed {seed}")
+    note(f"{shown(found)}: {step}{size}; seed {seed}")
 
     if settings.interactive:
         converse(writer, seed)

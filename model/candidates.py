@@ -139,6 +139,8 @@ class TransformersModel(Candidate):
             hasattr(tokenizer, "backend_tokenizer"),
             f"the tokenizer of {name} has no fast version (tokenizer.json), which scoring needs",
         )
+        # without its files, transformers may make an empty one
+        require(len(tokenizer) > 2, f"{name} has no tokenizer: copy its files (tokenizer.json) there")
         self.tokenizer = text_tokenizer(tokenizer.backend_tokenizer.to_str())
         special = [t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None]
         require(special, f"the tokenizer of {name} has no end-of-text token, which scoring needs")
@@ -235,12 +237,12 @@ def load_transformers(name: str) -> tuple[nn.Module, object]:
     return network, tokenizer
 
 
-def find_candidate(folder: Path, name: str | None) -> Path | str:
+def find_candidate(folder: Path, name: str | None, prefer: str = "latest") -> Path | str:
     """The file of a checkpoint, or the name of a Hugging Face model. Raises UserError if it is neither."""
     if name is not None and (Path(name) / "config.json").is_file():
         return name
     try:
-        return find_checkpoint(folder, name, prefer="latest")
+        return find_checkpoint(folder, name, prefer)
     except UserError as error:
         if name is None or name.isdigit() or name in ("best", "latest") or name.endswith(".pt"):
             raise

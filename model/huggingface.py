@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.checkpoint import load_checkpoint, load_model
@@ -20,7 +21,7 @@ from model.config import NORM_EPS, GPTConfig
 from model.errors import UserError, first_line, require
 from model.gpt import GPT
 from model.hub import hub_errors
-from model.tokenizer import text_tokenizer
+from model.tokenizer import END_OF_TEXT, text_tokenizer
 
 # Our modules -> theirs, {} is the layer. If there are several, ours is one matrix with the rows of all.
 MODULES = {
@@ -280,3 +281,16 @@ def load_pretrained(name: str) -> Pretrained:
     except Exception as error:  # of json or safetensors
         raise UserError(f"{name} does not load: {first_line(error)}") from None
     return Pretrained(config, weights, load_tokenizer_json(name))
+
+
+def load_pretrained_model(name: str, device: torch.device) -> tuple[GPT, Tokenizer, int]:
+    """A model of load_pretrained() in evaluation mode on the device, its tokenizer, and its end-of-text token."""
+    pretrained = load_pretrained(name)
+    tokenizer = text_tokenizer(pretrained.tokenizer_json)
+    eot_id = tokenizer.token_to_id(END_OF_TEXT)
+    require(
+        eot_id is not None, f"the tokenizer of {name} has no {END_OF_TEXT} token, with which stories begin"
+    )
+    model = GPT(pretrained.config)
+    model.load_state_dict(pretrained.weights)
+    return model.to(device).eval(), tokenizer, eot_id

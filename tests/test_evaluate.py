@@ -377,7 +377,7 @@ def break_folder(folder, damage):
     [
         ("weights", "does not load"),
         ("tokenizer", "does not load"),
-        ("no tokenizer", "does not reproduce stories"),
+        ("no tokenizer", "has no tokenizer: copy its files"),
         ("config", "does not load"),
         ("kind", "does not load"),
         ("end", "has no end-of-text token"),
