@@ -29,6 +29,7 @@ from model.gpt import GPT
 from model.optimizer import make_optimizers
 from model.packed_data import fingerprints
 from model.run import Run, remembered
+from model.runtime import ran_out_of_memory
 
 
 @dataclass
@@ -99,6 +100,8 @@ def initial_state(run: Run, checkpoint: dict | None) -> TrainingState:
         try:
             state.restore(checkpoint)
         except (KeyError, RuntimeError, ValueError) as error:
+            if ran_out_of_memory(error):
+                raise
             raise UserError(
                 f"the parts of the checkpoint after step {checkpoint['step']} do not fit together "
                 f"({first_line(error)}): move it away, and the run goes on from the one before"

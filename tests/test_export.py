@@ -302,8 +302,6 @@ def test_a_round_trip_changes_no_bit(make, tmp_path, blocks, shape):
     assert token_table(pretrained.tokenizer_json) == token_table(checkpoint["tokenizer"])
 
 
-@pytest.mark.parametrize("blocks", ["modern", "gpt2"])
-@torch.no_grad()
 def test_generate_reads_a_folder_too(run, trained, tmp_path):
     folder = run_export("--checkpoint", trained / "best.pt", "--output", tmp_path / "exported")
     flags = ["--max-tokens", 12, "--seed", 3, "--prompt", "One day", "--checkpoint"]
@@ -313,6 +311,8 @@ def test_generate_reads_a_folder_too(run, trained, tmp_path):
     assert_one_line_error(run("generate.py", *flags, folder), "has no model.safetensors")
 
 
+@pytest.mark.parametrize("blocks", ["modern", "gpt2"])
+@torch.no_grad()
 def test_what_transformers_saves_is_read(make, tmp_path, blocks):
     """Several files, half precision, and for GPT-2 the hub's names, those of the model without its head."""
     path = make("bpe", blocks, **(QWEN3_SIZES if blocks == "modern" else {}))
