@@ -613,7 +613,7 @@ def test_fresh_that_was_killed_is_finished_by_the_next_start(train, tmp_path):
     [
         (["--n-head", 5], "not divisible"),
         (["--seed", -1], "seed must be"),
-        (["--block-size", 10_000_000], "longer than"),
+        (["--block-size", 10_000_000], "too long for"),
         (["--device", "cuda"], "no CUDA GPU"),
     ],
 )
