@@ -29,7 +29,7 @@ import numpy as np
 from data.story_files import find_files, read_file, tidy
 from model.candidates import MAX_TOKENS, Candidate, find_candidate, load_candidate
 from model.errors import UserError, require
-from model.files import file_to_write, shown, size_text, write_json, write_text
+from model.files import count_text, file_to_write, shown, size_text, write_json, write_text
 from model.packed_data import Data, fingerprints, load_data, real_stories, spread
 from model.report import QUALITY_COLUMNS, SCORE_COLUMNS, cells, render, transposed
 from model.runtime import Runtime, choose_device, choose_runtime
@@ -160,17 +160,13 @@ def read_stories(settings: SimpleNamespace, data: Data | None) -> tuple[list[str
     """The stories to score, and a description of them."""
     if settings.text:
         stories = read_text(settings)
-        return stories, f"{count_of(stories, 'story', 'stories')} of {', '.join(settings.text)}"
+        return stories, f"{count_text(len(stories), 'story', 'stories')} of {', '.join(settings.text)}"
     splits = {"train": [data.train], "validation": [data.validation], "all": [data.train, data.validation]}
     stories = real_stories(splits[settings.split], data, settings.max_samples)
     require(stories, f"there are no {settings.split} stories in {shown(settings.data_dir)}")
     kind = "training and validation" if settings.split == "all" else settings.split
     # sorted, so that no result depends on the order in the file
-    return sorted(stories), count_of(stories, f"{kind} story", f"{kind} stories")
-
-
-def count_of(things: list, one: str, several: str) -> str:
-    return f"{len(things):,} {one if len(things) == 1 else several}"
+    return sorted(stories), count_text(len(stories), f"{kind} story", f"{kind} stories")
 
 
 def read_text(settings: SimpleNamespace) -> list[str]:
@@ -300,10 +296,11 @@ def width(rows: list[list[str]]) -> int:
 
 
 def print_table(rows: list[list[str]]) -> None:
+    sizes = widths(rows)
     for row in rows:
         first, *rest = (
             cell.ljust(size) if k == 0 else cell.rjust(size)
-            for k, (cell, size) in enumerate(zip(row, widths(rows), strict=True))
+            for k, (cell, size) in enumerate(zip(row, sizes, strict=True))
         )
         print("  ".join([first, *rest]).rstrip())
 

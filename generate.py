@@ -27,7 +27,7 @@ from model.candidates import find_candidate
 from model.checkpoint import load_model
 from model.decoder import Decoder, choose_weights
 from model.errors import require
-from model.files import file_to_write, read_text, shown, write_text
+from model.files import count_text, file_to_write, read_text, shown, write_text
 from model.generation import Sampling, generate
 from model.huggingface import load_pretrained_model
 from model.runtime import choose_device
@@ -115,7 +115,7 @@ def main() -> None:
     seconds, tokens = time.perf_counter() - started, sum(row["tokens"] for row in rows)
     if settings.output is not None:
         write_text(settings.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        print(f"wrote {len(rows)} {'story' if len(rows) == 1 else 'stories'} to {shown(settings.output)}")
+        print(f"wrote {count_text(len(rows), 'story', 'stories')} to {shown(settings.output)}")
     cut = sum(row["finish_reason"] == "length" for row in rows)
     unended = f"; {cut} cut at --max-tokens" if cut else ""
     note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s{unended}")

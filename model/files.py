@@ -200,6 +200,11 @@ def default_folders(script: str) -> dict[str, Path]:
     return {constant.name: REPO / Path(constant.value).expanduser() for constant in constants}
 
 
+def count_text(count: int, one: str, several: str) -> str:
+    """A number of things, in words: 1 story, 2,000 stories."""
+    return f"{count:,} {one if count == 1 else several}"
+
+
 def size_text(count: float) -> str:
     """A human-readable number of bytes: 20.2 MB."""
     for unit in ("bytes", "kB", "MB"):

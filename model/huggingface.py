@@ -265,7 +265,7 @@ def load_pretrained(name: str) -> Pretrained:
     if file.is_file():
         model, _, checkpoint = load_model(file)
         return Pretrained(model.config, model.state_dict(), checkpoint["tokenizer"])
-    load_file = needs("safetensors.torch", "--init-from").load_file
+    load_file = needs("safetensors.torch", name).load_file
     folder = find_pretrained(name, "config.json", "tokenizer.json", "model*.safetensors")
     files = sorted(folder.glob("model*.safetensors"))
     require((folder / "config.json").is_file(), f"{name} has no config.json")
