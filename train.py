@@ -164,6 +164,7 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
     if device.type == "cuda":
         run.batches.move_to(device, budget=0.25 * torch.cuda.mem_get_info(device)[0])
     state = initial_state(run, checkpoint)
+    processes.take_first(state.model.parameters())
     require(
         processes.have_the_same(state.step),
         "the processes found different checkpoints: all must see the same --checkpoint-dir",
@@ -293,7 +294,6 @@ def take_step(
     Returns this process's share of the loss, and the gradient's norm, without waiting for a GPU.
     """
     settings, batches, device = run.settings, run.batches, run.runtime.device
-    several = run.processes.count > 1
     starts = batches.starts(state.step)[mine]
     shortlist = run.shortlist(state.step)
     loss = torch.zeros((), device=device)
@@ -305,13 +305,11 @@ def take_step(
         if run.config.dropout:  # seeded per step and window, so that resumed runs drop the same activations
             torch.manual_seed(dropout_seed(settings.seed, state.step, int(mine[first])))
         share = len(chosen) / batches.windows_per_step
-        # All-reduce after the last micro-batch only; the factor processes.count turns DDP's average into a sum.
-        last = first + settings.micro_batch >= len(mine)
-        with loss_of.no_sync() if several and not last else contextlib.nullcontext():
-            with run.runtime.autocast():
-                mean = loss_of(inputs, targets, story_ids, shortlist)
-            state.scaler.scale(mean * share * run.processes.count).backward()
+        with run.runtime.autocast():
+            mean = loss_of(inputs, targets, story_ids, shortlist)
+        state.scaler.scale(mean * share).backward()
         loss += mean.detach() * share
+    run.processes.add_up([p.grad for p in state.model.parameters() if p.grad is not None])
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), run.recipe.grad_clip or math.inf)

@@ -1,10 +1,7 @@
 """The forward pass of training: compiled if possible, with a micro-batch that fits in memory."""
 
-import warnings
-
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from model.batches import number_stories
 from model.errors import first_line, require, warn
@@ -63,8 +60,10 @@ def flex_is_right(run: Run) -> bool:
         def attend(x: Tensor, blocks: bool) -> Tensor:
             return layer(x, rotary, story_mask(stories, blocks))
 
+        options = {"deterministic": torch.are_deterministic_algorithms_enabled()}  # those of compile_model()
+        compiled = torch.compile(attend, dynamic=False, options=options)
         results = []
-        for function, blocks in ((torch.compile(attend, dynamic=False), True), (attend, False)):
+        for function, blocks in ((compiled, True), (attend, False)):
             with runtime.autocast():
                 y = function(x, blocks)
             gradients = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
@@ -104,7 +103,7 @@ def compile_model(model: GPT) -> nn.Module:
 
 def prepare_forward(run: Run, model: GPT, windows: int) -> nn.Module:
     """The function (idx, targets, story_ids, shortlist) -> loss, compiled if possible, for a process that has so many
-    windows in each step. With several processes, its backward pass averages their gradients.
+    windows in each step.
 
     Runs it on each size of micro-batch, so that failures come before the first step: if memory runs out, it halves the
     micro-batch; if compilation fails, it falls back to eager mode. What works is set in run.settings.micro_batch (the
@@ -140,7 +139,7 @@ def prepare_forward(run: Run, model: GPT, windows: int) -> nn.Module:
         finally:
             model.zero_grad(set_to_none=True)
     settings.micro_batch = micro_batch
-    return average_gradients(forward) if processes.count > 1 else forward
+    return forward
 
 
 def try_out(run: Run, forward: nn.Module, size: int) -> None:
@@ -152,9 +151,3 @@ def try_out(run: Run, forward: nn.Module, size: int) -> None:
     with run.runtime.autocast():
         loss = forward(inputs, targets, story_ids, run.shortlist(0))  # any step's shortlist would do
     loss.backward()
-
-
-def average_gradients(forward: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():  # PyTorch 2.13 renames an argument
-        warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -38,7 +38,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), in the dtype of x."""
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019); under CUDA autocast in float32."""
 
     def __init__(self, size: int):
         super().__init__()

@@ -4,6 +4,7 @@ import atexit
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,25 @@ class Processes:
         if self.count > 1:
             dist.all_reduce(value)
         return value.item()
+
+    def take_first(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor's values by those of the first process: computed on other hardware, they may differ."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=0)
+
+    def add_up(self, gradients: list[Tensor]) -> None:
+        """Sum each tensor over all processes, in place.
+
+        All at once, after the backward pass: DistributedDataParallel arranges them anew after its first step, and the
+        order of the additions with them, so that a resumed run of three processes would not repeat every bit. It could
+        not overlap with the backward pass of a compiled model anyway, which delivers all gradients at its end.
+        """
+        if self.count > 1:
+            together = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(together)
+            parts = together.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
 
 
 def start_processes(device: str) -> Processes:

@@ -116,8 +116,12 @@ def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, ba
     loss, right = np.zeros(len(stories)), np.zeros(len(stories), int)
     position_loss = np.zeros(tokens.max())
 
-    def add(story: np.ndarray, position: np.ndarray, results: tuple[Tensor, Tensor]) -> None:
-        losses, hits = (values.cpu().numpy() for values in results)
+    def add(
+        story: np.ndarray, position: np.ndarray, results: list[Tensor], copied: torch.cuda.Event | None
+    ) -> None:
+        if copied:
+            copied.synchronize()
+        losses, hits = (values.numpy() for values in results)
         np.add.at(loss, story, losses)
         np.add.at(right, story, hits)
         np.add.at(position_loss, position, losses)
@@ -136,7 +140,7 @@ def score_stories(candidate: Candidate, stories: list[str], runtime: Runtime, ba
                 raise UserError(f"out of GPU memory: use --batch-size {fewer} or lower") from None
             if waiting:
                 add(*waiting)
-            waiting = story, position, results
+            waiting = story, position, *copy_to_host(results)
             bar.update(len(batch))
     add(*waiting)
     sizes = np.array([len(story.encode()) for story in stories])
@@ -173,6 +177,13 @@ def lay_out(
         targets.append(ids[scored + 1 : end + 1])
     parts = [np.concatenate(part) for part in (story, position, rows, targets)]
     return parts[0], parts[1], inputs, parts[2], parts[3].astype(np.int64)
+
+
+def copy_to_host(results: tuple[Tensor, Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:
+    """The results in the CPU's memory, and on CUDA the event after which they are there."""
+    on_cuda = results[0].is_cuda
+    copies = [values.to("cpu", non_blocking=on_cuda) for values in results]
+    return copies, torch.cuda.current_stream().record_event() if on_cuda else None
 
 
 def score_tokens(

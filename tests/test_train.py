@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -412,6 +413,20 @@ def test_a_run_moves_from_one_process_to_two_and_back(train, packed, tmp_path):
     torchrun(2, packed, folder, "--decay-fraction", "0.01", "--max-steps", 8)
     train("moved", "--dtype", "float32", "--decay-fraction", "0.01", "--max-steps", 12)
     np.testing.assert_allclose(losses(folder), losses(whole), rtol=1e-5)
+
+
+def test_three_processes_resume_exactly(packed, tmp_path):
+    """With more than two, sums depend on the order in which the processes' gradients are added."""
+    flags = ["--n-embd", 64, "--n-layer", 2, "--grow-at", 0.6, "--batch-tokens", 128, "--max-steps", 10]
+    flags += ["--save-interval", 3, "--keep", 9, "--eval-interval", 20]
+    torchrun(3, packed, tmp_path / "whole", *flags)
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(tmp_path / "whole" / "ckpt_3.pt", tmp_path / "resumed")
+    torchrun(3, packed, tmp_path / "resumed", *flags)
+    whole, resumed = (
+        load_checkpoint(tmp_path / name / "ckpt_10.pt")["weights"] for name in ("whole", "resumed")
+    )
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
 
 
 @pytest.mark.parametrize("fresh", [[], ["--fresh"]])
@@ -913,7 +928,6 @@ def test_all_processes_take_the_smallest_micro_batch(monkeypatch):
     """One of them, with 36 windows to the other's 35, has memory for 9 at once, the other for 6."""
     answers = iter([(35, 36), (6, 9), (6, 6)])
     monkeypatch.setattr(Processes, "extremes", lambda self, number: next(answers))
-    monkeypatch.setattr("model.forward.average_gradients", lambda forward: forward)
     monkeypatch.setattr("model.forward.guess_micro_batch", lambda model, runtime: 9)
     tried = []
     monkeypatch.setattr("model.forward.try_out", lambda run, forward, size: tried.append(size))
