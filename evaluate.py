@@ -92,6 +92,9 @@ def main() -> None:
     needed = not files or settings.given & {"num_stories", "prompt"}
     names = settings.checkpoint or ([None] if needed else [])
     found = [find_candidate(settings.checkpoint_dir, name) for name in names]
+    read = (*settings.text, *settings.stories, *found)
+    for name in ("output", "report"):
+        setattr(settings, name, file_to_write(getattr(settings, name), f"--{name}", read))
     data = read_data(settings)
     stories, source = read_stories(settings, data)
     runtime = choose_runtime(choose_device(settings.device), settings.dtype, "off")
@@ -141,9 +144,6 @@ def prepare_settings(settings: SimpleNamespace) -> None:
         printed = len(settings.prompt) if "prompt" in settings.given else 0
         settings.num_stories = max(printed, REPORT_STORIES if settings.report else 0)
     require(not (settings.text and "split" in settings.given), "--text and --split: give one of the two")
-    read = (*settings.text, *settings.stories, *settings.checkpoint)
-    for name in ("output", "report"):
-        setattr(settings, name, file_to_write(getattr(settings, name), f"--{name}", read))
 
 
 def read_data(settings: SimpleNamespace) -> Data | None:

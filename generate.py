@@ -105,17 +105,24 @@ def main() -> None:
         converse(writer, seed)
         return
     prompts = [prompt for prompt in prompts for _ in range(settings.num_samples)]
-    started = time.perf_counter()
+    rows: list[dict] = []
+    started, stopped = time.perf_counter(), False
     if len(prompts) == 1 and settings.output is None:
-        rows = [writer.stream(prompts[0], seed)]
+        rows.append(writer.stream(prompts[0], seed))
     else:
-        rows = writer.write(prompts, seed)
-        if settings.output is None:
+        try:
+            writer.write(prompts, seed, rows)
+        except KeyboardInterrupt:
+            stopped = True
+        if settings.output is None and rows:
             print("\n---\n".join(row["prompt"] + row["story"] for row in rows))
     seconds, tokens = time.perf_counter() - started, sum(row["tokens"] for row in rows)
-    if settings.output is not None:
+    if settings.output is not None and rows:
         write_text(settings.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"wrote {count_text(len(rows), 'story', 'stories')} to {shown(settings.output)}")
+    if stopped:
+        note(f"stopped after {len(rows):,} of {len(prompts):,} stories; each has its own seed")
+        sys.exit(130)
     cut = sum(row["finish_reason"] == "length" for row in rows)
     unended = f"; {cut} cut at --max-tokens" if cut else ""
     note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s{unended}")
@@ -170,15 +177,16 @@ class Writer:
             "finish_reason": reason,
         }
 
-    def write(self, prompts: list[str], seed: int) -> list[dict]:
-        """A story for each prompt, in batches whose KV cache fits in CACHE_BYTES."""
+    def write(self, prompts: list[str], seed: int, rows: list[dict]) -> None:
+        """Add a story for each prompt to `rows`, in batches whose KV cache fits in CACHE_BYTES; if Ctrl-C interrupts
+        it, those that have ended."""
         from tqdm import tqdm
 
         config = self.decoder.config
         # per story: keys and values, of 4 bytes each
         cache_bytes = 2 * 4 * config.n_layer * config.n_head * config.head_dim * config.block_size
         at_once = max(1, CACHE_BYTES // cache_bytes)
-        rows, started = [], time.monotonic()
+        started = time.monotonic()
         with tqdm(total=len(prompts), unit="story", disable=None, delay=2, leave=False) as bar:
             for first in range(0, len(prompts), at_once):
                 part = prompts[first : first + at_once]
@@ -187,20 +195,21 @@ class Writer:
                 encodings = {prompt: self.encode(prompt) for prompt in dict.fromkeys(part)}
                 encoded = [encodings[prompt] for prompt in part]
                 steps = generate(self.decoder, encoded, self.max_tokens, self.eot_id, self.sampling, seeds)
-                for position, tokens in enumerate(steps):
-                    for ids, token in zip(written, tokens, strict=True):
-                        if token is not None:
-                            ids.append(token)
-                    if position % 16 == 0 and time.monotonic() - started > 2:
-                        ended = sum(
-                            bool(ids) and token is None for ids, token in zip(written, tokens, strict=True)
-                        )
-                        bar.set_postfix_str(f"{position + 1} tokens", refresh=False)
-                        bar.update(first + ended - bar.n)
-                        bar.refresh()
-                rows += [self.row(*facts) for facts in zip(part, encoded, written, seeds, strict=True)]
+                ended: list[int] = []  # places in the batch
+                try:
+                    for position, tokens in enumerate(steps):
+                        for ids, token in zip(written, tokens, strict=True):
+                            if token is not None:
+                                ids.append(token)
+                        ended = [k for k, token in enumerate(tokens) if token is None and written[k]]
+                        if position % 16 == 0 and time.monotonic() - started > 2:
+                            bar.set_postfix_str(f"{position + 1} tokens", refresh=False)
+                            bar.update(first + len(ended) - bar.n)
+                            bar.refresh()
+                    ended = list(range(len(part)))
+                finally:
+                    rows += [self.row(part[k], encoded[k], written[k], seeds[k]) for k in ended]
                 bar.update(len(rows) - bar.n)
-        return rows
 
     def stream(self, prompt: str, seed: int) -> dict:
         """Print one story as it is generated, in whole characters."""

@@ -507,3 +507,12 @@ def test_a_split_that_is_missing_is_named(evaluate, data_dir, tmp_path, facts):
         UserError, match=r"has no validation stories: run python .*prepare_data\.py --data-dir data"
     ):
         evaluate("--data-dir", tmp_path / "data")
+
+
+def test_a_checkpoint_given_by_name_is_not_written_over(run, packed, trained, tmp_path):
+    shutil.copy(trained / "best.pt", tmp_path)
+    before = (tmp_path / "best.pt").read_bytes()
+    flags = ["--data-dir", packed, "--checkpoint-dir", tmp_path, "--checkpoint", "best"]
+    result = run("evaluate.py", *flags, "--output", tmp_path / "best.pt")
+    assert_one_line_error(result, "would replace a file that is read")
+    assert (tmp_path / "best.pt").read_bytes() == before

@@ -277,11 +277,31 @@ def test_stories_beyond_the_memory_for_one_batch_wait_for_the_next(trained, monk
 
     model, tokenizer, checkpoint = load_model(find_checkpoint(trained, "best", "best"))
     writer = script.Writer(Decoder(model.double()), tokenizer, checkpoint["eot_id"], Sampling(), 12)
-    together = writer.write(["A cat", "Two", "", "One day"], seed=3)
+    together, in_parts = [], []
+    writer.write(["A cat", "Two", "", "One day"], 3, together)
     monkeypatch.setattr(
         script, "CACHE_BYTES", 3 * 8 * 16 * 16
     )  # of one layer of 16, context 16: three stories
-    assert writer.write(["A cat", "Two", "", "One day"], seed=3) == together
+    writer.write(["A cat", "Two", "", "One day"], 3, in_parts)
+    assert len(in_parts) == 4 and in_parts == together
+
+
+def test_stories_that_have_ended_survive_ctrl_c(trained, tmp_path, monkeypatch, capsys):
+    import generate as script
+
+    def interrupted(*_):
+        yield from ([5, 5, 5], [None, 5, None])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "generate", interrupted)
+    output = tmp_path / "stories.jsonl"
+    flags = ["--checkpoint", trained / "best.pt", "--num-samples", 3, "--seed", 1, "--output", output]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == 130
+    assert "stopped after 2 of 3 stories" in capsys.readouterr().err
+    assert [(row["seed"], row["tokens"]) for row in read_rows(output)] == [(1, 1), (3, 1)]
 
 
 @needs_kernels
