@@ -7,6 +7,7 @@ a step is one call of kernels.c, if this machine can compile it. `GPT` is the pl
 Shapes: B sequences, T tokens each, N = B T, C = n_embd, H heads of size D, V = vocab_size.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -212,7 +213,9 @@ class Decoder:
         (B, T, _), start, end = x.shape, cache.length, cache.length + x.size(1)
         window = CacheWindow(slice(start, end), slice(0, end), None)
         if graph:
-            window = CacheWindow(cache.next, slice(None), (cache.positions <= cache.next)[None])
+            # Added to scores; from a bool mask, every layer would make one of these
+            mask = x.new_zeros(cache.capacity).masked_fill(cache.positions > cache.next, -math.inf)
+            window = CacheWindow(cache.next, slice(None), mask[None])
         elif start and T > 1:  # causal mask: the past, and new tokens up to itself
             window = window._replace(mask=torch.ones(T, end, dtype=torch.bool, device=x.device).tril(start))
         x = x.view(B * T, -1)

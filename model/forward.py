@@ -124,6 +124,7 @@ def prepare_forward(run: Run, model: GPT, windows: int) -> nn.Module:
             if ran_out_of_memory(error):
                 require(micro_batch > 1, "not even one window fits in the GPU's memory: use a smaller model")
                 micro_batch //= 2
+                torch.compiler.reset()  # code for other sizes counts towards a limit, beyond which nothing is compiled
             elif not runtime.compile:
                 raise
             elif model.flex:
