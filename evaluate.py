@@ -19,6 +19,7 @@ import shlex
 import sys
 import time
 from datetime import datetime, timezone
+from pathlib import Path
 from types import SimpleNamespace
 
 from model.script import run_script  # first: see there
@@ -92,11 +93,12 @@ def main() -> None:
     needed = not files or settings.given & {"num_stories", "prompt"}
     names = settings.checkpoint or ([None] if needed else [])
     found = [find_candidate(settings.checkpoint_dir, name) for name in names]
-    read = (*settings.text, *settings.stories, *found)
+    texts = find_texts(settings)
+    read = (*texts, *settings.stories, *found)
     for name in ("output", "report"):
         setattr(settings, name, file_to_write(getattr(settings, name), f"--{name}", read))
     data = read_data(settings)
-    stories, source = read_stories(settings, data)
+    stories, source = read_stories(settings, data, texts)
     runtime = choose_runtime(choose_device(settings.device), settings.dtype, "off")
 
     results, scores, written = [], [], {}
@@ -156,10 +158,10 @@ def read_data(settings: SimpleNamespace) -> Data | None:
         raise
 
 
-def read_stories(settings: SimpleNamespace, data: Data | None) -> tuple[list[str], str]:
+def read_stories(settings: SimpleNamespace, data: Data | None, texts: list[Path]) -> tuple[list[str], str]:
     """The stories to score, and a description of them."""
-    if settings.text:
-        stories = read_text(settings)
+    if texts:
+        stories = read_texts(settings, texts)
         return stories, f"{count_text(len(stories), 'story', 'stories')} of {', '.join(settings.text)}"
     splits = {"train": [data.train], "validation": [data.validation], "all": [data.train, data.validation]}
     stories = real_stories(splits[settings.split], data, settings.max_samples)
@@ -169,14 +171,20 @@ def read_stories(settings: SimpleNamespace, data: Data | None) -> tuple[list[str
     return sorted(stories), count_text(len(stories), f"{kind} story", f"{kind} stories")
 
 
-def read_text(settings: SimpleNamespace) -> list[str]:
-    stories = []
+def find_texts(settings: SimpleNamespace) -> list[Path]:
+    """The files that --text names, by themselves, their folder or a pattern."""
+    texts = []
     for word in settings.text:
         files = find_files(word, settings.data_dir)
         require(files is not None, f"there is no file or folder {word}")
-        for file in files:
-            rows = read_file(file, settings.text_column, story_per_file=settings.story_per_file)
-            stories += map(tidy, rows)
+        texts += files
+    return texts
+
+
+def read_texts(settings: SimpleNamespace, texts: list[Path]) -> list[str]:
+    stories = []
+    for file in texts:
+        stories += map(tidy, read_file(file, settings.text_column, story_per_file=settings.story_per_file))
     stories = [story for story in stories if story]
     require(stories, f"{', '.join(settings.text)} holds no stories")
     return sorted(spread(stories, settings.max_samples))

@@ -239,8 +239,8 @@ def load_transformers(name: str) -> tuple[nn.Module, object]:
 
 def find_candidate(folder: Path, name: str | None, prefer: str = "latest") -> Path | str:
     """The file of a checkpoint, or the name of a Hugging Face model. Raises UserError if it is neither."""
-    if name is not None and (Path(name) / "config.json").is_file():
-        return name
+    if name is not None and (path := Path(name).expanduser()).joinpath("config.json").is_file():
+        return str(path)
     try:
         return find_checkpoint(folder, name, prefer)
     except UserError as error:

@@ -164,14 +164,16 @@ def only_one(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"another train.py is running in {shown(folder)}: wait for it, stop it, or use another --checkpoint-dir"
             ) from None
-        for pattern in RUN_FILES:
-            remove_leftovers(folder, pattern)
-        if (folder / UNFINISHED).exists():
-            move_run_files(folder)
-        yield
+        try:
+            for pattern in RUN_FILES:
+                remove_leftovers(folder, pattern)
+            if (folder / UNFINISHED).exists():
+                move_run_files(folder)
+            yield
+        finally:  # by the holder alone: without its folder, the lock would be none
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
         os.close(descriptor)
 
 

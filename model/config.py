@@ -48,8 +48,8 @@ class GPTConfig:
             f"n_head {self.n_head} is not divisible by n_kv_head {self.kv_heads}",
         )
         require(self.blocks in BLOCK_FAMILIES, f"blocks must be modern or gpt2, not {self.blocks!r}")
-        modern_only = self.n_kv_head is None and self.head_size is None
-        require(self.blocks == "modern" or modern_only, "n_kv_head and head_size need modern blocks")
+        modern_only = self.n_kv_head is not None or self.head_size is not None
+        require(self.blocks == "modern" or not modern_only, "n_kv_head and head_size need modern blocks")
         origin = f"n_embd {self.n_embd} / n_head {self.n_head}" if self.head_size is None else "head_size"
         require(
             self.blocks == "gpt2" or self.head_dim % 2 == 0,

@@ -55,8 +55,8 @@ def data_dir(tmp_path_factory, tokenizer):
 
 
 def read(data_dir, split, max_samples=0):
-    settings = SimpleNamespace(data_dir=data_dir, split=split, max_samples=max_samples, text=[])
-    return script.read_stories(settings, script.load_data(data_dir))[0]
+    settings = SimpleNamespace(data_dir=data_dir, split=split, max_samples=max_samples)
+    return script.read_stories(settings, script.load_data(data_dir), [])[0]
 
 
 def test_stories_come_back_from_the_packed_tokens(data_dir):
@@ -509,10 +509,15 @@ def test_a_split_that_is_missing_is_named(evaluate, data_dir, tmp_path, facts):
         evaluate("--data-dir", tmp_path / "data")
 
 
-def test_a_checkpoint_given_by_name_is_not_written_over(run, packed, trained, tmp_path):
+def test_what_is_read_is_not_written_over(run, packed, trained, tmp_path):
     shutil.copy(trained / "best.pt", tmp_path)
     before = (tmp_path / "best.pt").read_bytes()
     flags = ["--data-dir", packed, "--checkpoint-dir", tmp_path, "--checkpoint", "best"]
     result = run("evaluate.py", *flags, "--output", tmp_path / "best.pt")
     assert_one_line_error(result, "would replace a file that is read")
     assert (tmp_path / "best.pt").read_bytes() == before
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "a.txt").write_text("Once upon a time.")
+    flags += ["--text", tmp_path / "own", "--output", tmp_path / "own" / "a.txt"]
+    assert_one_line_error(run("evaluate.py", *flags), "would replace a file that is read")
+    assert (tmp_path / "own" / "a.txt").read_text() == "Once upon a time."

@@ -102,6 +102,8 @@ def test_only_the_lock_is_taken_for_another_run(tmp_path):
     with pytest.raises(BlockingIOError):
         with only_one(tmp_path):
             raise BlockingIOError("something else")
-    with only_one(tmp_path), pytest.raises(UserError, match="another train.py"):
-        with only_one(tmp_path):
+    with only_one(tmp_path / "new"):
+        with pytest.raises(UserError, match="another train.py"), only_one(tmp_path / "new"):
             pass
+        assert (tmp_path / "new").exists()  # with it, the lock of the first
+    assert not (tmp_path / "new").exists()
