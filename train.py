@@ -164,11 +164,11 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
     if device.type == "cuda":
         run.batches.move_to(device, budget=0.25 * torch.cuda.mem_get_info(device)[0])
     state = initial_state(run, checkpoint)
-    processes.take_first(state.model.parameters())
     require(
         processes.have_the_same(state.step),
         "the processes found different checkpoints: all must see the same --checkpoint-dir",
     )
+    processes.take_first(state.model.parameters())
     if processes.first:
         print_plan(run, state, path)
     if checkpoint and recipe.progress(state.step, state.seconds) >= 1:

@@ -40,7 +40,7 @@ class CacheWindow(NamedTuple):
 
     new: slice | Tensor
     seen: slice  # what attention covers
-    mask: Tensor | None  # (T or 1, seen): what each of them sees; None: everything up to itself
+    mask: Tensor | None  # (T or 1, seen), bool or added to scores; None: each sees all up to itself
 
 
 class FusedLinear:

@@ -1,5 +1,7 @@
 """The forward pass of training: compiled if possible, with a micro-batch that fits in memory."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -60,10 +62,8 @@ def flex_is_right(run: Run) -> bool:
         def attend(x: Tensor, blocks: bool) -> Tensor:
             return layer(x, rotary, story_mask(stories, blocks))
 
-        options = {"deterministic": torch.are_deterministic_algorithms_enabled()}  # those of compile_model()
-        compiled = torch.compile(attend, dynamic=False, options=options)
         results = []
-        for function, blocks in ((compiled, True), (attend, False)):
+        for function, blocks in ((compile_whole(attend), True), (attend, False)):
             with runtime.autocast():
                 y = function(x, blocks)
             gradients = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
@@ -86,6 +86,11 @@ def choose_flex(run: Run) -> bool:
     return False
 
 
+def compile_whole(function: Callable) -> Callable:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return torch.compile(function, dynamic=False, options={"deterministic": deterministic})
+
+
 def compile_model(model: GPT) -> nn.Module:
     """The model, to be compiled when it is first called.
 
@@ -93,8 +98,7 @@ def compile_model(model: GPT) -> nn.Module:
     that join late. That takes a fraction of the time, and the code is about as fast (benchmarks/RESULTS.md).
     """
     if model.head_weight.device.type != "cpu":
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        return torch.compile(model, dynamic=False, options={"deterministic": deterministic})
+        return compile_whole(model)
     for part in (*model.blocks, model.norm, model.cross_entropy):
         # dropout is faster with PyTorch's random numbers than with the compiler's, and as in eager mode
         part.compile(dynamic=False, options={"deterministic": True, "fallback_random": True})
