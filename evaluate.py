@@ -40,14 +40,14 @@ from model.story_quality import Story, describe, read_written
 from model.tokenizer import readable
 
 CHECKPOINT: list[str] = []  # files, folders, "best", "latest", steps or Hugging Face models; default: latest
-CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
-DATA_DIR = "data"  # folder with tokenizer/ and processed/
-SPLIT = "validation"  # train, validation or all
+CHECKPOINT_DIR: str = "checkpoints"  # where to look for best, latest and steps
+DATA_DIR: str = "data"  # folder with tokenizer/ and processed/
+SPLIT: str = "validation"  # train, validation or all
 TEXT: list[str] = []  # score the stories in these files instead: formats as in step 1 (.txt, .jsonl, ...)
-TEXT_COLUMN = "text"  # column or key of the story in .csv, .json, .jsonl and .parquet files
-STORY_PER_FILE = False  # each .txt file is one story
-MAX_SAMPLES = 0  # stories to score, evenly spread; 0 is all
-BATCH_SIZE = 0  # windows per forward pass; 0 packs as many tokens as suit the device
+TEXT_COLUMN: str = "text"  # column or key of the story in .csv, .json, .jsonl and .parquet files
+STORY_PER_FILE: bool = False  # each .txt file is one story
+MAX_SAMPLES: int = 0  # stories to score, evenly spread; 0 is all
+BATCH_SIZE: int = 0  # windows per forward pass; 0 packs as many tokens as suit the device
 NUM_STORIES: int | None = None  # stories that each writes; None: 100 for a report, else one per --prompt
 STORIES: list[str] = []  # .jsonl files written by generate.py, whose stories are judged too
 PROMPT: list[str] = [
@@ -64,9 +64,9 @@ PROMPT: list[str] = [
 ]  # prompts for the written stories; if given on the command line, the stories are printed
 OUTPUT: str | None = None  # write the results to this .json file
 REPORT: str | None = None  # write a page of tables, curves and stories to this .html file
-SEED = 1337  # for the stories and the bootstrap
-DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
-DTYPE = "float32"  # of scoring: float32, or faster: bfloat16, float16 or auto (what training would choose)
+SEED: int = 1337  # for the stories and the bootstrap
+DEVICE: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
+DTYPE: str = "float32"  # of scoring: float32, or faster: bfloat16, float16, auto (as in training)
 
 # Stories for a verdict: with fewer, one of two equal models is better in all of them more than once in twenty times
 ENOUGH = 6

@@ -8,6 +8,7 @@ python export.py --format gguf --dtype q8_0 --checkpoint latest  the latest inst
 """
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -30,11 +31,11 @@ from model.settings import REPO, read_settings
 from model.tokenizer import END_OF_TEXT, text_tokenizer
 
 CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; None: best, else latest
-CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
-FORMAT = "hf"  # hf (a folder for transformers) or gguf (a file for llama.cpp)
+CHECKPOINT_DIR: str = "checkpoints"  # where to look for best, latest and steps
+FORMAT: str = "hf"  # hf (a folder for transformers) or gguf (a file for llama.cpp)
 OUTPUT: str | None = None  # folder or file to write; None: named after the preset, in exported/
-DTYPE = "float32"  # of the weights (in gguf: of the matrices): float32, float16, bfloat16 or (gguf only) q8_0
-OVERWRITE = False  # replace an earlier export
+DTYPE: str = "float32"  # of the weights (in gguf: of matrices): float32, float16, bfloat16; gguf also q8_0
+OVERWRITE: bool = False  # replace an earlier export
 
 # Files in a folder for transformers
 FILES = (
@@ -64,7 +65,7 @@ def main() -> None:
         f"{Path(origin).name.removesuffix('.pt')}-finetuned" if origin else checkpoint["settings"]["preset"]
     )
     default = REPO / "exported" / (f"{name}.gguf" if gguf else name)
-    output = Path(settings.output).expanduser() if settings.output else default
+    output = Path(os.path.expanduser(settings.output)) if settings.output else default
     check_output(output, gguf, settings.overwrite)
 
     facts = list_facts(path, checkpoint, model.config, model.count_parameters())

@@ -35,21 +35,21 @@ from model.settings import flag_name, read_settings, require_seed, require_withi
 from model.tokenizer import readable
 
 CHECKPOINT: str | None = None  # a file, folder, step, "latest" or Hugging Face model; None: best or latest
-CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
+CHECKPOINT_DIR: str = "checkpoints"  # where to look for best, latest and steps
 PROMPT: list[str] = []  # starts of stories, each continued NUM_SAMPLES times; empty: a new story
 PROMPTS_FILE: str | None = None  # a text file with one prompt per line
-NUM_SAMPLES = 1  # stories per prompt
-MAX_TOKENS = 400  # maximum length of a continuation; most stories end earlier by themselves
+NUM_SAMPLES: int = 1  # stories per prompt
+MAX_TOKENS: int = 400  # maximum length of a continuation; most stories end earlier by themselves
 TEMPERATURE: float = 0.8  # 0 is greedy; higher is more surprising
-TOP_K = 0  # sample from the k most likely tokens only; 0 is off
+TOP_K: int = 0  # sample from the k most likely tokens only; 0 is off
 TOP_P: float = 0.95  # sample from the most likely tokens that together have this probability; 1 is off
 MIN_P: float = 0.0  # drop tokens below this fraction of the highest probability; 0 is off
 REPETITION_PENALTY: float = 1.0  # above 1 makes tokens that have already occurred less likely
 SEED: int | None = None  # of the first story; the next uses SEED + 1; None: a random seed, which is printed
-INTERACTIVE = False  # read prompts from the keyboard and continue each
+INTERACTIVE: bool = False  # read prompts from the keyboard and continue each
 OUTPUT: str | None = None  # write the stories to this .jsonl file instead of printing them
-DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
-DTYPE = "auto"  # weights: float32, float16 (GPUs only) or int8 (CPUs only, where auto takes it); fewer bits are faster
+DEVICE: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
+DTYPE: str = "auto"  # weights: float32, float16 (only on GPUs) or int8 (only on CPUs; auto takes it there)
 
 # Earlier tokens on which the text of the next ones may depend, and what a token for a single byte is called, whose text
 # may depend on the next one

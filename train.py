@@ -39,7 +39,7 @@ from model.training_state import TrainingState, initial_state, rewind
 from model.validation import validate, write_sample
 
 # Edit these or pass them as flags: MAX_STEPS is --max-steps. None takes the preset's value.
-PRESET = "stories-9m"  # model shape and training recipe, by name from model/config.py
+PRESET: str = "stories-9m"  # model shape and training recipe, by name from model/config.py
 INIT_FROM: str | None = None  # initial weights: a checkpoint, or a Hugging Face folder or name (GPT-2, Qwen3)
 
 BLOCKS: str | None = None  # transformer blocks: modern (Qwen3's) or gpt2 (GPT-2's)
@@ -58,7 +58,7 @@ ROPE_BASE: float | None = None  # base of the rotary frequencies; 10,000 in all 
 MAX_STEPS: int | None = None  # total optimizer steps; if only MAX_MINUTES is set, there is no such limit
 MAX_MINUTES: float | None = None  # total minutes of training steps (without compilation and evaluation)
 BATCH_TOKENS: int | None = None  # tokens per optimizer step, over all processes
-MICRO_BATCH = 0  # windows per forward pass; lower it if memory runs out; 0 chooses automatically
+MICRO_BATCH: int = 0  # windows per forward pass; lower it if memory runs out; 0 chooses automatically
 OPTIMIZER: str | None = None  # muon (for the blocks' matrices, AdamW for the rest) or adamw
 LEARNING_RATE: float | None = None  # peak learning rate
 WEIGHT_DECAY: float | None = None  # on matrices and embeddings
@@ -73,22 +73,22 @@ GROW_AT: float | None = None  # when the second half of the blocks joins, as a f
 SAMPLED_SOFTMAX: bool | None = None  # compute the training loss from part of the vocabulary
 
 EVAL_INTERVAL: int | None = None  # steps between evaluations, each with a sample and a new loss curve
-EVAL_TOKENS = 65_536  # validation tokens per evaluation, evenly spread
+EVAL_TOKENS: int = 65_536  # validation tokens per evaluation, evenly spread
 SAVE_INTERVAL: int | None = None  # steps between checkpoints; None: same as EVAL_INTERVAL
-KEEP = 3  # number of latest checkpoints to keep, in addition to best.pt
-LOG_INTERVAL = 10  # steps between rows in metrics.jsonl
-SAMPLE_PROMPT = "Once upon a time"  # prompt of the sample story at each evaluation
-SAMPLE_TOKENS = 200  # maximum length of the sample, in tokens; 0: no sample
+KEEP: int = 3  # number of latest checkpoints to keep, in addition to best.pt
+LOG_INTERVAL: int = 10  # steps between rows in metrics.jsonl
+SAMPLE_PROMPT: str = "Once upon a time"  # prompt of the sample story at each evaluation
+SAMPLE_TOKENS: int = 200  # maximum length of the sample, in tokens; 0: no sample
 
-SEED = 1337  # for weights, data order and dropout
-DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
-DTYPE = "auto"  # auto, bfloat16, float16 or float32
-COMPILE = "auto"  # auto, on or off: torch.compile
-DETERMINISTIC = False  # on CUDA: use deterministic kernels only; slower
-FRESH = False  # start a new run; the old run's files are moved into a folder of their own, not deleted
-VERIFY = False  # check the SHA-256 of the .bin files before training
-DATA_DIR = "data"  # folder with tokenizer/ and processed/
-CHECKPOINT_DIR = "checkpoints"  # folder for checkpoints, metrics.jsonl, loss_curve.png and samples.md
+SEED: int = 1337  # for weights, data order and dropout
+DEVICE: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
+DTYPE: str = "auto"  # auto, bfloat16, float16 or float32
+COMPILE: str = "auto"  # auto, on or off: torch.compile
+DETERMINISTIC: bool = False  # on CUDA: use deterministic kernels only; slower
+FRESH: bool = False  # start a new run; the old run's files are moved into a folder of their own, not deleted
+VERIFY: bool = False  # check the SHA-256 of the .bin files before training
+DATA_DIR: str = "data"  # folder with tokenizer/ and processed/
+CHECKPOINT_DIR: str = "checkpoints"  # folder for checkpoints, metrics.jsonl, loss_curve.png and samples.md
 
 # Stop after this many non-finite steps in a row; more in float16, whose gradient scale of 2**16 may need halvings.
 GIVE_UP, GIVE_UP_SCALED = 5, 20

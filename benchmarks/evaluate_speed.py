@@ -25,12 +25,12 @@ from model.script import run_script
 from model.settings import read_settings
 
 CHECKPOINT: str | None = None  # as for evaluate.py
-CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
-DATA_DIR = "data"  # folder with tokenizer/ and processed/
-MAX_SAMPLES = 300  # validation stories; 0 is all
-ROUNDS = 7  # rounds, each measuring both
-DEVICE = "auto"  # auto, cpu, cuda, cuda:1 or mps
-DTYPE = "float32"  # float32, bfloat16 or float16
+CHECKPOINT_DIR: str = "checkpoints"  # where to look for best, latest and steps
+DATA_DIR: str = "data"  # folder with tokenizer/ and processed/
+MAX_SAMPLES: int = 300  # validation stories; 0 is all
+ROUNDS: int = 7  # rounds, each measuring both
+DEVICE: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
+DTYPE: str = "float32"  # float32, bfloat16 or float16
 
 
 def main() -> None:

@@ -22,9 +22,9 @@ from benchmarks.learning_speed import script
 from model.script import run_script
 from model.settings import read_settings
 
-CHECKPOINT = "best"  # a file or folder, "best", "latest" or a step
-CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
-MAX_TOKENS = 200  # per story; with its prompt it should fit in the context
+CHECKPOINT: str = "best"  # a file or folder, "best", "latest" or a step
+CHECKPOINT_DIR: str = "checkpoints"  # where to look for best, latest and steps
+MAX_TOKENS: int = 200  # per story; with its prompt it should fit in the context
 
 PROMPTS = """Once upon a time
 One day, a little girl named Lily

@@ -42,16 +42,16 @@ from model.packed_data import load_data, real_stories
 from model.runtime import choose_device, device_name
 from model.settings import REPO, read_settings
 
-PRESET = "stories-15m"  # model shape
-STREAMS = 64  # batch size, measured as well as a single story
-TOKENS = 240  # tokens per story
-ROUNDS = 5  # rounds, of which the median counts
-DEVICE = "auto"  # auto, cpu, cuda or mps
+PRESET: str = "stories-15m"  # model shape
+STREAMS: int = 64  # batch size, measured as well as a single story
+TOKENS: int = 240  # tokens per story
+ROUNDS: int = 5  # rounds, of which the median counts
+DEVICE: str = "auto"  # auto, cpu, cuda or mps
 LLAMA2C: str | None = None  # folder with llama2.c's run and runq, compiled, and its tokenizer.bin
 CHECKPOINT: str | None = None  # a trained model, for time to first word and cost of low precision
-CHECKPOINT_DIR = "checkpoints"  # where to look for best, latest and steps
-DATA_DIR = "data"  # folder with tokenizer/ and processed/, for measuring the cost
-MAX_SAMPLES = 256  # validation stories for measuring the cost
+CHECKPOINT_DIR: str = "checkpoints"  # where to look for best, latest and steps
+DATA_DIR: str = "data"  # folder with tokenizer/ and processed/, for measuring the cost
+MAX_SAMPLES: int = 256  # validation stories for measuring the cost
 
 # The presets whose shape the others know, too
 MODERN = tuple(name for name, preset in PRESETS.items() if preset.config.blocks == "modern")

@@ -25,12 +25,12 @@ from model.metrics import read_rows
 from model.script import run_script
 from model.settings import REPO, read_settings
 
-KILLS = 50  # number of kills
-SEED = 1  # for the moments of the kills
-MAX_STEPS = 1_000  # length of the run
-DTYPE = "bfloat16"  # float32 or bfloat16
-COMPILE = "off"  # on or off: torch.compile
-LONGEST = 1.5  # maximum seconds of training before a kill
+KILLS: int = 50  # number of kills
+SEED: int = 1  # for the moments of the kills
+MAX_STEPS: int = 1_000  # length of the run
+DTYPE: str = "bfloat16"  # float32 or bfloat16
+COMPILE: str = "off"  # on or off: torch.compile
+LONGEST: float = 1.5  # maximum seconds of training before a kill
 
 TINY = """--preset quickstart --n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --vocab-size 2000 --batch-tokens 512
 --dropout 0.1 --eval-interval 4 --save-interval 3 --eval-tokens 512 --log-interval 1 --sample-tokens 4""".split()

@@ -29,15 +29,15 @@ from model.runtime import choose_device
 from model.script import run_script
 from model.settings import REPO, read_settings
 
-MINUTES = 8.0  # minutes of training per recipe
-SHORT = 0.05  # fraction of MINUTES for a second run of the default recipe; 0 skips it
-POINTS = 10  # checkpoints scored per recipe
-MAX_SAMPLES = 300  # validation stories to score them on; 0 is all
-PRESET = "stories-9m"  # preset of the default recipe
-SEED = 1337  # for all runs
-DEVICE = "auto"  # auto, cpu, cuda or mps
-DATA_DIR = "data"  # folder with tokenizer/ and processed/
-PLOT = "learning_speed.png"  # image file for the curves
+MINUTES: float = 8.0  # minutes of training per recipe
+SHORT: float = 0.05  # fraction of MINUTES for a second run of the default recipe; 0 skips it
+POINTS: int = 10  # checkpoints scored per recipe
+MAX_SAMPLES: int = 300  # validation stories to score them on; 0 is all
+PRESET: str = "stories-9m"  # preset of the default recipe
+SEED: int = 1337  # for all runs
+DEVICE: str = "auto"  # auto, cpu, cuda or mps
+DATA_DIR: str = "data"  # folder with tokenizer/ and processed/
+PLOT: str = "learning_speed.png"  # image file for the curves
 
 OURS, REFERENCE = "default recipe", "nanoGPT's recipe"
 

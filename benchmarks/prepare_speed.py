@@ -34,9 +34,9 @@ from model.script import run_script
 from model.settings import REPO, read_settings
 
 STORIES: str | None = None  # a file of stories to build the corpus from; None: the built-in ones
-MEGABYTES = 200  # corpus size
-ROUNDS = 3  # rounds alternating a step and the usual way; 0 runs each step once, alone
-WORKERS = 0  # encoding processes; 0: one per core
+MEGABYTES: int = 200  # corpus size
+ROUNDS: int = 3  # rounds alternating a step and the usual way; 0 runs each step once, alone
+WORKERS: int = 0  # encoding processes; 0: one per core
 FOLDER: str | None = None  # working folder, kept and reused; None: a temporary one
 PARTS: list[str] = ["ingestion", "tokenizer", "packing"]  # what to measure
 USUAL: str | None = None  # "tokenizer" or "packing": run only the usual way (the script calls itself so)

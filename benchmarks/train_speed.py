@@ -33,15 +33,15 @@ from model.runtime import choose_device, peak_flops
 from model.script import run_script
 from model.settings import REPO, read_settings
 
-PRESET = "stories-9m"  # model shape, by name from model/config.py
-DEVICE = "auto"  # auto, cpu, cuda or mps
-SECONDS = 20.0  # seconds of training per arm and round
-ROUNDS = 3  # rounds; each arm runs once per round
-BATCH_TOKENS = 0  # tokens per optimizer step; 0: 4,096 on a CPU, else the preset's
-MICRO_BATCH = 0  # windows per forward pass, for all arms; 0: 16 on a CPU, else what makes 65,536 tokens
+PRESET: str = "stories-9m"  # model shape, by name from model/config.py
+DEVICE: str = "auto"  # auto, cpu, cuda or mps
+SECONDS: float = 20.0  # seconds of training per arm and round
+ROUNDS: int = 3  # rounds; each arm runs once per round
+BATCH_TOKENS: int = 0  # tokens per optimizer step; 0: 4,096 on a CPU, else the preset's
+MICRO_BATCH: int = 0  # windows per forward pass, for all arms; 0: 16 on a CPU, else what makes 65,536 tokens
 ARMS: list[str] = []  # run only these (part of a name is enough)
-DATA_DIR = "data"  # folder with tokenizer/ and processed/
-PEER = ""  # name of an arm to run in this process (used when the script calls itself)
+DATA_DIR: str = "data"  # folder with tokenizer/ and processed/
+PEER: str = ""  # name of an arm to run in this process (used when the script calls itself)
 
 PEERS = [
     f"{model} {dtype}{compiled}"

@@ -49,12 +49,12 @@ from model.settings import REPO, read_settings, require_within
 
 SOURCE: list[str] = ["hub"]  # hub (TinyStories), sample (built-in), a hub data set's name[:config], or files
 VALIDATION_SOURCE: list[str] = []  # like --source; none: the hub's validation split, else a random share
-TEXT_COLUMN = "text"  # column or JSON key that holds the story
-STORY_PER_FILE = False  # each .txt file is one story
-MAX_STORIES = 0  # training stories to keep; 0: all (19,000 of the built-in ones)
+TEXT_COLUMN: str = "text"  # column or JSON key that holds the story
+STORY_PER_FILE: bool = False  # each .txt file is one story
+MAX_STORIES: int = 0  # training stories to keep; 0: all (19,000 of the built-in ones)
 VALIDATION_FRACTION: float = 0.05  # share of stories drawn at random if there is no validation split
-SEED = 1  # seed for the built-in stories and the random split
-DATA_DIR = "data"  # folder for raw/, tokenizer/ and processed/
+SEED: int = 1  # seed for the built-in stories and the random split
+DATA_DIR: str = "data"  # folder for raw/, tokenizer/ and processed/
 
 FORMAT = 2
 TINYSTORIES = "roneneldan/TinyStories"

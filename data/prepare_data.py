@@ -41,8 +41,8 @@ from model.files import (
 from model.settings import read_settings, require_within
 from model.tokenizer import END_OF_TEXT, read_tokenizer
 
-WORKERS = 0  # encoding processes; 0: one per core
-DATA_DIR = "data"  # folder for raw/, tokenizer/ and processed/
+WORKERS: int = 0  # encoding processes; 0: one per core
+DATA_DIR: str = "data"  # folder for raw/, tokenizer/ and processed/
 
 FORMAT = 2
 # bytes of text per process; with less, starting a process takes longer than its work

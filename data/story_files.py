@@ -6,6 +6,7 @@ import functools
 import glob
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ def find_files(word: str, generated: Path) -> list[Path] | None:
     Raises UserError if the word is a path but leads to no story file.
     """
     require(word.strip(), "a source name is empty: give a file, folder, glob or hub data set")
-    path = Path(word).expanduser()
+    path = Path(os.path.expanduser(word))
     ours = [generated / name for name in ("raw", "tokenizer", "processed")]
     if path.is_dir():
         files = [file for file in sorted(path.absolute().rglob("*")) if file_type(file) in FILE_TYPES]

@@ -36,11 +36,11 @@ from model.hub import hub_errors
 from model.settings import read_settings, require_within
 from model.tokenizer import END_OF_TEXT
 
-KIND = "bpe"  # bpe (trained here), gpt2 (GPT-2's 50,257 tokens), char, a Hugging Face folder or name, or a checkpoint
-VOCAB_SIZE = 10_000  # for bpe: `<|endoftext|>`, the 256 bytes and learned word pieces
-MAX_STORIES = 0  # learn from only the first N training stories; 0: all
+KIND: str = "bpe"  # bpe (trained here), gpt2 (its 50,257 tokens), char, a Hugging Face folder or name, or a checkpoint
+VOCAB_SIZE: int = 10_000  # for bpe: `<|endoftext|>`, the 256 bytes and learned word pieces
+MAX_STORIES: int = 0  # learn from only the first N training stories; 0: all
 GPT2_FILES: list[str] = []  # vocab.json merges.txt, for gpt2 without a network
-DATA_DIR = "data"  # folder for raw/, tokenizer/ and processed/
+DATA_DIR: str = "data"  # folder for raw/, tokenizer/ and processed/
 
 FORMAT = 1
 # checksum of GPT-2's vocabulary and merges
@@ -164,7 +164,7 @@ def gpt2_from_files(names: list[str]) -> models.BPE:
     require(len(names) == 2, "--gpt2-files takes two files, vocab.json and merges.txt")
     vocab, merges = None, None
     for name in names:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         require(path.is_file(), f"there is no file {name}")
         try:
             text = path.read_text(encoding="utf-8")

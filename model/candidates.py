@@ -4,6 +4,7 @@ Both become a Candidate, so that one protocol scores them on the same stories an
 """
 
 import functools
+import os
 from pathlib import Path
 
 import torch
@@ -239,7 +240,7 @@ def load_transformers(name: str) -> tuple[nn.Module, object]:
 
 def find_candidate(folder: Path, name: str | None, prefer: str = "latest") -> Path | str:
     """The file of a checkpoint, or the name of a Hugging Face model. Raises UserError if it is neither."""
-    if name is not None and (path := Path(name).expanduser()).joinpath("config.json").is_file():
+    if name is not None and (path := Path(os.path.expanduser(name))).joinpath("config.json").is_file():
         return str(path)
     try:
         return find_checkpoint(folder, name, prefer)

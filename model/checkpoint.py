@@ -132,7 +132,7 @@ def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
     elif name.isdigit():
         candidates = [folder / f"ckpt_{name}.pt"]
     else:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         if path.is_dir() and not (path / "config.json").is_file():
             return find_checkpoint(path, None, prefer)
         candidates = [path, folder / name, folder / f"{name}.pt", REPO / name]

@@ -97,7 +97,7 @@ def file_to_write(name: str | None, flag: str, read: Iterable[str | Path] = ()) 
     the files that are read."""
     if name is None:
         return None
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     require(not path.is_dir(), f"{flag} {name or repr(name)} is a folder: name a file in it")
     require(not path.exists() or path.is_file(), f"{flag} {name} is not a regular file")
     overwritten = path.exists() and any(os.path.exists(other) and path.samefile(other) for other in read)
@@ -197,7 +197,7 @@ def command(script: str, **folders: Path) -> str:
 def default_folders(script: str) -> dict[str, Path]:
     """The folders that a script takes without flags, by the names of its settings."""
     constants = [one for one in read_constants(REPO / script) if one.name.endswith("_dir")]
-    return {constant.name: REPO / Path(constant.value).expanduser() for constant in constants}
+    return {constant.name: REPO / os.path.expanduser(constant.value) for constant in constants}
 
 
 def count_text(count: int, one: str, several: str) -> str:

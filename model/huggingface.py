@@ -7,6 +7,7 @@ and become a Qwen3ForCausalLM, gpt2 blocks a GPT2LMHeadModel.
 import dataclasses
 import importlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -232,7 +233,7 @@ class Pretrained:
 
 def find_pretrained(name: str, *patterns: str) -> Path:
     """The folder of a path or hub name; from the hub, files that match these patterns are downloaded."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
     hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not folder.exists()
@@ -245,7 +246,7 @@ def find_pretrained(name: str, *patterns: str) -> Path:
 
 def load_tokenizer_json(name: str) -> str:
     """The tokenizer of anything that load_pretrained accepts."""
-    file = Path(name).expanduser()
+    file = Path(os.path.expanduser(name))
     if file.is_file():
         return load_checkpoint(file)["tokenizer"]
     path = find_pretrained(name, "tokenizer.json") / "tokenizer.json"
@@ -261,7 +262,7 @@ def load_pretrained(name: str) -> Pretrained:
 
     Raises UserError if it is missing or not supported.
     """
-    file = Path(name).expanduser()
+    file = Path(os.path.expanduser(name))
     if file.is_file():
         model, _, checkpoint = load_model(file)
         return Pretrained(model.config, model.state_dict(), checkpoint["tokenizer"])

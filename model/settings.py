@@ -1,12 +1,13 @@
 """The constants at the top of a script are also its command-line flags.
 
-A setting is one line: an UPPER_CASE name with a literal value and a trailing comment:
+A setting is one line: an UPPER_CASE name with a type, a literal value and a trailing comment:
 
-    BATCH_TOKENS = 65_536  # tokens per optimizer step
+    BATCH_TOKENS: int = 65_536  # tokens per optimizer step
     LEARNING_RATE: float | None = None  # peak learning rate; None: the preset's
 
 These lines also define the flags --batch-tokens and --learning-rate, with their type, default and help.
-A value that may be None, or a list, needs a type annotation. Constants that are no settings come after these.
+Types are int, float, bool and str, or a list of one of these, or any of them `| None`. Constants that are no settings
+come after these lines, without a type or a comment.
 """
 
 import argparse
@@ -38,7 +39,7 @@ SPELLINGS = {
 
 
 class NoSuchSetting(UserError, AttributeError):
-    """A setting whose line was deleted from the script, or whose comment was, if it is the last one."""
+    """A setting whose line was deleted from the script, or whose type or comment was, if it is the last one."""
 
 
 class Settings(SimpleNamespace):
@@ -46,7 +47,7 @@ class Settings(SimpleNamespace):
 
     def __getattr__(self, name: str) -> object:  # called for missing attributes
         raise NoSuchSetting(
-            f"the script has no setting {name.upper()}: restore its line, with a value and a trailing comment"
+            f"the script has no setting {name.upper()}: restore its line, with a type, a value and a trailing comment"
         )
 
 
@@ -63,14 +64,14 @@ class Constant:
         """Whether a value in the script has the type that its line declares."""
         if value is None:
             return self.optional
-        if value is ... or isinstance(value, list) != self.many:
+        if isinstance(value, list) != self.many:
             return False
         allowed = (int, float) if self.kind is float else (self.kind,)
         return all(type(one) in allowed for one in (value if self.many else [value]))
 
     def type_name(self) -> str:
         """The type in words: "a list of numbers or None"."""
-        name = TYPE_NAMES.get(self.kind, "a literal")
+        name = TYPE_NAMES[self.kind]
         return (f"a list of {name.removeprefix('a ')}s" if self.many else name) + " or None" * self.optional
 
 
@@ -80,34 +81,32 @@ def read_constants(script: str | Path) -> list[Constant]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     constants: dict[str, Constant] = {}
-    uncommented = ""
+    incomplete = ""
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign):
             target, annotation = node.targets[0], ""
-        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+        elif isinstance(node, ast.AnnAssign):
             target, annotation = node.target, ast.unparse(node.annotation)
         else:
             continue
         if not (isinstance(target, ast.Name) and target.id.isupper()):
             continue
         place = f"{Path(script).name} line {node.lineno}: {target.id}"
-        if node.end_lineno not in comments:
-            uncommented = uncommented or place
-            continue
-        require(not uncommented, f"{uncommented} needs a comment at the end of its line, like every setting")
-        require(target.id.lower() not in constants, f"{place} is set twice: delete one of the lines")
-        value = literal(node.value)
         words = annotation.replace("[", " ").replace("]", " ").split()
-        kind = next((k for k in (int, float, bool, str) if k.__name__ in words), type(value))
+        kind = next((kind for kind in TYPE_NAMES if kind.__name__ in words), None)
+        if not (kind and node.value and node.end_lineno in comments):
+            incomplete = incomplete or place
+            continue
+        require(
+            not incomplete,
+            f"{incomplete} needs a type, a value and a comment, like every setting (NAME: int = 5  # what it is)",
+        )
+        require(target.id.lower() not in constants, f"{place} is set twice: delete one of the lines")
+        value, given = literal(node.value), ast.unparse(node.value)
+        require(value is not ..., f"{place} needs a literal value, not {given}")
         optional, many = "None" in words, "list" in words
-        require(
-            annotation or not isinstance(value, (list, type(None))),
-            f"{place} needs a type for {ast.unparse(node.value)}, such as {target.id}: list[str] or int | None",
-        )
         constant = Constant(target.id.lower(), value, kind, optional, many, comments[node.end_lineno])
-        require(
-            constant.accepts(value), f"{place} takes {constant.type_name()}, not {ast.unparse(node.value)}"
-        )
+        require(constant.accepts(value), f"{place} takes {constant.type_name()}, not {given}")
         constants[constant.name] = constant
     return list(constants.values())
 
@@ -227,7 +226,8 @@ def read_settings(
             flag = flag_name(constant.name)
             raise UserError(f"{flag} takes {', '.join(allowed[:-1])} or {allowed[-1]}, not {value!r}")
         if constant.name.endswith("_dir"):
-            value = (Path.cwd() if constant.name in given else REPO) / Path(str(value)).expanduser()
+            require(value, f"{flag_name(constant.name)} takes a folder, not an empty name")
+            value = (Path.cwd() if constant.name in given else REPO) / os.path.expanduser(value)
         setattr(settings, constant.name, value)
     return settings
 

@@ -19,17 +19,17 @@ sys.path.insert(0, {repo!r})
 from model.script import run_script
 from model.settings import read_settings
 
-STEPS = 65_536  # optimizer steps, 100 % of them
-RATE = 0.5  # a number
-NAME = "cat"  # a word
-FRESH = False  # begin anew
-TIED = True  # share the weights
+STEPS: int = 65_536  # optimizer steps, 100 % of them
+RATE: float = 0.5  # a number
+NAME: str = "cat"  # a word
+FRESH: bool = False  # begin anew
+TIED: bool = True  # share the weights
 PROMPT: list[str] = []  # several words
 SIZES: list[int] = [1, 2]  # several numbers
 DEPTH: int | None = None  # none by default
 TIE: bool | None = None  # yes, no or neither
 BLOCKS: str | None = None  # a word or none
-DATA_DIR = "data"  # a folder
+DATA_DIR: str = "data"  # a folder
 
 INTERNAL = 7
 lower = 8  # is no setting
@@ -202,8 +202,8 @@ def test_a_bad_flag_ends_in_one_line_and_status_2(script, tmp_path):
 @pytest.mark.parametrize(
     ("line", "edited", "needles"),
     [
-        ("STEPS = 65_536  #", "STEPS = 2 * 3**2  #", None),
-        ("RATE = 0.5  #", "RATE = -1 / 4  #", None),
+        ("STEPS: int = 65_536  #", "STEPS: int = 2 * 3**2  #", None),
+        ("RATE: float = 0.5  #", "RATE: float = -1 / 4  #", None),
         ("DEPTH: int | None = None  #", "DEPTH: int | None = 3  #", None),
         (
             "DEPTH: int | None = None  #",
@@ -222,13 +222,28 @@ def test_a_bad_flag_ends_in_one_line_and_status_2(script, tmp_path):
         ),
         ("SIZES: list[int] = [1, 2]", "SIZES: list[int] = 1", ["SIZES takes a list of whole numbers, not 1"]),
         ("PROMPT: list[str] = []", 'PROMPT: list[str] = ["a", 1]', ["PROMPT takes a list of strings"]),
-        ('NAME = "cat"', "NAME = NAMES[1]", ["NAME takes a literal, not NAMES[1]"]),
-        ('NAME = "cat"', 'NAME = "c" * 3', None),
-        ("STEPS = 65_536  #", "STEPS = 1 // 0  #", ["STEPS takes a literal"]),
-        ("STEPS = 65_536  # optimizer steps, 100 % of them", "STEPS = 65_536", ["STEPS needs a comment"]),
-        ("RATE = 0.5  #", "RATE = 0.5  # old\nRATE = 0.25  #", ["RATE is set twice"]),
-        ("PROMPT: list[str] = []", 'PROMPT = ["a"]', ["PROMPT needs a type for ['a'], such as", "list[str]"]),
-        ("DEPTH: int | None = None  #", "DEPTH = None  #", ["DEPTH needs a type for None"]),
+        ('NAME: str = "cat"', "NAME: str = NAMES[1]", ["NAME needs a literal value, not NAMES[1]"]),
+        ('NAME: str = "cat"', 'NAME: str = "c" * 3', None),
+        ("STEPS: int = 65_536  #", "STEPS: int = 1 // 0  #", ["STEPS needs a literal value, not 1 // 0"]),
+        (
+            "int = 65_536  # optimizer steps, 100 % of them",
+            "int = 65_536",
+            ["STEPS needs a type, a value and a"],
+        ),
+        ("STEPS: int = 65_536  #", "STEPS = 65_536  #", ["STEPS needs a type"]),
+        ("STEPS: int = 65_536  #", "STEPS: int  #", ["STEPS needs a type, a value"]),
+        ("STEPS: int = 65_536  #", "STEPS: int = None  #", ["STEPS takes a whole number, not None"]),
+        ("STEPS: int = 65_536  #", "STEPS: int = 1e3  #", ["STEPS takes a whole number, not 1000.0"]),
+        ("FRESH: bool = False  #", 'FRESH: bool = "no"  #', ["FRESH takes true or false, not 'no'"]),
+        ('NAME: str = "cat"', "NAME: str = True", ["NAME takes a string, not True"]),
+        (
+            "PROMPT: list[str] = []",
+            'PROMPT: list[str] = "abc"',
+            ["PROMPT takes a list of strings, not 'abc'"],
+        ),
+        ("RATE: float = 0.5  #", "RATE: float = 0.5  # old\nRATE: float = 0.25  #", ["RATE is set twice"]),
+        ("PROMPT: list[str] = []", 'PROMPT = ["a"]', ["PROMPT needs a type"]),
+        ("DEPTH: int | None = None  #", "DEPTH = None  #", ["DEPTH needs a type"]),
     ],
 )
 def test_an_edited_constant_is_checked_as_a_flag_is(script, line, edited, needles):
@@ -246,7 +261,7 @@ def test_an_edited_constant_is_checked_as_a_flag_is(script, line, edited, needle
 
 
 def test_a_setting_that_lost_its_line_is_named(script):
-    script.write_text(script.read_text().replace("STEPS = 65_536  # optimizer steps, 100 % of them", ""))
+    script.write_text(script.read_text().replace("STEPS: int = 65_536  # optimizer steps, 100 % of them", ""))
     settings = read_settings(script, [])
     with pytest.raises(UserError, match="no setting STEPS"):
         settings.steps  # noqa: B018
