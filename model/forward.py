@@ -76,9 +76,13 @@ def choose_flex(run: Run) -> bool:
     if not flex_pays(run):
         return False
     try:
-        if flex_is_right(run):
+        with run.runtime.compiling():
+            right = flex_is_right(run)
+        if right:
             return True
         reason = "its results are wrong here"
+    except torch.AcceleratorError:  # after that, nothing works
+        raise
     except Exception as error:  # its compilation can fail in many ways
         reason = first_line(error)
     warn(f"FlexAttention does not work here ({reason}), continuing with slower attention")
@@ -122,14 +126,17 @@ def prepare_forward(run: Run, model: GPT, windows: int) -> nn.Module:
     while not agreed:
         last = windows % micro_batch or micro_batch  # the last of a step may be smaller
         try:
-            for size in {min(micro_batch, windows), last}:
-                try_out(run, forward, size)
+            with runtime.compiling():
+                for size in {min(micro_batch, windows), last}:
+                    try_out(run, forward, size)
         except Exception as error:  # compilation can fail in many ways; eager mode still works
             if ran_out_of_memory(error):
                 require(micro_batch > 1, "not even one window fits in the GPU's memory: use a smaller model")
                 micro_batch //= 2
                 torch.compiler.reset()  # code for other sizes counts towards a limit, beyond which nothing is compiled
-            elif not runtime.compile:
+            elif not runtime.compile or isinstance(
+                error, torch.AcceleratorError
+            ):  # after that, nothing works
                 raise
             elif model.flex:
                 warn(f"FlexAttention does not work here, continuing without it: {first_line(error)}")

@@ -7,12 +7,14 @@ import platform
 import re
 import shutil
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from model.errors import UserError, warn
+from model.files import lives
 from model.settings import REPO
 
 # Dense bfloat16 (float16 on the T4 and V100) peak in FLOP/s, from the vendors' data sheets
@@ -22,6 +24,8 @@ PEAK_FLOPS = {
     "RTX 4080": 97e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
+# For code that torch.compile makes, so that the next run finds it; PyTorch's default is a folder under /tmp.
+COMPILED = REPO / ".cache" / "inductor"
 # Tokens in one forward pass of an evaluation. A CPU is fastest while the logits stay in its caches.
 CPU_TOKENS, GPU_TOKENS = 2_048, 65_536
 GPU_LOGITS = 1 << 27  # 1.3 GB when held once in bfloat16 and twice in float32
@@ -41,6 +45,10 @@ class Runtime:
     def eager(self) -> contextlib.AbstractContextManager:
         """Run without compiled code: for a few batches, compiling takes longer than it saves."""
         return torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext()
+
+    def compiling(self) -> contextlib.AbstractContextManager:
+        """Around whatever compiles code; see marking()."""
+        return marking(COMPILED) if self.compile else contextlib.nullcontext()
 
 
 def choose_device(name: str) -> torch.device:
@@ -169,8 +177,8 @@ def choose_runtime(
 
 def configure_torch(device: torch.device, deterministic: bool) -> None:
     """Set the folder of compiled code, which kernels are allowed, and what becomes of freed memory."""
-    # So that the next run finds the compiled code; torch's default is a folder under /tmp.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(REPO / ".cache" / "inductor"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED))
+    discard_unfinished(COMPILED)
     if device.type == "cpu":
         # This costs nothing measurable; without it, compiled code adds the embedding's gradients in thread order, and a
         # run would not repeat bit for bit. (use_deterministic_algorithms() would import the compiler: two seconds.)
@@ -181,6 +189,30 @@ def configure_torch(device: torch.device, deterministic: bool) -> None:
         # A warning is not enough: attention would keep its non-deterministic kernels.
         torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+@contextlib.contextmanager
+def marking(folder: Path) -> Iterator[None]:
+    """Mark the folder of compiled code while files are added to it. If the process is killed meanwhile, the mark stays:
+    a file that was cut short would make all later compilations fail."""
+    mark = folder / f"unfinished.{os.getpid()}"
+    with contextlib.suppress(OSError):  # a folder that cannot be written gets no files either
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    try:
+        yield
+    except Exception:
+        mark.unlink(missing_ok=True)
+        raise
+    else:  # not after Ctrl-C, which interrupts the C++ compiler, too
+        mark.unlink(missing_ok=True)
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Delete compiled code if a process was killed in marking(), unless another one is compiling now."""
+    marks = list(folder.glob("unfinished.*"))
+    if marks and not any(lives(int(mark.suffix[1:])) for mark in marks):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 
 import pytest
 from conftest import REPO
@@ -10,6 +11,7 @@ from model import files
 from model.checkpoint import only_one
 from model.errors import UserError
 from model.files import atomic_folder, atomic_write, command, file_to_write, naming, remove_leftovers
+from model.runtime import discard_unfinished, marking
 
 DEAD = 2**22 + 1  # beyond the numbers that Linux gives to processes
 
@@ -107,3 +109,28 @@ def test_only_the_lock_is_taken_for_another_run(tmp_path):
             pass
         assert (tmp_path / "new").exists()  # with it, the lock of the first
     assert not (tmp_path / "new").exists()
+
+
+def test_compiled_code_is_discarded_after_a_kill_only(tmp_path):
+    folder = tmp_path / "inductor"
+    discard_unfinished(folder)  # there is none yet
+    with marking(folder):
+        (folder / "code.so").touch()
+        child = os.fork()
+        if not child:  # another process that compiles meanwhile, and is killed
+            with marking(folder):
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        (folder / f"unfinished.{os.getppid()}").touch()
+        discard_unfinished(folder)
+        assert (folder / "code.so").exists()  # the parent process lives, and might be compiling
+        (folder / f"unfinished.{os.getppid()}").unlink()
+    with pytest.raises(ValueError), marking(folder):
+        raise ValueError
+    assert [mark.suffix for mark in folder.glob("unfinished.*")] == [f".{child}"]
+    discard_unfinished(folder)
+    assert not folder.exists()
+    with pytest.raises(KeyboardInterrupt), marking(folder):
+        raise KeyboardInterrupt
+    discard_unfinished(folder)
+    assert not folder.exists()
