@@ -257,10 +257,15 @@ def evaluate_and_keep_best(run: Run, state: TrainingState, metrics: Metrics) -> 
     """Evaluate the model, add the result to the metrics, and save a model that is the best so far as best.pt; in one
     line, how good it is."""
     row = {"step": state.step, "tokens": state.step * run.tokens_per_step, **validate(run, state.model)}
+    loss, mark = row["validation_loss"], ""
+    require(
+        math.isfinite(loss),
+        f"after step {state.step} the validation loss is {loss}: the model is ruined, and not saved. Try a lower "
+        f"--learning-rate than {run.recipe.learning_rate:g}, with --fresh if its checkpoints are ruined, too",
+    )
     metrics.add({**row, "sample": write_sample(run, state.model)})
     metrics.draw()
     state.last_evaluation = state.step
-    loss, mark = row["validation_loss"], ""
     if loss < state.best_loss:
         state.best_loss, mark = loss, "; best so far"
         save_checkpoint(run.folder / "best.pt", state.snapshot(run))

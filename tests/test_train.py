@@ -887,6 +887,16 @@ def test_a_run_that_stays_not_finite_stops_and_says_where(train, poison, tmp_pat
         assert all(weight.isfinite().all() for weight in load_checkpoint(path)["weights"].values())
 
 
+def test_a_ruined_model_is_no_result(train, tmp_path):
+    recipe = ["--blocks", "gpt2", "--optimizer", "adamw", "--learning-rate", 1e12, "--warmup-steps", 0]
+    with pytest.raises(
+        UserError, match=r"after step 4 the validation loss is (nan|inf).*lower --learning-rate"
+    ):
+        train("run", *recipe, "--grow-at", 0, "--max-steps", 4, "--eval-interval", 4)
+    assert not list((tmp_path / "run").glob("*[!y].pt"))  # at most before_decay.pt
+    assert "validation" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 def test_where_memory_runs_out_it_takes_half_or_says_what_to_take(train, monkeypatch):
     forward = GPT.forward
 
