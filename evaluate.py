@@ -29,7 +29,7 @@ import numpy as np
 
 from data.story_files import find_files, read_file, tidy
 from model.candidates import MAX_TOKENS, Candidate, find_candidate, load_candidate
-from model.errors import UserError, require
+from model.errors import UserError, note, require
 from model.files import count_text, file_to_write, shown, size_text, write_json, write_text
 from model.packed_data import Data, fingerprints, load_data, real_stories, spread
 from model.report import QUALITY_COLUMNS, SCORE_COLUMNS, cells, render, transposed
@@ -99,6 +99,8 @@ def main() -> None:
         setattr(settings, name, file_to_write(getattr(settings, name), f"--{name}", read))
     data = read_data(settings)
     stories, source = read_stories(settings, data, texts)
+    if data and data.outdated and not settings.text:
+        note(data.outdated)
     runtime = choose_runtime(choose_device(settings.device), settings.dtype, "off")
 
     results, scores, written = [], [], {}
@@ -200,10 +202,6 @@ def warn_if_trained_elsewhere(candidate: Candidate, settings: SimpleNamespace, d
             f"{candidate.name} was trained on other stories than those in {shown(settings.data_dir)}; "
             "the stories scored here may be among them"
         )
-
-
-def note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
 
 
 def add_intervals(results: list[dict], resampled: np.ndarray) -> None:

@@ -99,7 +99,7 @@ def main() -> None:
     size = f"{model.count_parameters():,} parameters in {weights}"
     if device.type == "cpu" and (reason := kernels.load().shortcoming):
         size += f" (slower than it could be: {reason})"
-    note(f"{shown(found)}: {step}{size}; seed {seed}")
+    remark(f"{shown(found)}: {step}{size}; seed {seed}")
 
     if settings.interactive:
         converse(writer, seed)
@@ -121,14 +121,14 @@ def main() -> None:
         write_text(settings.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"wrote {count_text(len(rows), 'story', 'stories')} to {shown(settings.output)}")
     if stopped:
-        note(f"stopped after {len(rows):,} of {len(prompts):,} stories; each has its own seed")
+        remark(f"stopped after {len(rows):,} of {len(prompts):,} stories; each has its own seed")
         sys.exit(130)
     cut = sum(row["finish_reason"] == "length" for row in rows)
     unended = f"; {cut} cut at --max-tokens" if cut else ""
-    note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s{unended}")
+    remark(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s{unended}")
 
 
-def note(text: str) -> None:
+def remark(text: str) -> None:
     """Print a remark to stderr; stdout is for the stories."""
     print(text, file=sys.stderr, flush=True)
 
@@ -154,7 +154,7 @@ class Writer:
         ids = [self.eot_id, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
         block_size = self.decoder.config.block_size
         if len(ids) > block_size:
-            note(
+            remark(
                 f"note: a prompt of {len(ids):,} tokens exceeds the context of {block_size}; only its end is used"
             )
         return ids
@@ -238,15 +238,15 @@ def converse(writer: Writer, seed: int) -> None:
     if sys.stdin.isatty() and sys.stdout.isatty():
         with contextlib.suppress(ImportError):  # not every Python has it
             importlib.import_module("readline")  # lets input() edit lines, and take long ones
-    note("Type the beginning of a story and press Enter (empty: a new story). Ctrl-D or Ctrl-C quits.")
+    remark("Type the beginning of a story and press Enter (empty: a new story). Ctrl-D or Ctrl-C quits.")
     while True:
         try:
             # Words begin with their space: after one, the model would have to write the middle of a word
             prompt = input("> " if sys.stdin.isatty() else "").rstrip(" ")
             if writer.stream(prompt, seed)["finish_reason"] == "length":
-                note(f"(cut at {writer.max_tokens} tokens: --max-tokens)")
+                remark(f"(cut at {writer.max_tokens} tokens: --max-tokens)")
         except (EOFError, KeyboardInterrupt):
-            note("")
+            remark("")
             return
         seed += 1
 

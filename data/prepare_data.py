@@ -27,7 +27,7 @@ import numpy as np
 from data.encoder import Encoder, encode_all
 from data.stories import SPLITS, Progress, open_split, raw_batches, read_manifest
 from model.config import GPTConfig
-from model.errors import UserError, require
+from model.errors import UserError, note, require
 from model.files import (
     atomic_write,
     command,
@@ -73,6 +73,7 @@ def main():
     if splits:
         print(f"{shown(folder)} is up to date (delete it to rebuild it)")
     else:
+        note_foreign_tokenizer(tokenizer_file, manifest, settings)
         splits = pack_all(folder, settings, manifest, Encoder(tokenizer, wanted["dtype"]), wanted)
         write_json(folder / "meta.json", {**wanted, "splits": splits})
     for split, counts in splits.items():
@@ -82,6 +83,18 @@ def main():
             f"{counts['longer'] / counts['stories']:.1%} longer than {CONTEXT} tokens"
         )
     print(f"next: {command('train.py', data_dir=settings.data_dir)}")
+
+
+def note_foreign_tokenizer(tokenizer_file: Path, manifest: dict, settings: SimpleNamespace) -> None:
+    """Say so if step 2 has learned the tokenizer from other stories than these."""
+    with contextlib.suppress(UserError):  # its record is broken
+        made_from = read_json(tokenizer_file.with_name("made_from.json"))
+        learned_from = made_from.get("raw_sha256")
+        if learned_from not in (None, manifest["splits"]["train"]["sha256"]):
+            note(
+                f"{shown(tokenizer_file)} was learned from other stories, so these take more tokens; "
+                f"{command('data/train_tokenizer.py', data_dir=settings.data_dir)} learns one from these"
+            )
 
 
 def available_cores() -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from model.errors import note
 from model.files import command, shown
 from model.run import NOT_KEPT, Run
 from model.runtime import peak_flops
@@ -24,6 +25,8 @@ QUIET_SECONDS = 20  # between progress lines when not on a terminal
 def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> None:
     """Print what will be trained, on what data and device, for how long, and how it begins."""
     settings, config, recipe, data, train = run.settings, run.config, run.recipe, run.data, run.data.train
+    if data.outdated:
+        note(data.outdated)
     steps = f"{recipe.max_steps:,} steps" if recipe.max_steps else ""
     minutes = f"{recipe.max_minutes:g} minutes" if recipe.max_minutes else ""
     epochs = (recipe.max_steps or 0) * run.tokens_per_step / len(train.tokens)

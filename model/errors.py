@@ -1,4 +1,4 @@
-"""Errors of one line."""
+"""Errors, warnings and notes of one line."""
 
 import errno
 import sys
@@ -34,3 +34,7 @@ def is_file_error(error: Exception) -> bool:
 
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    print(f"note: {message}", file=sys.stderr)

@@ -37,6 +37,7 @@ class Data:
     vocab_size: int
     eot_id: int
     tokenizer_json: str
+    outdated: str = ""  # a note if step 1 has brought other stories since
 
 
 def load_data(data_dir: Path, verify: bool = False) -> Data:
@@ -82,7 +83,20 @@ def load_data(data_dir: Path, verify: bool = False) -> Data:
         meta["vocab_size"],
         meta["eot_id"],
         tokenizer_path.read_text(encoding="utf-8"),
+        ""
+        if packed_from_raw(data_dir, meta)
+        else f"{shown(data_dir / 'raw')} has other stories than "
+        f"{shown(processed)}, which is used here; {prepare()} packs them",
     )
+
+
+def packed_from_raw(data_dir: Path, meta: dict) -> bool:
+    """Whether step 1's stories are those that were packed, or are not there any more."""
+    try:
+        raw = read_json(data_dir / "raw" / "manifest.json").get("splits", {})
+        return all(facts["sha256"] == meta["splits"][name]["raw_sha256"] for name, facts in raw.items())
+    except (UserError, KeyError, TypeError, AttributeError):  # in another format
+        return True
 
 
 def fingerprints(data: Data) -> dict[str, str]:

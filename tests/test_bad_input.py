@@ -89,6 +89,24 @@ def test_tokens_of_another_tokenizer(run, data, tmp_path):
     assert_one_line_error(result, "another tokenizer", "python data/prepare_data.py")
 
 
+def test_stories_that_are_newer_than_the_packed_ones(run, data, trained, tmp_path):
+    here = ["--data-dir", data]
+    run("data/ingestion.py", "--source", "sample", "--max-stories", 200, *here, check=0)
+    checkpoints = tmp_path / "checkpoints"
+    trains = run("train.py", *TINY, "--max-steps", 1, *here, "--checkpoint-dir", checkpoints, check=0)
+    evaluates = run("evaluate.py", "--checkpoint-dir", trained, "--max-samples", 3, *here, check=0)
+    for result in (trains, evaluates):
+        assert "raw has other stories than" in result.stderr
+        assert f"python data/prepare_data.py --data-dir {data} packs them" in result.stderr
+    packs = run("data/prepare_data.py", *here, check=0)
+    assert "tokenizer.json was learned from other stories" in packs.stderr
+    assert "learned" not in run("data/prepare_data.py", *here, check=0).stderr  # nothing to do: it is known
+    again = run(
+        "train.py", *TINY, "--max-steps", 1, "--fresh", *here, "--checkpoint-dir", checkpoints, check=0
+    )
+    assert "other stories" not in again.stderr
+
+
 def test_a_meta_json_that_is_none(run, data, tmp_path):
     (data / "processed" / "meta.json").write_text("{")
     result = run("train.py", *TINY, "--data-dir", data, "--checkpoint-dir", tmp_path / "checkpoints")
