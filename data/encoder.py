@@ -12,6 +12,7 @@ import re
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -125,6 +126,7 @@ def start_worker(tokenizer_file: Path, dtype: str) -> tuple[BaseProcess, Connect
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=work, args=(theirs, tokenizer_file, dtype), daemon=True)
+    resource_tracker.ensure_running()  # start() would start it, which unblocks SIGINT
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: only the parent handles Ctrl-C
     try:
         process.start()

@@ -39,7 +39,7 @@ from model.files import (
     write_json,
 )
 from model.settings import read_settings, require_within
-from model.tokenizer import END_OF_TEXT, read_tokenizer
+from model.tokenizer import END_OF_TEXT, read_tokenizer, tokenizer_file
 
 WORKERS: int = 0  # encoding processes; 0: one per core
 DATA_DIR: str = "data"  # folder for raw/, tokenizer/ and processed/
@@ -56,8 +56,8 @@ def main():
     require_within(settings, workers="[0, inf)")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallelism is across processes
     manifest = read_manifest(settings.data_dir)
-    tokenizer_file = tokenizer_path(settings)
-    tokenizer = read_tokenizer(tokenizer_file)
+    file = tokenizer_file(settings.data_dir)
+    tokenizer = read_tokenizer(file)
     end = tokenizer.token_to_id(END_OF_TEXT)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     wanted = {
@@ -65,7 +65,7 @@ def main():
         "dtype": "uint16" if vocab_size <= 65_536 else "uint32",
         "vocab_size": vocab_size,
         "eot_id": end,
-        "tokenizer_sha256": sha256_file(tokenizer_file),
+        "tokenizer_sha256": sha256_file(file),
     }
 
     folder = settings.data_dir / "processed"
@@ -73,7 +73,7 @@ def main():
     if splits:
         print(f"{shown(folder)} is up to date (delete it to rebuild it)")
     else:
-        note_foreign_tokenizer(tokenizer_file, manifest, settings)
+        note_foreign_tokenizer(file, manifest, settings)
         splits = pack_all(folder, settings, manifest, Encoder(tokenizer, wanted["dtype"]), wanted)
         write_json(folder / "meta.json", {**wanted, "splits": splits})
     for split, counts in splits.items():
@@ -85,14 +85,14 @@ def main():
     print(f"next: {command('train.py', data_dir=settings.data_dir)}")
 
 
-def note_foreign_tokenizer(tokenizer_file: Path, manifest: dict, settings: SimpleNamespace) -> None:
+def note_foreign_tokenizer(file: Path, manifest: dict, settings: SimpleNamespace) -> None:
     """Say so if step 2 has learned the tokenizer from other stories than these."""
     with contextlib.suppress(UserError):  # its record is broken
-        made_from = read_json(tokenizer_file.with_name("made_from.json"))
+        made_from = read_json(file.with_name("made_from.json"))
         learned_from = made_from.get("raw_sha256")
         if learned_from not in (None, manifest["splits"]["train"]["sha256"]):
             note(
-                f"{shown(tokenizer_file)} was learned from other stories, so these take more tokens; "
+                f"{shown(file)} was learned from other stories, so these take more tokens; "
                 f"{command('data/train_tokenizer.py', data_dir=settings.data_dir)} learns one from these"
             )
 
@@ -100,10 +100,6 @@ def note_foreign_tokenizer(tokenizer_file: Path, manifest: dict, settings: Simpl
 def available_cores() -> int:
     """The cores that this process may use: a job or a container may have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def tokenizer_path(settings: SimpleNamespace) -> Path:
-    return settings.data_dir / "tokenizer" / "tokenizer.json"
 
 
 def up_to_date(folder: Path, wanted: dict, manifest: dict) -> dict:
@@ -132,7 +128,7 @@ def pack_all(folder: Path, settings: SimpleNamespace, manifest: dict, encoder: E
             raw, start = manifest["splits"][split], time.monotonic()
             workers = min(settings.workers or available_cores(), 1 + raw["bytes"] // WORKER_BYTES)
             pairs = encode_all(
-                raw_batches(stories[split]), tokenizer_path(settings), wanted["dtype"], workers
+                raw_batches(stories[split]), tokenizer_file(settings.data_dir), wanted["dtype"], workers
             )
             with Progress(total=raw["bytes"], unit="B", desc=split) as bar, contextlib.closing(pairs):
                 splits[split] = pack(path, pairs, wanted, bar)

@@ -31,10 +31,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data.stories import Progress, open_split, raw_batches, read_manifest
 from model.errors import UserError, first_line, require
-from model.files import atomic_write, command, read_json, sha256_file, shown, write_json
+from model.files import command, read_json, sha256_file, shown, write_json, write_text
 from model.hub import hub_errors
 from model.settings import read_settings, require_within
-from model.tokenizer import END_OF_TEXT
+from model.tokenizer import END_OF_TEXT, tokenizer_file
 
 KIND: str = "bpe"  # bpe (trained here), gpt2 (its 50,257 tokens), char, a Hugging Face folder or name, or a checkpoint
 VOCAB_SIZE: int = 10_000  # for bpe: `<|endoftext|>`, the 256 bytes and learned word pieces
@@ -56,7 +56,7 @@ def main():
     if settings.max_stories:
         stories = stories.select(range(min(settings.max_stories, len(stories))))
 
-    path = settings.data_dir / "tokenizer" / "tokenizer.json"
+    path = tokenizer_file(settings.data_dir)
     made_from = {"format": FORMAT, "kind": settings.kind}
     if settings.kind == "bpe":
         made_from["vocab_size"] = settings.vocab_size
@@ -71,8 +71,7 @@ def main():
     else:
         start = time.monotonic()
         tokenizer = KINDS.get(settings.kind, take_over)(stories, settings)
-        with atomic_write(path) as temporary:
-            tokenizer.save(str(temporary))
+        write_text(path, tokenizer.to_str(pretty=True))
         write_json(path.with_name("made_from.json"), {**made_from, "tokenizer_sha256": sha256_file(path)})
         print(f"wrote {shown(path)} in {time.monotonic() - start:.1f} s")
     describe(tokenizer, stories, asked=made_from.get("vocab_size", 0))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from model.errors import UserError
+from model.errors import UserError, require
 from model.files import command, read_json, sha256_file, shown
-from model.tokenizer import text_tokenizer
+from model.tokenizer import text_tokenizer, tokenizer_file
 
 META = ("dtype", "vocab_size", "eot_id", "tokenizer_sha256", "splits")
 COUNTED = 2**23  # at most so many tokens, in pieces, where frequencies are counted
@@ -47,34 +47,29 @@ def load_data(data_dir: Path, verify: bool = False) -> Data:
     """
     processed, prepare = data_dir / "processed", partial(command, "data/prepare_data.py", data_dir=data_dir)
     meta = read_json(processed / "meta.json")
-    if not meta:
-        raise UserError(f"no packed stories in {shown(processed)} yet: run {prepare()}")
+    require(meta, f"no packed stories in {shown(processed)} yet: run {prepare()}")
     missing = [entry for entry in META if entry not in meta]
-    if missing:
-        raise UserError(f"{shown(processed / 'meta.json')} lacks {', '.join(missing)}: run {prepare()}")
-    tokenizer_path = data_dir / "tokenizer" / "tokenizer.json"
-    if not tokenizer_path.exists():
-        step = command("data/train_tokenizer.py", data_dir=data_dir)
-        raise UserError(f"no tokenizer at {shown(tokenizer_path)} yet: run {step}")
-    if sha256_file(tokenizer_path) != meta["tokenizer_sha256"]:
-        raise UserError(
-            f"{shown(processed)} was packed with another tokenizer than {shown(tokenizer_path)}: run {prepare()}"
-        )
+    require(not missing, f"{shown(processed / 'meta.json')} lacks {', '.join(missing)}: run {prepare()}")
+    tokenizer, learn = tokenizer_file(data_dir), command("data/train_tokenizer.py", data_dir=data_dir)
+    require(tokenizer.exists(), f"no tokenizer at {shown(tokenizer)} yet: run {learn}")
+    require(
+        sha256_file(tokenizer) == meta["tokenizer_sha256"],
+        f"{shown(processed)} was packed with another tokenizer than {shown(tokenizer)}: run {prepare()}",
+    )
     splits = {}
     for name in ("train", "validation"):
         path, facts = processed / f"{name}.bin", meta["splits"].get(name)
-        if not facts or not facts["tokens"]:
-            raise UserError(f"{shown(processed)} has no {name} stories: run {prepare()}")
+        require(facts and facts["tokens"], f"{shown(processed)} has no {name} stories: run {prepare()}")
         expected = facts["tokens"] * np.dtype(meta["dtype"]).itemsize
         size = path.stat().st_size if path.exists() else 0
-        if size != expected:
-            raise UserError(
-                f"{shown(path)} has {size:,} bytes, but meta.json says {expected:,}: run {prepare()}"
-            )
-        if verify and sha256_file(path) != facts["sha256"]:
-            raise UserError(
-                f"{shown(path)} is damaged (its SHA-256 differs from meta.json's): run {prepare()}"
-            )
+        require(
+            size == expected,
+            f"{shown(path)} has {size:,} bytes, but meta.json says {expected:,}: run {prepare()}",
+        )
+        require(
+            not verify or sha256_file(path) == facts["sha256"],
+            f"{shown(path)} is damaged (its SHA-256 differs from meta.json's): run {prepare()}",
+        )
         tokens = np.memmap(path, dtype=np.dtype(meta["dtype"]).newbyteorder("<"), mode="r")
         splits[name] = Split(tokens, facts["stories"], facts["bytes"], facts["sha256"])
     return Data(
@@ -82,7 +77,7 @@ def load_data(data_dir: Path, verify: bool = False) -> Data:
         splits["validation"],
         meta["vocab_size"],
         meta["eot_id"],
-        tokenizer_path.read_text(encoding="utf-8"),
+        tokenizer.read_text(encoding="utf-8"),
         ""
         if packed_from_raw(data_dir, meta)
         else f"{shown(data_dir / 'raw')} has other stories than "

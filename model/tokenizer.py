@@ -26,6 +26,11 @@ def readable(word: str) -> str:
     return word.encode(errors="surrogateescape").decode(errors="replace")
 
 
+def tokenizer_file(data_dir: Path) -> Path:
+    """Where step 2 writes the tokenizer."""
+    return data_dir / "tokenizer" / "tokenizer.json"
+
+
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer that step 2 wrote. Raises UserError if it is missing, damaged or cannot separate stories."""
     step = command("data/train_tokenizer.py", data_dir=path.parent.parent)

@@ -155,8 +155,10 @@ def test_a_fault_in_reading_is_not_taken_for_a_dead_process(packed):
 def test_a_killed_process_ends_the_step_with_one_line(much):
     process, children = at_work(much)
     os.kill(children[0], signal.SIGKILL)
-    process.stdout_text, errors = process.communicate(timeout=30)
-    result = subprocess.CompletedProcess([], process.returncode, process.stdout_text, errors)
+    output, errors = process.communicate(timeout=30)
+    note, errors = errors.split("\n", 1)
+    assert "learned from other stories" in note
+    result = subprocess.CompletedProcess([], process.returncode, output, errors)
     assert_one_line_error(result, "process", "--workers 1")
     assert list((much / "processed").iterdir()) == []
 
