@@ -70,7 +70,7 @@ def main() -> None:
             "temp": "temperature",
         },
     )
-    require_within(settings, num_samples="[1, inf)", max_tokens="[1, 100000]")
+    require_within(settings, num_samples="[1, 1000000]", max_tokens="[1, 100000]")
     sampling = Sampling(
         settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.repetition_penalty
     )

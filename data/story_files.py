@@ -34,10 +34,8 @@ def find_files(word: str, generated: Path) -> list[Path] | None:
     path = Path(os.path.expanduser(word))
     ours = [generated / name for name in ("raw", "tokenizer", "processed")]
     if path.is_dir():
-        files = [file for file in sorted(path.absolute().rglob("*")) if file_type(file) in FILE_TYPES]
+        files = [file for file in files_below(path.absolute()) if file_type(file) in FILE_TYPES]
         files = [file for file in files if not any(file.is_relative_to(folder) for folder in ours)]
-        inner = len(path.absolute().parts)
-        files = [file for file in files if not any(part.startswith(".") for part in file.parts[inner:])]
     elif path.exists():
         files = [path.absolute()]
     elif any(mark in word for mark in "*?["):
@@ -52,6 +50,20 @@ def find_files(word: str, generated: Path) -> list[Path] | None:
         known = file_type(file) in FILE_TYPES
         require(known, f"{shown(file)} is not a story file: use {', '.join(FILE_TYPES)}")
     return files
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files that are neither hidden nor in a hidden folder, sorted. Raises OSError for a folder that cannot be
+    read."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    files = []
+    for place, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(files)
 
 
 def looks_like_path(word: str) -> bool:

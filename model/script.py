@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -56,6 +57,11 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of our output, such as `head`, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        asked = re.search(r"allocate ([\d.]+ \w+)", str(error))  # as PyTorch and numpy say it
+        message = f"not enough memory{f' for {asked[1]} at once' if asked else ''}: use smaller numbers"
     except OSError as error:
         if not is_file_error(error):
             raise

@@ -147,11 +147,15 @@ def make_parser(constants: list[Constant], aliases: dict[str, str], prog: str, d
     for constant in constants:
 
         def convert(text: str, constant: Constant = constant) -> object:
+            flag = flag_name(constant.name)
             try:
-                return parse_value(text, constant)
+                value = parse_value(text, constant)
             except (ValueError, KeyError, OverflowError):
-                flag = flag_name(constant.name)
                 raise UserError(f"{flag} takes {TYPE_NAMES[constant.kind]}, not {text!r}") from None
+            require(
+                constant.kind is not int or abs(value or 0) < 2**63, f"{flag} must be below 2**63, not {text}"
+            )
+            return value
 
         options = {"type": convert, "default": argparse.SUPPRESS, "metavar": constant.kind.__name__.upper()}
         if constant.kind is bool:

@@ -46,6 +46,7 @@ def test_steps_out_of_order_name_the_command_to_run(run, packed, tmp_path):
         (["--blocks", "gpt3"], ["--blocks takes modern or gpt2"]),
         (["--device", "gpu"], ["gpu", "choose auto"]),
         (["--vocab-size", "100"], ["vocab_size 100", "400"]),
+        (["--vocab-size", "9" * 20], ["--vocab-size must be below 2**63"]),
         (["--micro-batch", "-1"], ["--micro-batch"]),
         (["--dropout", "1"], ["dropout"]),
         (["--head-size", "-2"], ["head_size must be at least 1"]),

@@ -1,4 +1,5 @@
 import csv
+import errno
 import gzip
 import io
 import json
@@ -658,3 +659,25 @@ def test_fewer_stories_than_the_data_set_says_it_has(run, tmp_path):
     with serve_hub({"datasets/someone/short": files}, tmp_path / "hub") as (env, _):
         result = run("data/ingestion.py", "--source", "someone/short", "--data-dir", tmp_path, env=env)
     assert_one_line_error(result, "someone/short")
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    for folder in ("open", "closed", ".hidden"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "stories.txt").write_text("A story.")
+    (tmp_path / ".stories.txt").write_text("A story.")
+    assert find_files(str(tmp_path), tmp_path) == [
+        tmp_path / name / "stories.txt" for name in ("closed", "open")
+    ]
+    scandir, closed = os.scandir, {str(tmp_path / "closed"), str(tmp_path / ".hidden")}
+
+    def as_another_user(folder):
+        if str(folder) in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", as_another_user)
+    with pytest.raises(PermissionError, match="closed"):
+        find_files(str(tmp_path), tmp_path)
+    closed.remove(str(tmp_path / "closed"))
+    assert len(find_files(str(tmp_path), tmp_path)) == 2

@@ -297,6 +297,9 @@ run_script(main)
         ("UserError('two\\nlines  become one')", "two lines become one"),
         ("OSError(28, 'No space left on device', 'big.bin')", "big.bin"),
         ("PermissionError(13, 'Permission denied', 'mine.bin')", "mine.bin"),
+        ("MemoryError('Unable to allocate 4.44 PiB for an array')", "not enough memory for 4.44 PiB at once"),
+        ("MemoryError", "not enough memory: use smaller numbers"),
+        ("__import__('torch').empty(2**52)", "not enough memory for 18014398509481984 bytes at once"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_without_traceback(tmp_path, error, message):
