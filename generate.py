@@ -87,45 +87,13 @@ def main() -> None:
     require_seed(seed)
     count = len(prompts) * settings.num_samples
     require(seed + count <= 2**63, f"--seed {seed} is too large for {count:,} stories")
-    device = choose_device(settings.device)
-    weights = choose_weights(device, settings.dtype)
-    if isinstance(found, Path):
-        model, tokenizer, checkpoint = load_model(found, device)
-        eot_id, step = checkpoint["eot_id"], f"step {checkpoint['step']:,}, "
-    else:
-        (model, tokenizer, eot_id), step = load_pretrained_model(found, device), ""
-    decoder = Decoder(model, weights, graphs=True)
-    writer = Writer(decoder, tokenizer, eot_id, sampling, settings.max_tokens)
-    size = f"{model.count_parameters():,} parameters in {weights}"
-    if device.type == "cpu" and (reason := kernels.load().shortcoming):
-        size += f" (slower than it could be: {reason})"
-    remark(f"{shown(found)}: {step}{size}; seed {seed}")
-
+    writer, about = load_writer(found, settings, sampling)
+    remark(f"{shown(found)}: {about}; seed {seed}")
     if settings.interactive:
         converse(writer, seed)
-        return
-    prompts = [prompt for prompt in prompts for _ in range(settings.num_samples)]
-    rows: list[dict] = []
-    started, stopped = time.perf_counter(), False
-    if len(prompts) == 1 and settings.output is None:
-        rows.append(writer.stream(prompts[0], seed))
     else:
-        try:
-            writer.write(prompts, seed, rows)
-        except KeyboardInterrupt:
-            stopped = True
-        if settings.output is None and rows:
-            print("\n---\n".join(row["prompt"] + row["story"] for row in rows))
-    seconds, tokens = time.perf_counter() - started, sum(row["tokens"] for row in rows)
-    if settings.output is not None and rows:
-        write_text(settings.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        print(f"wrote {count_text(len(rows), 'story', 'stories')} to {shown(settings.output)}")
-    if stopped:
-        remark(f"stopped after {len(rows):,} of {len(prompts):,} stories; each has its own seed")
-        sys.exit(130)
-    cut = sum(row["finish_reason"] == "length" for row in rows)
-    unended = f"; {cut} cut at --max-tokens" if cut else ""
-    remark(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s{unended}")
+        prompts = [prompt for prompt in prompts for _ in range(settings.num_samples)]
+        write_stories(writer, prompts, seed, settings.output)
 
 
 def remark(text: str) -> None:
@@ -138,6 +106,47 @@ def read_prompts(settings: SimpleNamespace) -> list[str]:
     if settings.prompts_file is not None:
         prompts += read_text(settings.prompts_file).rstrip("\n").split("\n")
     return list(map(readable, prompts)) or [""]
+
+
+def load_writer(found: str | Path, settings: SimpleNamespace, sampling: Sampling) -> tuple["Writer", str]:
+    """A Writer with the model of a checkpoint file or a Hugging Face folder or name, and what it is, in words."""
+    device = choose_device(settings.device)
+    weights = choose_weights(device, settings.dtype)
+    if isinstance(found, Path):
+        model, tokenizer, checkpoint = load_model(found, device)
+        eot_id, step = checkpoint["eot_id"], f"step {checkpoint['step']:,}, "
+    else:
+        (model, tokenizer, eot_id), step = load_pretrained_model(found, device), ""
+    about = f"{step}{model.count_parameters():,} parameters in {weights}"
+    if device.type == "cpu" and (reason := kernels.load().shortcoming):
+        about += f" (slower than it could be: {reason})"
+    decoder = Decoder(model, weights, graphs=True)
+    return Writer(decoder, tokenizer, eot_id, sampling, settings.max_tokens), about
+
+
+def write_stories(writer: "Writer", prompts: list[str], seed: int, output: Path | None) -> None:
+    """Print a story for each prompt, or write them to a .jsonl file. Ctrl-C keeps those that have ended."""
+    rows: list[dict] = []
+    started, stopped = time.perf_counter(), False
+    if len(prompts) == 1 and output is None:
+        rows.append(writer.stream(prompts[0], seed))
+    else:
+        try:
+            writer.write(prompts, seed, rows)
+        except KeyboardInterrupt:
+            stopped = True
+        if output is None and rows:
+            print("\n---\n".join(row["prompt"] + row["story"] for row in rows))
+    seconds, tokens = time.perf_counter() - started, sum(row["tokens"] for row in rows)
+    if output is not None and rows:
+        write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        print(f"wrote {count_text(len(rows), 'story', 'stories')} to {shown(output)}")
+    if stopped:
+        remark(f"stopped after {len(rows):,} of {len(prompts):,} stories; each has its own seed")
+        sys.exit(130)
+    cut = sum(row["finish_reason"] == "length" for row in rows)
+    unended = f"; {cut} cut at --max-tokens" if cut else ""
+    remark(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s{unended}")
 
 
 class Writer:
@@ -183,8 +192,10 @@ class Writer:
         from tqdm import tqdm
 
         config = self.decoder.config
+        encodings = {prompt: self.encode(prompt) for prompt in dict.fromkeys(prompts)}
+        longest = min(config.block_size, max(map(len, encodings.values())) + self.max_tokens)
         # per story: keys and values, of 4 bytes each
-        cache_bytes = 2 * 4 * config.n_layer * config.n_head * config.head_dim * config.block_size
+        cache_bytes = 2 * 4 * config.n_layer * config.n_head * config.head_dim * longest
         at_once = max(1, CACHE_BYTES // cache_bytes)
         started = time.monotonic()
         with tqdm(total=len(prompts), unit="story", disable=None, delay=2, leave=False) as bar:
@@ -192,7 +203,6 @@ class Writer:
                 part = prompts[first : first + at_once]
                 seeds = [seed + first + k for k in range(len(part))]
                 written: list[list[int]] = [[] for _ in part]
-                encodings = {prompt: self.encode(prompt) for prompt in dict.fromkeys(part)}
                 encoded = [encodings[prompt] for prompt in part]
                 steps = generate(self.decoder, encoded, self.max_tokens, self.eot_id, self.sampling, seeds)
                 ended: list[int] = []  # places in the batch

@@ -284,6 +284,20 @@ def test_stories_beyond_the_memory_for_one_batch_wait_for_the_next(trained, monk
     )  # of one layer of 16, context 16: three stories
     writer.write(["A cat", "Two", "", "One day"], 3, in_parts)
     assert len(in_parts) == 4 and in_parts == together
+    sizes, decode = [], script.generate
+
+    def watched(decoder, prompts, *others):
+        sizes.append(len(prompts))
+        return decode(decoder, prompts, *others)
+
+    monkeypatch.setattr(script, "generate", watched)
+    for writer.max_tokens in (
+        7,
+        15,
+        100,
+    ):  # an empty prompt is one token: stories of 8, 16 and 16 tokens at once
+        writer.write([""] * 6, 3, [])
+    assert sizes == [6, 3, 3, 3, 3]
 
 
 def test_stories_that_have_ended_survive_ctrl_c(trained, tmp_path, monkeypatch, capsys):
