@@ -34,7 +34,7 @@ from model.files import count_text, file_to_write, shown, size_text, write_json,
 from model.packed_data import Data, fingerprints, load_data, real_stories, spread
 from model.report import QUALITY_COLUMNS, SCORE_COLUMNS, cells, render, transposed
 from model.runtime import Runtime, choose_device, choose_runtime
-from model.scoring import bootstrap, interval, score_stories
+from model.scoring import Scores, bootstrap, interval, score_stories
 from model.settings import read_settings, require_seed, require_within
 from model.story_quality import Story, describe, read_written
 from model.tokenizer import readable
@@ -107,28 +107,11 @@ def main() -> None:
     for name in found:
         candidate = load_candidate(name, runtime.device)
         warn_if_trained_elsewhere(candidate, settings, data)
-        started = time.perf_counter()
-        candidate.adapt_to(stories)
-        scores.append(score_stories(candidate, stories, runtime, settings.batch_size))
-        seconds = time.perf_counter() - started
-        result = {
-            **candidate.facts,
-            **scores[-1].summary(),
-            "seconds": round(seconds, 2),
-            "by_position": scores[-1].by_position(),
-            "settings": candidate.settings,
-            "curve": candidate.curve,
-        }
+        result, score = examine(candidate, stories, runtime, settings.batch_size)
         results.append(result)
+        scores.append(score)
         if settings.num_stories:
-            count = len(settings.prompt)
-            prompts = [settings.prompt[k % count] for k in range(settings.num_stories)]
-            written[candidate.name] = candidate.write(prompts, settings.seed)
-            if candidate.block_size < MAX_TOKENS and candidate.stops_at_context:
-                note(
-                    f"{candidate.name} writes no more than its context of {candidate.block_size} tokens, the "
-                    f"checkpoints of this project up to {MAX_TOKENS}: figures that depend on length do not compare"
-                )
+            written[candidate.name] = write(candidate, settings)
             result["stories_written_in"] = candidate.written_in
         del candidate  # free its memory for the next one
     if results:
@@ -137,6 +120,35 @@ def main() -> None:
     report |= {"results": results, "quality": judge(written | files, stories, data)}
     report["written"] = side_by_side(written, settings.prompt)
     show(report, settings)
+
+
+def examine(
+    candidate: Candidate, stories: list[str], runtime: Runtime, batch_size: int
+) -> tuple[dict, Scores]:
+    """Score the stories: what the report says of this candidate, and the scores."""
+    started = time.perf_counter()
+    candidate.adapt_to(stories)
+    scores = score_stories(candidate, stories, runtime, batch_size)
+    result = {
+        **candidate.facts,
+        **scores.summary(),
+        "seconds": round(time.perf_counter() - started, 2),
+        "by_position": scores.by_position(),
+        "settings": candidate.settings,
+        "curve": candidate.curve,
+    }
+    return result, scores
+
+
+def write(candidate: Candidate, settings: SimpleNamespace) -> list[Story]:
+    """Let the candidate continue the prompts in turn, num_stories times in all."""
+    if candidate.block_size < MAX_TOKENS and candidate.stops_at_context:
+        note(
+            f"{candidate.name} writes no more than its context of {candidate.block_size} tokens, the "
+            f"checkpoints of this project up to {MAX_TOKENS}: figures that depend on length do not compare"
+        )
+    prompts = [settings.prompt[k % len(settings.prompt)] for k in range(settings.num_stories)]
+    return candidate.write(prompts, settings.seed)
 
 
 def prepare_settings(settings: SimpleNamespace) -> None:

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from model.checkpoint import find_checkpoint, load_model
 from model.config import GPTConfig, Recipe
-from model.errors import require
+from model.errors import needs, require
 from model.files import atomic_folder, atomic_write, nearest_existing, shown, size_text
 from model.generation import Sampling
-from model.huggingface import needs, to_config_json, to_huggingface
+from model.huggingface import to_config_json, to_huggingface
 from model.llama_cpp import write_gguf
 from model.metrics import read_rows
 from model.settings import REPO, read_settings

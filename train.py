@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.batches import dropout_seed, number_stories
+from model.batches import dropout_seed
 from model.checkpoint import BEFORE_DECAY, load_latest, only_one, prune, save_checkpoint, set_aside
 from model.config import BLOCK_FAMILIES, OPTIMIZERS, PRESETS, SCHEDULES
-from model.console import ProgressBar, print_end, print_plan
+from model.console import ProgressBar, print_end, print_plan, print_stop
 from model.errors import UserError, require
 from model.files import shown
 from model.forward import prepare_forward
@@ -191,7 +191,7 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
     # Settings that have changed are saved before the first step, so that it can be resumed with them
     saved_at = -1 if checkpoint and changed_settings(settings, checkpoint) else state.step
     progress = recipe.progress(state.step, state.seconds)
-    state.seconds = stop.agree(state.seconds)  # counting bigrams took a different time in each process
+    state.seconds = stop.synchronise(state.seconds)  # counting bigrams took a different time in each process
 
     while True:
         # After state.step steps: evaluate, save, or stop
@@ -243,12 +243,12 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
             progress_bar.update(loss)
         if logging and processes.first:
             metrics.add(training_row(run, state, loss, norm, rate, progress_bar.speed))
-        state.seconds = stop.agree(state.seconds)
+        state.seconds = stop.synchronise(state.seconds)
 
     progress_bar.close()
     processes.wait()
     if processes.first:
-        print_end(run, state, finished)
+        print_end(run, state) if finished else print_stop(run, state)
     if not finished:
         sys.exit(128 + stop.agreed)
 
@@ -304,9 +304,7 @@ def take_step(
     loss = torch.zeros((), device=device)
     for first in range(0, len(mine), settings.micro_batch):
         chosen = starts[first : first + settings.micro_batch]
-        windows = batches.tensor(chosen, device)
-        inputs, targets = windows[:, :-1], windows[:, 1:]
-        story_ids = number_stories(inputs, run.data.eot_id) if run.recipe.mask_stories else None
+        inputs, targets, story_ids = run.split(batches.tensor(chosen, device))
         if run.config.dropout:  # seeded per step and window, so that resumed runs drop the same activations
             torch.manual_seed(dropout_seed(settings.seed, state.step, int(mine[first])))
         share = len(chosen) / batches.windows_per_step

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from model.checkpoint import find_checkpoint, load_model
 from model.decoder import Decoder, choose_weights
-from model.errors import UserError, first_line, require, warn
+from model.errors import UserError, first_line, needs, require, warn
 from model.files import sha256_file, shown
 from model.generation import Sampling, generate_all
 from model.hub import why_offline
@@ -217,10 +217,7 @@ class TransformersModel(Candidate):
 def load_transformers(name: str) -> tuple[nn.Module, object]:
     """Load model and tokenizer from a folder or hub name. Raises UserError if they do not load."""
     offline = "" if Path(name).is_dir() else why_offline()  # transformers reads whether it is to stay so
-    try:
-        import transformers
-    except ImportError:
-        raise UserError(f"{name} is a Hugging Face model: run pip install transformers") from None
+    transformers = needs("transformers", f"{name}, a Hugging Face model,")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     where = "" if Path(name).is_dir() else "there is no such checkpoint here; as a Hugging Face model, "

@@ -125,25 +125,9 @@ class ProgressBar:
         self.bar.close()
 
 
-def print_end(run: Run, state: TrainingState, finished: bool) -> None:
-    """Print the result as `key: value` lines, or the command to resume."""
-    settings, folder = run.settings, shown(run.folder)
-    if not finished:
-        program = command("train.py")
-        if "RANK" in os.environ:
-            workers = os.environ.get("LOCAL_WORLD_SIZE", 1)
-            program = program.replace("python", f"torchrun --nproc_per_node={workers}", 1)
-        flags = []  # the checkpoint remembers the others
-        forgotten = settings.given & (NOT_KEPT - {"fresh"})
-        for name in settings.defaults:
-            if name in forgotten:
-                value = getattr(settings, name)
-                flags += [flag_name(name), shown(value) if isinstance(value, Path) else str(value)]
-        print(
-            f"saved step {state.step:,} in {folder}; resume with: {' '.join([program, shlex.join(flags)]).strip()}"
-        )
-        return
-    tokens = state.step * run.tokens_per_step
+def print_end(run: Run, state: TrainingState) -> None:
+    """Print the result of a finished run as `key: value` lines."""
+    folder, tokens = shown(run.folder), state.step * run.tokens_per_step
     print(
         f"steps: {state.step}\ntokens: {tokens}\ntraining_seconds: {state.seconds:.1f}\n"
         f"tokens_per_second: {tokens / max(state.seconds, 1e-9):.0f}\n"
@@ -152,3 +136,19 @@ def print_end(run: Run, state: TrainingState, finished: bool) -> None:
         f"stories_on_the_way: {folder}/samples.md\n"
         f"next: {command('generate.py', checkpoint_dir=run.folder)}"
     )
+
+
+def print_stop(run: Run, state: TrainingState) -> None:
+    """Print the command that resumes a stopped run."""
+    settings, program = run.settings, command("train.py")
+    if "RANK" in os.environ:
+        workers = os.environ.get("LOCAL_WORLD_SIZE", 1)
+        program = program.replace("python", f"torchrun --nproc_per_node={workers}", 1)
+    flags = []  # the checkpoint remembers the others
+    forgotten = settings.given & (NOT_KEPT - {"fresh"})
+    for name in settings.defaults:
+        if name in forgotten:
+            value = getattr(settings, name)
+            flags += [flag_name(name), shown(value) if isinstance(value, Path) else str(value)]
+    resume = " ".join([program, shlex.join(flags)]).strip()
+    print(f"saved step {state.step:,} in {shown(run.folder)}; resume with: {resume}")

@@ -1,8 +1,10 @@
 """Errors, warnings and notes of one line."""
 
 import errno
+import importlib
 import sys
 import textwrap
+from types import ModuleType
 
 # Of the system, that the user can fix: a missing file, a full disk, a folder that is not writable
 FILE_ERRORS = (
@@ -18,6 +20,15 @@ def require(condition: object, message: str) -> None:
     """Raise UserError(message) unless the condition is true."""
     if not condition:
         raise UserError(message)
+
+
+def needs(package: str, purpose: str) -> ModuleType:
+    """Import an optional package. Raises UserError with the command that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        name = package.partition(".")[0]
+        raise UserError(f"{purpose} needs the package {name}: run pip install {name}") from None
 
 
 def first_line(error: Exception) -> str:

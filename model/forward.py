@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from model.batches import number_stories
 from model.errors import first_line, require, warn
 from model.gpt import GPT, Attention, rotary_tables, story_mask
 from model.run import Run
@@ -158,8 +157,7 @@ def try_out(run: Run, forward: nn.Module, size: int) -> None:
     """A forward and a backward pass over a micro-batch of so many windows."""
     # sliced from longer rows like the windows of a step: other strides would trigger a recompilation
     rows = torch.zeros(size, run.config.block_size + 1, dtype=torch.long, device=run.runtime.device)
-    inputs, targets = rows[:, :-1], rows[:, 1:]
-    story_ids = number_stories(inputs, run.data.eot_id) if run.recipe.mask_stories else None
+    inputs, targets, story_ids = run.split(rows)
     with run.runtime.autocast():
         loss = forward(inputs, targets, story_ids, run.shortlist(0))  # any step's shortlist would do
     loss.backward()

@@ -5,13 +5,11 @@ and become a Qwen3ForCausalLM, gpt2 blocks a GPT2LMHeadModel.
 """
 
 import dataclasses
-import importlib
 import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from tokenizers import Tokenizer
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from model.checkpoint import load_checkpoint, load_model
 from model.config import NORM_EPS, GPTConfig
-from model.errors import UserError, first_line, require
+from model.errors import UserError, first_line, needs, require
 from model.gpt import GPT
 from model.hub import hub_errors
 from model.tokenizer import END_OF_TEXT, text_tokenizer
@@ -58,15 +56,6 @@ TRANSPOSED = re.compile(r".*\.c_(attn|proj|fc)\.weight")
 
 # Constants and masks that older files store with the weights
 NOT_WEIGHTS = re.compile(r".*(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)")
-
-
-def needs(package: str, purpose: str) -> ModuleType:
-    """Import an optional package. Raises UserError with the command that installs it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        name = package.partition(".")[0]
-        raise UserError(f"{purpose} needs the package {name}: run pip install {name}") from None
 
 
 # The weights

@@ -7,11 +7,13 @@ from types import ModuleType
 from torch import Tensor
 
 from model.config import NORM_EPS, GPTConfig
-from model.errors import require
-from model.huggingface import TRANSPOSED, needs
+from model.errors import needs, require
+from model.huggingface import TRANSPOSED
 
 SPACE = "\u2581"  # llama.cpp's spelling of a space if tokens are characters
 BLOCK = 32  # weights that share a scale in q8_0
+# gguf's names of what --dtype takes
+KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 # Matrices that llama.cpp accepts only in float32
 ALWAYS_FLOAT32 = ("position_embd.weight",)
 
@@ -30,8 +32,6 @@ def write_gguf(
     Raises UserError if llama.cpp does not support the tokenizer or the shape, or gguf is not installed.
     """
     gguf = needs("gguf", "--format gguf")
-    kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-    kind = gguf.GGMLQuantizationType[kinds[dtype]]
     rows = {
         "n_embd": config.n_embd,
         "n_inner": config.n_hidden,
@@ -48,7 +48,23 @@ def write_gguf(
     writer.add_type("model")
     writer.add_name(name)
     writer.add_description(description)
-    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "float32" else f"MOSTLY_{kinds[dtype]}"])
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "float32" else f"MOSTLY_{KINDS[dtype]}"])
+    add_shape(writer, config)
+    add_tokenizer(writer, gguf, json.loads(checkpoint["tokenizer"]), config.vocab_size, checkpoint["eot_id"])
+    names = gguf.get_tensor_name_map(arch, config.n_layer)
+    for their, tensor in tensors.items():
+        name = names.get_name(their, try_suffixes=(".weight", ".bias"))
+        array = (tensor.T if TRANSPOSED.fullmatch(their) else tensor).contiguous().float().numpy()
+        matrix = tensor.dim() == 2 and name not in ALWAYS_FLOAT32
+        kind = gguf.GGMLQuantizationType[KINDS[dtype] if matrix else "F32"]
+        writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_shape(writer: object, config: GPTConfig) -> None:
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
     writer.add_block_count(config.n_layer)
@@ -62,19 +78,6 @@ def write_gguf(
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
         writer.add_rope_freq_base(config.rope_base)
-    add_tokenizer(writer, gguf, json.loads(checkpoint["tokenizer"]), config.vocab_size, checkpoint["eot_id"])
-
-    names = gguf.get_tensor_name_map(arch, config.n_layer)
-    for their, tensor in tensors.items():
-        name = names.get_name(their, try_suffixes=(".weight", ".bias"))
-        matrix = tensor.dim() == 2 and name not in ALWAYS_FLOAT32
-        array = (tensor.T if TRANSPOSED.fullmatch(their) else tensor).contiguous().float().numpy()
-        chosen = kind if matrix else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quants.quantize(array, chosen), raw_dtype=chosen)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def add_tokenizer(writer: object, gguf: ModuleType, tokenizer: dict, vocab_size: int, eot_id: int) -> None:

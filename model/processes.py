@@ -132,12 +132,12 @@ class StopRequest:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        if self.processes.count == 1:  # several processes stop together, in agree()
+        if self.processes.count == 1:  # several processes stop together, in synchronise()
             self.agreed = number
         if self.processes.first:
             print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
-    def agree(self, seconds: float) -> float:
+    def synchronise(self, seconds: float) -> float:
         """Let all processes know whether one is to stop; return the first one's training time. (That of the others
         may include waiting for the first while it evaluates and saves.)"""
         if self.processes.count > 1:

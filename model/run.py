@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from model.batches import Batches, validation_windows
+from model.batches import Batches, number_stories, validation_windows
 from model.checkpoint import STARTED_EARLIER
 from model.config import CONFIG_FIELDS, LEARNING_RATES, PRESETS, RECIPE_FIELDS, GPTConfig, Recipe
 from model.errors import UserError, require
@@ -69,6 +70,12 @@ class Run:
     def shortlists(self) -> Shortlists | None:
         """Of a sampled softmax; None if the softmax is over the whole vocabulary."""
         return make_shortlists(self.batches, self.config.vocab_size) if self.recipe.sampled_softmax else None
+
+    def split(self, windows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Windows (B, block_size + 1) as inputs, targets and, if attention is within stories, story ids, all
+        (B, block_size)."""
+        inputs, targets = windows[:, :-1], windows[:, 1:]
+        return inputs, targets, number_stories(inputs, self.data.eot_id) if self.recipe.mask_stories else None
 
     def shortlist(self, step: int) -> Shortlist | None:
         """The tokens in the softmax of a step; None: all."""

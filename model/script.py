@@ -15,14 +15,9 @@ from model.settings import REPO
 # Keep idle OpenMP threads from spinning for long, so that a shared CPU stays usable; torch reads it when imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-STEPS = (
-    "data/ingestion.py data/train_tokenizer.py data/prepare_data.py train.py generate.py evaluate.py".split()
-)
-SCRIPTS = {REPO / name for name in (*STEPS, "export.py")}
-
 # Until run_script() takes over, let Ctrl-C end a script of ours without a traceback.
 started = getattr(sys.modules["__main__"], "__file__", None)  # None in an interactive session
-if started and Path(started).resolve() in SCRIPTS:
+if started and Path(started).resolve().parent in (REPO, REPO / "data"):
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

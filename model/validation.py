@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from model.batches import number_stories, to_device
+from model.batches import to_device
 from model.decoder import Decoder
 from model.generation import Sampling, generate_all
 from model.gpt import GPT
@@ -21,8 +21,7 @@ def validate(run: Run, model: GPT) -> dict[str, float]:
     chunk = max(1, tokens_at_once(runtime.device, config.vocab_size) // config.block_size)
     for first in range(0, len(run.validation), chunk):
         windows = to_device(run.validation[first : first + chunk], runtime.device)
-        inputs, targets = windows[:, :-1], windows[:, 1:]
-        story_ids = number_stories(inputs, run.data.eot_id) if run.recipe.mask_stories else None
+        inputs, targets, story_ids = run.split(windows)
         with runtime.autocast(), runtime.eager():
             total += model(inputs, targets, story_ids).item() * len(windows)
     model.train()

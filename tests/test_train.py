@@ -21,7 +21,7 @@ from model.batches import Batches, validation_windows
 from model.bigrams import begin_as_bigrams
 from model.checkpoint import list_checkpoints, load_checkpoint, load_latest, save_checkpoint
 from model.config import PRESETS, GPTConfig, Recipe
-from model.console import ProgressBar, print_end, print_plan
+from model.console import ProgressBar, print_plan, print_stop
 from model.errors import UserError
 from model.forward import choose_flex, prepare_forward
 from model.gpt import GPT, story_mask
@@ -653,12 +653,12 @@ def test_the_command_to_resume_has_the_flags_that_no_checkpoint_remembers(monkey
         "cpu",
     ]
     state = SimpleNamespace(step=3)
-    print_end(make_run(settings=read_settings(REPO / "train.py", flags)), state, finished=False)
+    print_stop(make_run(settings=read_settings(REPO / "train.py", flags)), state)
     wanted = "resume with: python train.py --device cpu --checkpoint-dir 'my run'\n"
     assert capsys.readouterr().out.endswith(wanted)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    print_end(make_run(settings=read_settings(REPO / "train.py", [])), state, finished=False)
+    print_stop(make_run(settings=read_settings(REPO / "train.py", [])), state)
     assert capsys.readouterr().out.endswith("resume with: torchrun --nproc_per_node=2 train.py\n")
 
 
@@ -1024,7 +1024,7 @@ def test_training_time_is_the_first_process_own(monkeypatch, rank):
 
     monkeypatch.setattr("model.processes.dist.all_reduce", all_reduce)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert StopRequest(Processes(rank=rank, count=2)).agree(seconds) == 5.0
+    assert StopRequest(Processes(rank=rank, count=2)).synchronise(seconds) == 5.0
 
 
 def test_float16_trains_like_float32_and_its_scaler_is_kept(train):
