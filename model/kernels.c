@@ -1,35 +1,40 @@
 /* Decoding on a CPU: the network of decoder.py, and the most likely tokens. Compiled and called by kernels.py.
 
-   All numbers are float32, except that weights may be int8 with a scale for each of their rows. What becomes of one
-   sequence has the same bits however many others and threads there are: additions are always in the same order. */
+   All numbers are float32, or weights are int8 with a scale for each of their rows; then each row of inputs is rounded
+   to int8, too, with a scale of its own, for products that many processors have instructions for. What becomes of one
+   sequence has the same bits however many others and threads there are: sums of int8 products are exact, and float32
+   is always added in the same order. */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-#define omp_get_thread_num() 0
+#ifdef __AVX2__
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
-#ifdef __AVX512F__
+#ifdef __AVX512VNNI__
 #define LANES 16 /* numbers in a vector register */
 #define TILE 12  /* rows of x at once: their sums in two vectors of outputs take three quarters of the registers */
+#define INT8_TILE 12
 #else
 #define LANES 8
 #define TILE 6
+#define INT8_TILE 4
 #endif
-#define VECTORS 4 /* as many as there are int8 in a lane */
+#define VECTORS 4
 #define BLOCK (VECTORS * LANES)
 #define AHEAD 4096 /* bytes: the next page of memory, from which processors do not fetch by themselves */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
-/* In memory, weights lie in blocks of BLOCK rows: for each column, the BLOCK numbers of its rows. In int8, each lane of
-   a vector has four of them: byte v of lane l belongs to row v * LANES + l. */
+/* In memory, weights lie in blocks of BLOCK rows: for each column, the BLOCK numbers of its rows. In int8, for each four
+   columns (with zeros after the last), the four numbers of each row. */
 const int block_rows = BLOCK;
 
+#define FOURS(size) (((size) + 3) / 4 * 4) /* up to a multiple of four */
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -52,11 +57,13 @@ typedef struct { /* `new` tokens of each sequence at the positions from `start` 
     int capacity, positions; /* of the keys and values; of the tables cos and sin */
 } Shape;
 
-/* What a call to decode works with: the number of threads, and memory for the inputs of a matrix (rows, deepest) and
-   for a block of each thread (deepest, BLOCK). */
+/* What a call to decode works with: the number of threads, and memory for the inputs of a matrix (rows, deepest), also
+   in int8, with the scale and the sum of each row. */
 typedef struct {
-    int threads, deepest;
-    float *inputs, *blocks;
+    int threads;
+    float *inputs, *scales;
+    int8_t *bytes;
+    int32_t *sums;
 } Scratch;
 
 /* e^x, within 3e-7 of it (relative), for x cut to -87 .. 87: 2^n times a polynomial, in a form that compilers
@@ -115,32 +122,40 @@ static void prepare_row(int how, const float *x, float *out, int size, float eps
     }
 }
 
-/* Vectors v to v + count of column k in a block of weights. */
-static ALWAYS_INLINE void column(const void *block, int is_int8, int k, int v, int count, floats *w)
+/* A row of numbers as int8, filled up with zeros to a multiple of four; their scale, and the sum of the int8. */
+static void round_row(const float *x, int size, int8_t *out, float *scale, int32_t *sum)
 {
-    ints four;
-    if (is_int8)
-        memcpy(&four, (const int8_t *)block + (size_t)k * BLOCK, sizeof four);
-    UNROLL for (int i = 0; i < count; i++)
-        if (is_int8)
-            w[i] = __builtin_convertvector(four << (24 - 8 * (v + i)) >> 24, floats);
-        else
-            memcpy(&w[i], (const float *)block + (size_t)k * BLOCK + (v + i) * LANES, sizeof w[i]);
+    float largest = 0;
+    int32_t total = 0;
+#pragma omp simd reduction(max : largest)
+    for (int i = 0; i < size; i++)
+        largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+    float inverse = largest > 1e-30f ? 127 / largest : 0;
+#pragma omp simd reduction(+ : total)
+    for (int i = 0; i < size; i++) {
+        float n = x[i] * inverse + 12582912; /* rounds, as in exponential() */
+        int32_t bits;
+        memcpy(&bits, &n, 4);
+        out[i] = (int8_t)bits;
+        total += out[i];
+    }
+    memset(out + size, 0, FOURS(size) - size);
+    *scale = largest / 127;
+    *sum = total;
 }
 
 /* Vectors v to v + count of the outputs of each of `rows` rows of x. All but the pointers and `in` are constants, so
    that the sums stay in registers. */
-static ALWAYS_INLINE void multiply_tile(const void *block, int is_int8, int v, int count, const float *x, int rows,
-                                        int in, floats out[TILE][VECTORS])
+static ALWAYS_INLINE void multiply_tile(const float *block, int v, int count, const float *x, int rows, int in,
+                                        floats out[TILE][VECTORS])
 {
     floats sums[TILE][VECTORS], w[VECTORS];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int i = 0; i < count; i++)
             sums[r][i] = (floats){0};
     for (int k = 0; k < in; k++) {
-        if (rows == 1 && is_int8) /* float32 arrives no faster so */
-            __builtin_prefetch((const int8_t *)block + (size_t)k * BLOCK + AHEAD);
-        column(block, is_int8, k, v, count, w);
+        UNROLL for (int i = 0; i < count; i++)
+            memcpy(&w[i], block + (size_t)k * BLOCK + (v + i) * LANES, sizeof w[i]);
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int i = 0; i < count; i++)
                 sums[r][i] += x[(size_t)r * in + k] * w[i];
@@ -150,51 +165,113 @@ static ALWAYS_INLINE void multiply_tile(const void *block, int is_int8, int v, i
             out[r][v + i] = sums[r][i];
 }
 
+/* sums + for each lane, the products of the four int8 of w (-127 to 127) with those of x. Where OFFSET is 128, the
+   processor has only an instruction for unsigned w, and the result is larger by 128 times the four of x. */
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define OFFSET 128
+#else
+#define OFFSET 0
+#endif
+static ALWAYS_INLINE ints add_products(ints sums, ints w, ints x)
+{
+#if defined(__AVX512VNNI__)
+    return (ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)(w ^ (int32_t)0x80808080), (__m512i)x);
+#elif defined(__AVXVNNI__)
+    return (ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)(w ^ (int32_t)0x80808080), (__m256i)x);
+#elif defined(__AVX2__)
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)x), _mm256_sign_epi8((__m256i)w, (__m256i)x));
+    return sums + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif defined(__ARM_FEATURE_DOTPROD)
+    int32x4_t halves[2];
+    int8x16_t a[2], b[2];
+    memcpy(halves, &sums, sizeof sums), memcpy(a, &w, sizeof w), memcpy(b, &x, sizeof x);
+    for (int i = 0; i < 2; i++)
+        halves[i] = vdotq_s32(halves[i], a[i], b[i]);
+    memcpy(&sums, halves, sizeof sums);
+    return sums;
+#else
+    UNROLL for (int byte = 0; byte < 4; byte++)
+        sums += (w << (24 - 8 * byte) >> 24) * (x << (24 - 8 * byte) >> 24);
+    return sums;
+#endif
+}
+
+/* The same as multiply_tile() for int8 x with their scales and sums; the outputs lack the weights' scales. */
+static ALWAYS_INLINE void multiply_tile_int8(const int8_t *block, int v, int count, const int8_t *x,
+                                             const float *scales, const int32_t *x_sums, int rows, int in,
+                                             floats out[TILE][VECTORS])
+{
+    ints sums[INT8_TILE][VECTORS], w[VECTORS];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < count; i++)
+            sums[r][i] = (ints){0} - OFFSET * x_sums[r];
+    for (int k = 0; k < FOURS(in); k += 4) {
+        UNROLL for (int i = 0; i < count; i++) {
+            const int8_t *start = block + (size_t)k * BLOCK + (v + i) * sizeof w[i];
+            memcpy(&w[i], start, sizeof w[i]);
+            if (rows == 1) /* float32 arrives no faster so */
+                __builtin_prefetch(start + AHEAD);
+        }
+        UNROLL for (int r = 0; r < rows; r++) {
+            int32_t four;
+            memcpy(&four, x + (size_t)r * FOURS(in) + k, sizeof four);
+            UNROLL for (int i = 0; i < count; i++)
+                sums[r][i] = add_products(sums[r][i], w[i], (ints){0} + four);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < count; i++)
+            out[r][v + i] = __builtin_convertvector(sums[r][i], floats) * scales[r];
+}
+
 /* out (rows, out) = residual + linear(x), for x (rows, in). residual: NULL, or elsewhere in memory than out. */
 static void multiply(const Linear *linear, float eps, const float *x, const float *residual, float *out, int rows,
                      const Scratch *scratch)
 {
     int n = linear->out, in = linear->in, how = linear->prepare;
     const float *scales = linear->scales, *bias = linear->bias;
-    if (how != NOTHING) {
+    if (how != NOTHING || scales) {
 #pragma omp parallel for num_threads(scratch->threads) if (rows > 1)
-        for (int r = 0; r < rows; r++)
-            prepare_row(how, x + (size_t)r * in * (how == SWIGLU ? 2 : 1), scratch->inputs + (size_t)r * in, in, eps);
-        x = scratch->inputs;
+        for (int r = 0; r < rows; r++) {
+            const float *row = x + (size_t)r * in * (how == SWIGLU ? 2 : 1);
+            if (how != NOTHING) {
+                prepare_row(how, row, scratch->inputs + (size_t)r * in, in, eps);
+                row = scratch->inputs + (size_t)r * in;
+            }
+            if (scales)
+                round_row(row, in, scratch->bytes + (size_t)r * FOURS(in), scratch->scales + r, scratch->sums + r);
+        }
+        x = how == NOTHING ? x : scratch->inputs;
     }
-    int tiled = rows >= TILE;
-#pragma omp parallel num_threads(scratch->threads)
-    {
-        floats *expanded = (floats *)(scratch->blocks + (size_t)omp_get_thread_num() * scratch->deepest * BLOCK);
-#pragma omp for schedule(static)
-        for (int first = 0; first < n; first += BLOCK) {
-            int width = n - first < BLOCK ? n - first : BLOCK;
-            const void *block = (const char *)linear->weights + (size_t)first * in * (scales ? 1 : 4);
-            if (tiled && scales) { /* int8 to float32, once for all rows */
-                for (int k = 0; k < in; k++)
-                    column(block, 1, k, 0, VECTORS, expanded + k * VECTORS);
-                block = expanded;
-            }
-            for (int r = 0, count; r < rows; r += count) {
-                floats sums[TILE][VECTORS];
-                count = tiled ? TILE : 1;
-                if (r + count > rows) /* the last tile overlaps the one before */
-                    r = rows - count;
-                const float *start = x + (size_t)r * in;
-                if (tiled)
-                    for (int v = 0; v < VECTORS; v += 2)
-                        multiply_tile(block, 0, v, 2, start, TILE, in, sums);
-                else if (scales)
-                    multiply_tile(block, 1, 0, VECTORS, start, 1, in, sums);
-                else
-                    multiply_tile(block, 0, 0, VECTORS, start, 1, in, sums);
-                for (int t = 0; t < count; t++)
-                    for (int j = 0; j < width; j++) {
-                        size_t place = (size_t)(r + t) * n + first + j;
-                        float y = ((float *)sums[t])[j] * (scales ? scales[first + j] : 1);
-                        out[place] = y + (bias ? bias[first + j] : 0) + (residual ? residual[place] : 0);
-                    }
-            }
+    int tile = scales ? INT8_TILE : TILE, count = rows < tile ? 1 : tile;
+#pragma omp parallel for num_threads(scratch->threads)
+    for (int first = 0; first < n; first += BLOCK) {
+        int width = n - first < BLOCK ? n - first : BLOCK;
+        const float *block = (const float *)linear->weights + (size_t)first * in;
+        const int8_t *int8_block = (const int8_t *)linear->weights + (size_t)first * FOURS(in);
+        for (int r = 0; r < rows; r += count) {
+            floats sums[TILE][VECTORS];
+            if (r + count > rows) /* the last tile overlaps the one before */
+                r = rows - count;
+            const float *start = x + (size_t)r * in, *x_scales = scratch->scales + r;
+            const int8_t *bytes = scratch->bytes + (size_t)r * FOURS(in);
+            const int32_t *x_sums = scratch->sums + r;
+            if (count == 1 && scales)
+                multiply_tile_int8(int8_block, 0, VECTORS, bytes, x_scales, x_sums, 1, in, sums);
+            else if (count == 1)
+                multiply_tile(block, 0, VECTORS, start, 1, in, sums);
+            else
+                for (int v = 0; v < VECTORS; v += 2)
+                    if (scales)
+                        multiply_tile_int8(int8_block, v, 2, bytes, x_scales, x_sums, INT8_TILE, in, sums);
+                    else
+                        multiply_tile(block, v, 2, start, TILE, in, sums);
+            for (int t = 0; t < count; t++)
+                for (int j = 0; j < width; j++) {
+                    size_t place = (size_t)(r + t) * n + first + j;
+                    float y = ((float *)sums[t])[j] * (scales ? scales[first + j] : 1);
+                    out[place] = y + (bias ? bias[first + j] : 0) + (residual ? residual[place] : 0);
+                }
         }
     }
 }
@@ -205,6 +282,59 @@ static void turn(const float *x, const float *cos, const float *sin, float *out,
     float scale = 1 / sqrtf(dot(x, x, size) / size + eps);
     for (int i = 0; i < size; i++)
         out[i] = scale * (x[i] * cos[i] + x[i < size / 2 ? i + size / 2 : i - size / 2] * sin[i]);
+}
+
+/* out (size) = attention for a query (size) over `positions` keys and values (positions, size). share: memory for as many
+   numbers. */
+static ALWAYS_INLINE void look_up(int size, const float *query, const float *keys, const float *values, int positions,
+                                  float *share, float *out)
+{
+    float largest = -INFINITY, total = 0, scale = 1 / sqrtf(size);
+    for (int p = 0; p < positions; p++) {
+        share[p] = scale * dot(query, keys + p * size, size);
+        largest = share[p] > largest ? share[p] : largest;
+    }
+    for (int p = 0; p < positions; p++)
+        share[p] = exponential(share[p] - largest);
+#pragma omp simd reduction(+ : total)
+    for (int p = 0; p < positions; p++)
+        total += share[p];
+    if (size % LANES || size > 128) {
+        memset(out, 0, size * sizeof *out);
+        for (int p = 0; p < positions; p++)
+            for (int i = 0; i < size; i++)
+                out[i] += share[p] * values[p * size + i];
+    } else { /* sums stay in registers, if size is a constant */
+        floats sums[128 / LANES], row;
+        UNROLL for (int i = 0; i < size / LANES; i++)
+            sums[i] = (floats){0};
+        for (int p = 0; p < positions; p++)
+            UNROLL for (int i = 0; i < size / LANES; i++) {
+                memcpy(&row, values + p * size + i * LANES, sizeof row);
+                sums[i] += share[p] * row;
+            }
+        memcpy(out, sums, size * sizeof *out);
+    }
+    for (int i = 0; i < size; i++)
+        out[i] /= total;
+}
+
+/* look_up() for any size; compiled for the usual ones, it takes a fraction of the time. */
+static void look_up_any(int size, const float *query, const float *keys, const float *values, int positions,
+                        float *share, float *out)
+{
+    switch (size) {
+    case 32:
+        return look_up(32, query, keys, values, positions, share, out);
+    case 48:
+        return look_up(48, query, keys, values, positions, share, out);
+    case 64:
+        return look_up(64, query, keys, values, positions, share, out);
+    case 128:
+        return look_up(128, query, keys, values, positions, share, out);
+    default:
+        return look_up(size, query, keys, values, positions, share, out);
+    }
 }
 
 /* out (batch, new, heads * size) = causal attention for qkv (batch, new, 3, heads, size). Extends the block's keys and
@@ -218,7 +348,7 @@ static void attend(const Block *block, float eps, const float *qkv, float *out, 
             const float *cos = block->cos, *sin = block->sin;
             size_t head = ((size_t)b * heads + h) * capacity * size;
             float *k = block->keys + head, *v = block->values + head;
-            float query[size], share[capacity], scale = 1 / sqrtf(size);
+            float query[size], share[capacity];
             for (int t = 0; t < new; t++) {
                 int here = shape->start + t;
                 const float *q = qkv + ((((size_t)b * new + t) * 3) * heads + h) * size;
@@ -232,38 +362,23 @@ static void attend(const Block *block, float eps, const float *qkv, float *out, 
                     memcpy(k + here * size, new_k, sizeof query);
                 }
                 memcpy(v + here * size, new_v, sizeof query);
-                float largest = -INFINITY, total = 0;
-                for (int p = 0; p <= here; p++) {
-                    share[p] = scale * dot(query, k + p * size, size);
-                    largest = share[p] > largest ? share[p] : largest;
-                }
-                for (int p = 0; p <= here; p++)
-                    share[p] = exponential(share[p] - largest);
-#pragma omp simd reduction(+ : total)
-                for (int p = 0; p <= here; p++)
-                    total += share[p];
-                float *y = out + (((size_t)b * new + t) * heads + h) * size;
-                memset(y, 0, sizeof query);
-                for (int p = 0; p <= here; p++)
-                    for (int i = 0; i < size; i++)
-                        y[i] += share[p] * v[p * size + i];
-                for (int i = 0; i < size; i++)
-                    y[i] /= total;
+                look_up_any(size, query, k, v, here + 1, share, out + (((size_t)b * new + t) * heads + h) * size);
             }
         }
 }
 
 /* logits (batch, vocabulary) after the last of `new` tokens of each sequence, for their embeddings x (batch, new,
-   width), which are overwritten. memory holds threads * BLOCK * deepest + rows * (deepest + widest + width +
-   heads * size) numbers for rows = batch * new; deepest and widest: the inputs and outputs of the largest matrices,
-   without the head's outputs. */
+   width), which are overwritten. memory holds rows * (deepest + FOURS(deepest) / 4 + 2 + widest + width + heads * size)
+   numbers for rows = batch * new; deepest and widest: the inputs and outputs of the largest matrices, without the
+   head's outputs. */
 void decode(const Block *blocks, int n_layer, const Linear *head, float eps, float *x, float *logits,
             const Shape *shape, float *memory, int deepest, int widest, int threads)
 {
     int batch = shape->batch, new = shape->new;
     size_t rows = (size_t)batch * new, width = head->in;
-    Scratch scratch = {threads, deepest, memory + (size_t)threads * BLOCK * deepest, memory};
-    float *wide = scratch.inputs + rows * deepest, *between = wide + rows * widest, *attended = between + rows * width;
+    float *wide = memory + rows * deepest, *between = wide + rows * widest, *attended = between + rows * width;
+    float *scales = attended + rows * shape->heads * shape->size;
+    Scratch scratch = {threads, memory, scales, (int8_t *)(scales + 2 * rows), (int32_t *)(scales + rows)};
     for (const Block *block = blocks; block < blocks + n_layer; block++) {
         multiply(&block->qkv, eps, x, NULL, wide, rows, &scratch);
         attend(block, eps, wide, attended, shape, threads);

@@ -38,7 +38,6 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC
 OPENMP = ("-fopenmp", "-fopenmp-simd")
 # As in kernels.c
 PREPARATIONS = ("nothing", "rms_norm", "layer_norm", "swiglu", "gelu")
-VECTORS = 4
 
 
 class Kernels(NamedTuple):
@@ -117,7 +116,10 @@ def block_rows() -> int:
 
 
 class PackedLinear(ctypes.Structure):
-    """decoder.FusedLinear as kernels.c reads it, with weights in float32, or in int8 with one scale per row."""
+    """decoder.FusedLinear as kernels.c reads it, with weights in float32, or in int8 with one scale per row.
+
+    With int8 weights, each row of inputs is rounded to int8, too.
+    """
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weights", "scales", "bias")),
@@ -129,9 +131,9 @@ class PackedLinear(ctypes.Structure):
         if int8:
             scales = (weight.abs().amax(1) / 127).clamp(min=1e-30)
             weight = (weight / scales[:, None]).round().to(torch.int8)
-        block = block_rows()
-        weight = F.pad(weight, (0, 0, 0, -rows % block)).view(-1, VECTORS, block // VECTORS, columns)
-        weight = weight.permute(0, 3, 2, 1) if int8 else weight.permute(0, 3, 1, 2)
+        block, together = block_rows(), 4 if int8 else 1  # columns
+        weight = F.pad(weight, (0, -columns % together, 0, -rows % block))
+        weight = weight.unflatten(1, (-1, together)).unflatten(0, (-1, block)).transpose(1, 2)
         self.tensors = weight.contiguous(), scales, bias  # the structure has their addresses only
         super().__init__(*map(address, self.tensors), rows, columns, PREPARATIONS.index(prepare))
 
@@ -174,7 +176,6 @@ class Network:
         matrices = [part for block in blocks for part in block if isinstance(part, PackedLinear)]
         self.deepest = max(matrix.inputs for matrix in (*matrices, head))
         self.widest = max(matrix.outputs for matrix in matrices)
-        self.block_rows = block_rows()
         self.scratch = torch.empty(0)
         self.steps, self.fastest = 0, {}
 
@@ -187,8 +188,7 @@ class Network:
             block.keys, block.values = keys.data_ptr(), values.data_ptr()
         timed = new == 1 and batch <= self.FEW
         threads = self.choose_threads() if timed else torch.get_num_threads()
-        needed = threads * self.block_rows * self.deepest
-        needed += batch * new * (self.deepest + self.widest + width + heads * size)
+        needed = batch * new * (self.deepest + -(-self.deepest // 4) + 2 + self.widest + width + heads * size)
         if len(self.scratch) < needed:
             self.scratch = x.new_empty(needed)
         logits = x.new_empty(batch, self.head.outputs)

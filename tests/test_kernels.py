@@ -82,8 +82,8 @@ def test_the_faster_number_of_threads_is_taken(monkeypatch, seconds, ones, faste
 
 
 @torch.no_grad()
-def test_int8_weights_are_the_nearest_multiples_of_a_rows_scale():
-    """And a row of zeros stays one."""
+def test_int8_numbers_are_the_nearest_multiples_of_a_rows_scale():
+    """Those of weights and of inputs; and a row of zeros stays one."""
     model, ids = make_model("modern", tie_weights=False), token_ids()
     model.head.weight[3] = 0
     decoder = Decoder(model, "int8")
@@ -103,11 +103,17 @@ def test_int8_weights_are_the_nearest_multiples_of_a_rows_scale():
 
 
 def round_to_int8(norm, matrix):
-    weight = matrix.weight if norm is None else matrix.weight * norm.weight
-    scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
-    matrix.weight.copy_((weight / scale).round() * scale)
-    if norm is not None:
+    matrix.weight.copy_(rounded_rows(matrix.weight if norm is None else matrix.weight * norm.weight))
+    if norm is None:
+        matrix.register_forward_pre_hook(lambda _, inputs: rounded_rows(inputs[0]))
+    else:
         norm.weight.fill_(1)
+        norm.register_forward_hook(lambda *results: rounded_rows(results[-1]))
+
+
+def rounded_rows(x):
+    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    return (x / scale).round() * scale
 
 
 @pytest.mark.parametrize("count", [1, 7, 64, 100])
