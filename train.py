@@ -226,9 +226,9 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
         loss, norm = take_step(run, state, loss_of, mine, rate)
 
         # Reading the loss waits for the GPU: do it only to log, and before evaluating or saving, to time all steps.
-        logging = state.step % settings.log_interval == 0 or state.step == recipe.max_steps
+        logging = state.step % settings.log_interval == 0
         pausing = state.step % eval_interval == 0 or state.step % save_interval == 0
-        reading = logging or pausing or device.type == "cpu"
+        reading = logging or pausing or state.step == recipe.max_steps or device.type == "cpu"
         if reading:
             loss = processes.total(loss)
             if state.not_finite >= (GIVE_UP_SCALED if state.scaler.is_enabled() else GIVE_UP):
@@ -241,9 +241,12 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
         state.seconds += time.perf_counter() - started
         if reading:
             progress_bar.update(loss)
-        if logging and processes.first:
-            metrics.add(training_row(run, state, loss, norm, rate, progress_bar.speed))
         state.seconds = stop.synchronise(state.seconds)
+        last = recipe.progress(state.step, state.seconds) >= 1  # by time, perhaps
+        if last and not reading:
+            loss = processes.total(loss)
+        if (logging or last) and processes.first:
+            metrics.add(training_row(run, state, loss, norm, rate, progress_bar.speed))
 
     progress_bar.close()
     processes.wait()
