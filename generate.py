@@ -194,9 +194,8 @@ class Writer:
         config = self.decoder.config
         encodings = {prompt: self.encode(prompt) for prompt in dict.fromkeys(prompts)}
         longest = min(config.block_size, max(map(len, encodings.values())) + self.max_tokens)
-        # per story: keys and values, of 4 bytes each
-        cache_bytes = 2 * 4 * config.n_layer * config.n_head * config.head_dim * longest
-        at_once = max(1, CACHE_BYTES // cache_bytes)
+        story = 2 * config.n_layer * config.n_head * config.head_dim * longest  # numbers: keys and values
+        at_once = max(1, CACHE_BYTES // (story * self.decoder.cache_dtype.itemsize))
         started = time.monotonic()
         with tqdm(total=len(prompts), unit="story", disable=None, delay=2, leave=False) as bar:
             for first in range(0, len(prompts), at_once):

@@ -107,8 +107,8 @@ class KVCache:
     def __init__(self, decoder: "Decoder", batch: int, capacity: int):
         config, like = decoder.config, decoder.embedding
         shape = (batch, config.n_head, capacity, config.head_dim)
-        self.k = [like.new_zeros(shape) for _ in range(config.n_layer)]
-        self.v = [like.new_zeros(shape) for _ in range(config.n_layer)]
+        self.k = [like.new_zeros(shape, dtype=decoder.cache_dtype) for _ in range(config.n_layer)]
+        self.v = [like.new_zeros(shape, dtype=decoder.cache_dtype) for _ in range(config.n_layer)]
         self.capacity, self.length = capacity, 0  # positions: at most, and stored so far
         # A CUDA graph replays tensors, not Python numbers: the next position, and all positions.
         self.next = torch.zeros(1, dtype=torch.long, device=like.device)
@@ -141,11 +141,12 @@ class Decoder:
         like = model.head_weight
         self.graphs = graphs and like.is_cuda
         self.config, self.device, self.weights = model.config, like.device, weights
-        self.dtype = torch.float16 if weights == "float16" else like.dtype  # of activations, too
+        self.dtype = torch.float16 if weights == "float16" else like.dtype  # of activations
         here = like.device.type == "cpu" and self.dtype == torch.float32
         self.native = here and kernels.load().library is not None
         if weights == "int8" and not self.native:
             raise ValueError("int8 weights need the kernels in C, which are for float32 models on a CPU")
+        self.cache_dtype = torch.bfloat16 if weights == "int8" else self.dtype
         self.eps = NORM_EPS[self.config.blocks]
         self.embedding, self.position_embedding = model.token_embedding.weight.detach().to(self.dtype), None
         if self.config.blocks == "gpt2":

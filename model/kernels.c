@@ -1,7 +1,8 @@
 /* Decoding on a CPU: the network of decoder.py, and the most likely tokens. Compiled and called by kernels.py.
 
    All numbers are float32, or weights are int8 with a scale for each of their rows; then each row of inputs is rounded
-   to int8, too, with a scale of its own, for products that many processors have instructions for. What becomes of one
+   to int8, too, with a scale of its own, for products that many processors have instructions for. Keys and values may
+   be bfloat16, the upper half of a float32, which halves the time in which they arrive from memory. What becomes of one
    sequence has the same bits however many others and threads there are: sums of int8 products are exact, and float32
    is always added in the same order. */
 
@@ -29,6 +30,7 @@
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
 
 /* In memory, weights lie in blocks of BLOCK rows: for each column, the BLOCK numbers of its rows. In int8, for each four
    columns (with zeros after the last), the four numbers of each row. */
@@ -49,12 +51,13 @@ typedef struct { /* x -> prepare(x) @ weights.T + bias, from `in` to `out` numbe
 typedef struct {
     Linear qkv, project, up, down;
     const float *cos, *sin; /* (2, positions, size), for queries and for keys; NULL: no rotation */
-    float *keys, *values;   /* (batch, heads, capacity, size) */
+    void *keys, *values;    /* (batch, heads, capacity, size), float32 or bfloat16 */
 } Block;
 
 typedef struct { /* `new` tokens of each sequence at the positions from `start` on, with attention's heads */
     int batch, new, start, heads, size;
     int capacity, positions; /* of the keys and values; of the tables cos and sin */
+    int narrow;              /* whether keys and values are bfloat16 */
 } Shape;
 
 /* What a call to decode works with: the number of threads, and memory for the inputs of a matrix (rows, deepest), also
@@ -284,14 +287,80 @@ static void turn(const float *x, const float *cos, const float *sin, float *out,
         out[i] = scale * (x[i] * cos[i] + x[i < size / 2 ? i + size / 2 : i - size / 2] * sin[i]);
 }
 
-/* out (size) = attention for a query (size) over `positions` keys and values (positions, size). share: memory for as many
-   numbers. */
-static ALWAYS_INLINE void look_up(int size, const float *query, const float *keys, const float *values, int positions,
-                                  float *share, float *out)
+static ALWAYS_INLINE float sum_lanes(floats x)
+{
+    typedef float eight __attribute__((vector_size(32)));
+    typedef float four __attribute__((vector_size(16)));
+    eight e[LANES / 8];
+    four f[2];
+    memcpy(e, &x, sizeof x);
+    if (LANES == 16)
+        e[0] += e[LANES / 8 - 1];
+    memcpy(f, e, sizeof f);
+    f[0] += f[1];
+    return (f[0][0] + f[0][2]) + (f[0][1] + f[0][3]);
+}
+
+/* Number i of x, in float32 or, if narrow, in bfloat16. */
+static ALWAYS_INLINE float number(const void *x, int narrow, size_t i)
+{
+    if (!narrow)
+        return ((const float *)x)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)x)[i] << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* The same for LANES numbers. */
+static ALWAYS_INLINE floats numbers(const void *x, int narrow, size_t i)
+{
+    floats values;
+    shorts upper;
+    if (narrow) {
+        memcpy(&upper, (const uint16_t *)x + i, sizeof upper);
+        return (floats)(__builtin_convertvector(upper, ints) << 16);
+    }
+    memcpy(&values, (const float *)x + i, sizeof values);
+    return values;
+}
+
+/* Copy a row, rounded to bfloat16 if narrow, to place i of x. */
+static void store(const float *row, int size, void *x, int narrow, size_t i)
+{
+    if (!narrow) {
+        memcpy((float *)x + i, row, size * sizeof *row);
+        return;
+    }
+    for (int j = 0; j < size; j++) {
+        uint32_t bits;
+        memcpy(&bits, row + j, 4);
+        ((uint16_t *)x)[i + j] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    }
+}
+
+/* out (size) = attention for a query (size) over `positions` keys and values (positions, size), which begin at place
+   `first`. share: memory for as many numbers as there are positions. */
+static ALWAYS_INLINE void look_up(int size, int narrow, const float *query, const void *keys, const void *values,
+                                  size_t first, int positions, float *share, float *out)
 {
     float largest = -INFINITY, total = 0, scale = 1 / sqrtf(size);
+    int in_vectors = size % LANES == 0 && size <= 128;
+    floats q[128 / LANES];
+    if (in_vectors)
+        memcpy(q, query, size * sizeof *query);
     for (int p = 0; p < positions; p++) {
-        share[p] = scale * dot(query, keys + p * size, size);
+        if (in_vectors) {
+            floats sums = {0};
+            UNROLL for (int i = 0; i < size / LANES; i++)
+                sums += q[i] * numbers(keys, narrow, first + p * size + i * LANES);
+            share[p] = scale * sum_lanes(sums);
+        } else {
+            float sum = 0;
+            for (int i = 0; i < size; i++)
+                sum += query[i] * number(keys, narrow, first + p * size + i);
+            share[p] = scale * sum;
+        }
         largest = share[p] > largest ? share[p] : largest;
     }
     for (int p = 0; p < positions; p++)
@@ -299,20 +368,18 @@ static ALWAYS_INLINE void look_up(int size, const float *query, const float *key
 #pragma omp simd reduction(+ : total)
     for (int p = 0; p < positions; p++)
         total += share[p];
-    if (size % LANES || size > 128) {
+    if (!in_vectors) {
         memset(out, 0, size * sizeof *out);
         for (int p = 0; p < positions; p++)
             for (int i = 0; i < size; i++)
-                out[i] += share[p] * values[p * size + i];
+                out[i] += share[p] * number(values, narrow, first + p * size + i);
     } else { /* sums stay in registers, if size is a constant */
-        floats sums[128 / LANES], row;
+        floats sums[128 / LANES];
         UNROLL for (int i = 0; i < size / LANES; i++)
             sums[i] = (floats){0};
         for (int p = 0; p < positions; p++)
-            UNROLL for (int i = 0; i < size / LANES; i++) {
-                memcpy(&row, values + p * size + i * LANES, sizeof row);
-                sums[i] += share[p] * row;
-            }
+            UNROLL for (int i = 0; i < size / LANES; i++)
+                sums[i] += share[p] * numbers(values, narrow, first + p * size + i * LANES);
         memcpy(out, sums, size * sizeof *out);
     }
     for (int i = 0; i < size; i++)
@@ -320,20 +387,21 @@ static ALWAYS_INLINE void look_up(int size, const float *query, const float *key
 }
 
 /* look_up() for any size; compiled for the usual ones, it takes a fraction of the time. */
-static void look_up_any(int size, const float *query, const float *keys, const float *values, int positions,
-                        float *share, float *out)
+static void look_up_any(int size, int narrow, const float *query, const void *keys, const void *values, size_t first,
+                        int positions, float *share, float *out)
 {
+#define CASE(n)                                                                                                        \
+    case n:                                                                                                            \
+        if (narrow)                                                                                                    \
+            return look_up(n, 1, query, keys, values, first, positions, share, out);                                   \
+        return look_up(n, 0, query, keys, values, first, positions, share, out);
     switch (size) {
-    case 32:
-        return look_up(32, query, keys, values, positions, share, out);
-    case 48:
-        return look_up(48, query, keys, values, positions, share, out);
-    case 64:
-        return look_up(64, query, keys, values, positions, share, out);
-    case 128:
-        return look_up(128, query, keys, values, positions, share, out);
+        CASE(32)
+        CASE(48)
+        CASE(64)
+        CASE(128)
     default:
-        return look_up(size, query, keys, values, positions, share, out);
+        look_up(size, narrow, query, keys, values, first, positions, share, out);
     }
 }
 
@@ -342,27 +410,27 @@ static void look_up_any(int size, const float *query, const float *keys, const f
 static void attend(const Block *block, float eps, const float *qkv, float *out, const Shape *shape, int threads)
 {
     int batch = shape->batch, new = shape->new, heads = shape->heads, size = shape->size, capacity = shape->capacity;
+    int narrow = shape->narrow;
 #pragma omp parallel for collapse(2) num_threads(threads)
     for (int b = 0; b < batch; b++)
         for (int h = 0; h < heads; h++) {
             const float *cos = block->cos, *sin = block->sin;
             size_t head = ((size_t)b * heads + h) * capacity * size;
-            float *k = block->keys + head, *v = block->values + head;
-            float query[size], share[capacity];
+            float query[size], key[size], share[capacity];
             for (int t = 0; t < new; t++) {
                 int here = shape->start + t;
                 const float *q = qkv + ((((size_t)b * new + t) * 3) * heads + h) * size;
-                const float *new_k = q + heads * size, *new_v = new_k + heads * size;
+                const float *k = q + heads * size, *v = k + heads * size;
                 if (cos) {
                     int place = here * size, key_place = (shape->positions + here) * size;
                     turn(q, cos + place, sin + place, query, size, eps);
-                    turn(new_k, cos + key_place, sin + key_place, k + place, size, eps);
-                } else {
-                    memcpy(query, q, sizeof query);
-                    memcpy(k + here * size, new_k, sizeof query);
+                    turn(k, cos + key_place, sin + key_place, key, size, eps);
+                    q = query, k = key;
                 }
-                memcpy(v + here * size, new_v, sizeof query);
-                look_up_any(size, query, k, v, here + 1, share, out + (((size_t)b * new + t) * heads + h) * size);
+                store(k, size, block->keys, narrow, head + here * size);
+                store(v, size, block->values, narrow, head + here * size);
+                float *y = out + (((size_t)b * new + t) * heads + h) * size;
+                look_up_any(size, narrow, q, block->keys, block->values, head, here + 1, share, y);
             }
         }
 }

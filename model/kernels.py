@@ -154,7 +154,9 @@ class PackedBlock(ctypes.Structure):
 class Shape(ctypes.Structure):
     """What a step is about, as kernels.c reads it."""
 
-    _fields_ = [(name, ctypes.c_int) for name in "batch new start heads size capacity positions".split()]
+    _fields_ = [
+        (name, ctypes.c_int) for name in "batch new start heads size capacity positions narrow".split()
+    ]
 
 
 class Network:
@@ -193,7 +195,8 @@ class Network:
             self.scratch = x.new_empty(needed)
         logits = x.new_empty(batch, self.head.outputs)
         pointers = ctypes.addressof(self.head), self.eps, x.data_ptr(), logits.data_ptr()
-        shape = Shape(batch, new, cache.length, heads, size, capacity, self.positions)
+        narrow = cache.k[0].dtype == torch.bfloat16
+        shape = Shape(batch, new, cache.length, heads, size, capacity, self.positions, narrow)
         scratch = self.scratch.data_ptr(), self.deepest, self.widest
         started = time.perf_counter()
         load().library.decode(

@@ -280,8 +280,8 @@ def test_stories_beyond_the_memory_for_one_batch_wait_for_the_next(trained, monk
     together, in_parts = [], []
     writer.write(["A cat", "Two", "", "One day"], 3, together)
     monkeypatch.setattr(
-        script, "CACHE_BYTES", 3 * 8 * 16 * 16
-    )  # of one layer of 16, context 16: three stories
+        script, "CACHE_BYTES", 3 * 2 * 8 * 16 * 16
+    )  # keys and values of float64, one layer of 16, context 16: three stories
     writer.write(["A cat", "Two", "", "One day"], 3, in_parts)
     assert len(in_parts) == 4 and in_parts == together
     sizes, decode = [], script.generate

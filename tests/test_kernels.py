@@ -20,10 +20,10 @@ pytestmark = needs_kernels
 @pytest.mark.parametrize("blocks", FAMILIES)
 @torch.no_grad()
 def test_the_kernels_give_the_logits_of_float64(blocks, shape, chunks):
-    """Within 1e-5 of the logits' norm in float32, and within 8 % with weights of 8 bits, also for odd shapes."""
+    """Within 1e-5 of the logits' norm in float32, and within 10 % in int8, also for odd shapes."""
     model, ids = make_model(blocks, **shape), token_ids()
     exact = copy.deepcopy(model).double()(ids)
-    for weights, tolerance in (("float32", 1e-5), ("int8", 0.08)):
+    for weights, tolerance in (("float32", 1e-5), ("int8", 0.1)):
         decoder = Decoder(model, weights)
         assert decoder.network is not None
         cache = KVCache(decoder, len(ids), 32)
@@ -31,6 +31,23 @@ def test_the_kernels_give_the_logits_of_float64(blocks, shape, chunks):
             logits = decoder(ids[:, cache.length : cache.length + chunk], cache)
             expected = exact[:, cache.length - 1]
             assert 0 < (logits - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.mark.parametrize("size", [32, 48, 64, 128, 20])
+@pytest.mark.parametrize("blocks", FAMILIES)
+@torch.no_grad()
+def test_keys_and_values_may_have_16_bits(blocks, size):
+    """For the head sizes with code of their own, and for another: logits within 2 % of float64."""
+    model, ids = make_model(blocks, n_embd=2 * size, n_head=2), token_ids()
+    exact = copy.deepcopy(model).double()(ids)[:, -1]
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        decoder = Decoder(model)
+        assert decoder.cache_dtype == torch.float32 and Decoder(model, "int8").cache_dtype == torch.bfloat16
+        decoder.cache_dtype = dtype
+        logits = decoder(ids, KVCache(decoder, len(ids), 32))
+        errors.append(((logits - exact).norm() / exact.norm()).item())
+    assert errors[0] < 1e-5 < errors[1] < 0.02
 
 
 @torch.no_grad()
@@ -97,6 +114,7 @@ def test_int8_numbers_are_the_nearest_multiples_of_a_rows_scale():
         ):
             round_to_int8(norm, matrix)
     round_to_int8(rounded.norm, rounded.head)
+    decoder.cache_dtype = torch.float32  # what narrower keys and values cost is tested elsewhere
     logits = decoder(ids, KVCache(decoder, 3, 32))
     torch.testing.assert_close(logits.double(), rounded.double()(ids)[:, -1], atol=1e-4, rtol=1e-5)
     assert (logits[:, 3] == 0).all()
