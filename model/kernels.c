@@ -11,7 +11,7 @@
 #include <string.h>
 #ifdef __AVX2__
 #include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
@@ -184,12 +184,18 @@ static ALWAYS_INLINE ints add_products(ints sums, ints w, ints x)
 #elif defined(__AVX2__)
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)x), _mm256_sign_epi8((__m256i)w, (__m256i)x));
     return sums + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(__aarch64__)
     int32x4_t halves[2];
     int8x16_t a[2], b[2];
     memcpy(halves, &sums, sizeof sums), memcpy(a, &w, sizeof w), memcpy(b, &x, sizeof x);
-    for (int i = 0; i < 2; i++)
+    UNROLL for (int i = 0; i < 2; i++) {
+#ifdef __ARM_FEATURE_DOTPROD
         halves[i] = vdotq_s32(halves[i], a[i], b[i]);
+#else
+        int16x8_t low = vmull_s8(vget_low_s8(a[i]), vget_low_s8(b[i])), high = vmull_high_s8(a[i], b[i]);
+        halves[i] = vaddq_s32(halves[i], vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+#endif
+    }
     memcpy(&sums, halves, sizeof sums);
     return sums;
 #else
