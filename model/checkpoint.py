@@ -199,7 +199,7 @@ def move_run_files(folder: Path) -> Path:
 
 def prune(folder: Path, keep: int, step: int) -> None:
     """Delete all but the `keep` latest ckpt_{step}.pt up to this step. (Any later one did not load.)"""
-    for path in [path for path in list_checkpoints(folder) if step_of(path) <= step][keep:]:
+    for path in [path for path in list_checkpoints(folder) if step_of(path) <= step][max(1, keep) :]:
         path.unlink(missing_ok=True)
 
 

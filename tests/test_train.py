@@ -354,8 +354,10 @@ def test_an_interrupted_run_goes_on_exactly(train, packed, tmp_path, dtype, how)
     whole, _ = train("whole", *flags)
     broken = tmp_path / "broken"
     places = ["--data-dir", packed, "--checkpoint-dir", broken]
-    command = [sys.executable, REPO / "train.py", *TINY, *flags, *places]
-    process = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = list(map(str, [sys.executable, REPO / "train.py", *TINY, *flags, *places]))
+    # last bits depend on the number of threads, which other tests may have set here
+    env, pipe = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
     wait_for_checkpoint(broken, process)
     process.send_signal(how)
     output, errors = process.communicate(timeout=60)
