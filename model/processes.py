@@ -97,18 +97,20 @@ def start_processes(device: str) -> Processes:
 
 
 def stop_processes() -> None:
-    """Leave the process group.
+    """Leave the process group, and have this process end at once when Python has printed the error, if there is one.
 
     While an error is on its way, the other processes may be in a collective operation, and leaving would wait for
-    them: then this process just ends, once Python has printed the error.
+    them. And a thread of gloo's that lets go of a tensor after the interpreter's end would abort the process.
     """
-    kind = sys.exc_info()[0] or SystemExit
+    error = sys.exc_info()[1]
     if not dist.is_initialized():
         return
-    if issubclass(kind, SystemExit):
+    if error is None or isinstance(error, SystemExit):
         dist.destroy_process_group()
+        status = error.code if error else 0
     else:
-        atexit.register(end_at_once, 2 if issubclass(kind, UserError) else 1)
+        status = 2 if isinstance(error, UserError) else 1
+    atexit.register(end_at_once, status)
 
 
 def end_at_once(status: int) -> None:
