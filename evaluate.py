@@ -35,7 +35,7 @@ from model.packed_data import Data, fingerprints, load_data, real_stories, sprea
 from model.report import QUALITY_COLUMNS, SCORE_COLUMNS, cells, render, transposed
 from model.runtime import Runtime, choose_device, choose_runtime
 from model.scoring import Scores, bootstrap, interval, score_stories
-from model.settings import read_settings, require_seed, require_within
+from model.settings import flag_name, read_settings, require_seed, require_within
 from model.story_quality import Story, describe, read_written
 from model.tokenizer import readable
 
@@ -97,6 +97,10 @@ def main() -> None:
     read = (*texts, *settings.stories, *found)
     for name in ("output", "report"):
         setattr(settings, name, file_to_write(getattr(settings, name), f"--{name}", read))
+    apart = (
+        not (settings.output and settings.report) or settings.output.resolve() != settings.report.resolve()
+    )
+    require(apart, "--output and --report name the same file: the results need one, the page another")
     data = read_data(settings)
     stories, source = read_stories(settings, data, texts)
     if data and data.outdated and not settings.text:
@@ -160,6 +164,10 @@ def prepare_settings(settings: SimpleNamespace) -> None:
         printed = len(settings.prompt) if "prompt" in settings.given else 0
         settings.num_stories = max(printed, REPORT_STORIES if settings.report else 0)
     require(not (settings.text and "split" in settings.given), "--text and --split: give one of the two")
+    without = sorted(settings.given & {"text_column", "story_per_file"})
+    require(
+        settings.text or not without, f"{' and '.join(map(flag_name, without))}: only for files of --text"
+    )
 
 
 def read_data(settings: SimpleNamespace) -> Data | None:
@@ -167,7 +175,7 @@ def read_data(settings: SimpleNamespace) -> Data | None:
     try:
         return load_data(settings.data_dir)
     except UserError:
-        if settings.text:
+        if settings.text and "data_dir" not in settings.given:
             return None
         raise
 
@@ -176,7 +184,10 @@ def read_stories(settings: SimpleNamespace, data: Data | None, texts: list[Path]
     """The stories to score, and a description of them."""
     if texts:
         stories = read_texts(settings, texts)
-        return stories, f"{count_text(len(stories), 'story', 'stories')} of {', '.join(settings.text)}"
+        return (
+            stories,
+            f"{count_text(len(stories), 'story', 'stories')} of {readable(', '.join(settings.text))}",
+        )
     splits = {"train": [data.train], "validation": [data.validation], "all": [data.train, data.validation]}
     stories = real_stories(splits[settings.split], data, settings.max_samples)
     require(stories, f"there are no {settings.split} stories in {shown(settings.data_dir)}")

@@ -26,9 +26,9 @@ from model.files import atomic_folder, atomic_write, nearest_existing, shown, si
 from model.generation import Sampling
 from model.huggingface import to_config_json, to_huggingface
 from model.llama_cpp import write_gguf
-from model.metrics import read_rows
+from model.metrics import read_history
 from model.settings import REPO, read_settings
-from model.tokenizer import END_OF_TEXT, text_tokenizer
+from model.tokenizer import END_OF_TEXT, readable, text_tokenizer
 
 CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; None: best, else latest
 CHECKPOINT_DIR: str = "checkpoints"  # where to look for best, latest and steps
@@ -61,9 +61,10 @@ def main() -> None:
     path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="best")
     model, _, checkpoint = load_model(path)
     origin = checkpoint["settings"].get("init_from")
-    name = (
-        f"{Path(origin).name.removesuffix('.pt')}-finetuned" if origin else checkpoint["settings"]["preset"]
-    )
+    name = checkpoint["settings"]["preset"]
+    if origin:
+        origin = readable(origin)
+        name = f"{Path(origin).name.removesuffix('.pt')}-finetuned"
     default = REPO / "exported" / (f"{name}.gguf" if gguf else name)
     output = Path(os.path.expanduser(settings.output)) if settings.output else default
     check_output(output, gguf, settings.overwrite)
@@ -95,13 +96,19 @@ def check_output(output: Path, gguf: bool, overwrite: bool) -> None:
         return
     folder = nearest_existing(output)
     require(folder.is_dir(), f"{shown(folder)} is a file: --format hf writes a folder")
-    present = [file.name for file in output.iterdir()] if output.exists() else []
+    holds_us = Path.cwd().is_relative_to(output.resolve())
+    require(
+        not holds_us, f"--output {output} would replace the current folder: name a folder in it, or elsewhere"
+    )
+    present = {file.name for file in output.iterdir()} if output.exists() else set()
     require(overwrite or not present, f"{shown(output)} is not empty: --overwrite replaces an earlier export")
-    foreign = sorted(set(present) - set(FILES))
+    foreign = sorted(present - set(FILES))
     require(
         not foreign,
         f"{shown(output)} is not only an export, it holds {', '.join(foreign[:3])}: choose another folder",
     )
+    export = not present or {"config.json", "model.safetensors"} <= present
+    require(export, f"{shown(output)} is not an export, it holds no model: choose another folder")
 
 
 def list_facts(path: Path, checkpoint: dict, config: GPTConfig, parameters: int) -> dict[str, str]:
@@ -117,8 +124,8 @@ def list_facts(path: Path, checkpoint: dict, config: GPTConfig, parameters: int)
         "vocabulary": f"{config.vocab_size:,} tokens",
         "trained on": f"{tokens:,} tokens in {step:,} steps",
     }
-    for row in read_rows(path.parent / "metrics.jsonl"):
-        if row["step"] == step and "validation_loss" in row:
+    for row in read_history(path, checkpoint):
+        if row["step"] == step:
             facts["validation bits per byte"] = f"{row['bits_per_byte']:.4f}"
             facts["validation loss"] = f"{row['validation_loss']:.4f} nats per token"
     return facts | {f"SHA-256 of the {what}": digest for what, digest in checkpoint["data"].items()}

@@ -13,6 +13,7 @@ import re
 import secrets
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ from model.checkpoint import load_model
 from model.decoder import Decoder, choose_weights
 from model.errors import require
 from model.files import count_text, file_to_write, read_text, shown, write_text
-from model.generation import Sampling, generate
+from model.generation import Sampling, context_start, generate
 from model.huggingface import load_pretrained_model
 from model.runtime import choose_device
 from model.settings import flag_name, read_settings, require_seed, require_within
@@ -37,7 +38,7 @@ from model.tokenizer import readable
 CHECKPOINT: str | None = None  # a file, folder, step, "latest" or Hugging Face model; None: best or latest
 CHECKPOINT_DIR: str = "checkpoints"  # where to look for best, latest and steps
 PROMPT: list[str] = []  # starts of stories, each continued NUM_SAMPLES times; empty: a new story
-PROMPTS_FILE: str | None = None  # a text file with one prompt per line
+PROMPTS_FILE: str | None = None  # a text file with one prompt per line; empty lines are skipped
 NUM_SAMPLES: int = 1  # stories per prompt
 MAX_TOKENS: int = 400  # maximum length of a continuation; most stories end earlier by themselves
 TEMPERATURE: float = 0.8  # 0 is greedy; higher is more surprising
@@ -56,6 +57,8 @@ DTYPE: str = "auto"  # weights: float32, float16 (only on GPUs) or int8 (only on
 CONTEXT, BYTE = 8, re.compile("<0x[0-9A-F]{2}>")
 # Limit on the KV cache; further stories wait for the next batch
 CACHE_BYTES = 2 * 1024**3
+# Tokens by which prompts may differ in a batch, besides twofold
+SIMILAR = 64
 
 
 def main() -> None:
@@ -104,8 +107,15 @@ def remark(text: str) -> None:
 def read_prompts(settings: SimpleNamespace) -> list[str]:
     prompts = list(settings.prompt)
     if settings.prompts_file is not None:
-        prompts += read_text(settings.prompts_file).rstrip("\n").split("\n")
-    return list(map(readable, prompts)) or [""]
+        lines = [line for line in read_text(settings.prompts_file).split("\n") if line.strip()]
+        require(lines, f"{settings.prompts_file} holds no prompts")
+        prompts += lines
+    return [as_prompt(prompt) for prompt in prompts] or [""]
+
+
+def as_prompt(text: str) -> str:
+    """Words begin with their space: after one, the model would have to write the middle of a word."""
+    return readable(text).rstrip(" ")
 
 
 def load_writer(found: str | Path, settings: SimpleNamespace, sampling: Sampling) -> tuple["Writer", str]:
@@ -126,17 +136,18 @@ def load_writer(found: str | Path, settings: SimpleNamespace, sampling: Sampling
 
 def write_stories(writer: "Writer", prompts: list[str], seed: int, output: Path | None) -> None:
     """Print a story for each prompt, or write them to a .jsonl file. Ctrl-C keeps those that have ended."""
-    rows: list[dict] = []
+    by_place: dict[int, dict] = {}
     started, stopped = time.perf_counter(), False
     if len(prompts) == 1 and output is None:
-        rows.append(writer.stream(prompts[0], seed))
+        by_place[0] = writer.stream(prompts[0], seed)
     else:
         try:
-            writer.write(prompts, seed, rows)
+            writer.write(prompts, seed, by_place)
         except KeyboardInterrupt:
             stopped = True
-        if output is None and rows:
-            print("\n---\n".join(row["prompt"] + row["story"] for row in rows))
+    rows = [by_place[place] for place in sorted(by_place)]
+    if output is None and rows and len(prompts) > 1:
+        print("\n---\n".join(row["prompt"] + row["story"] for row in rows))
     seconds, tokens = time.perf_counter() - started, sum(row["tokens"] for row in rows)
     if output is not None and rows:
         write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -166,7 +177,7 @@ class Writer:
             remark(
                 f"note: a prompt of {len(ids):,} tokens exceeds the context of {block_size}; only its end is used"
             )
-        return ids
+        return ids[context_start(len(ids), block_size) :]
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
@@ -186,25 +197,21 @@ class Writer:
             "finish_reason": reason,
         }
 
-    def write(self, prompts: list[str], seed: int, rows: list[dict]) -> None:
-        """Add a story for each prompt to `rows`, in batches whose KV cache fits in CACHE_BYTES; if Ctrl-C interrupts
-        it, those that have ended."""
+    def write(self, prompts: list[str], seed: int, rows: dict[int, dict]) -> None:
+        """Add a story for each prompt to `rows`, by the prompt's place; if Ctrl-C interrupts it, those that have
+        ended."""
         from tqdm import tqdm
 
-        config = self.decoder.config
         encodings = {prompt: self.encode(prompt) for prompt in dict.fromkeys(prompts)}
-        longest = min(config.block_size, max(map(len, encodings.values())) + self.max_tokens)
-        story = 2 * config.n_layer * config.n_head * config.head_dim * longest  # numbers: keys and values
-        at_once = max(1, CACHE_BYTES // (story * self.decoder.cache_dtype.itemsize))
+        encoded = [encodings[prompt] for prompt in prompts]
         started = time.monotonic()
         with tqdm(total=len(prompts), unit="story", disable=None, delay=2, leave=False) as bar:
-            for first in range(0, len(prompts), at_once):
-                part = prompts[first : first + at_once]
-                seeds = [seed + first + k for k in range(len(part))]
+            for part in self.batches(encoded):
+                seeds = [seed + place for place in part]
                 written: list[list[int]] = [[] for _ in part]
-                encoded = [encodings[prompt] for prompt in part]
-                steps = generate(self.decoder, encoded, self.max_tokens, self.eot_id, self.sampling, seeds)
-                ended: list[int] = []  # places in the batch
+                beginnings = [encoded[place] for place in part]
+                steps = generate(self.decoder, beginnings, self.max_tokens, self.eot_id, self.sampling, seeds)
+                ended: list[int] = []  # rows of the batch
                 try:
                     for position, tokens in enumerate(steps):
                         for ids, token in zip(written, tokens, strict=True):
@@ -213,12 +220,30 @@ class Writer:
                         ended = [k for k, token in enumerate(tokens) if token is None and written[k]]
                         if position % 16 == 0 and time.monotonic() - started > 2:
                             bar.set_postfix_str(f"{position + 1} tokens", refresh=False)
-                            bar.update(first + len(ended) - bar.n)
+                            bar.update(len(rows) + len(ended) - bar.n)
                             bar.refresh()
                     ended = list(range(len(part)))
                 finally:
-                    rows += [self.row(part[k], encoded[k], written[k], seeds[k]) for k in ended]
+                    for k in ended:
+                        rows[part[k]] = self.row(prompts[part[k]], beginnings[k], written[k], seeds[k])
                 bar.update(len(rows) - bar.n)
+
+    def batches(self, encoded: list[list[int]]) -> Iterator[list[int]]:
+        """The places of prompts that are continued together, shortest first.
+
+        Their KV cache fits in CACHE_BYTES. They are of similar length, since a longer one's tokens pass through the
+        model one by one while the shortest is continued.
+        """
+        config, part = self.decoder.config, []
+        token = 2 * config.n_layer * config.n_head * config.head_dim * self.decoder.cache_dtype.itemsize
+        for place in sorted(range(len(encoded)), key=lambda place: len(encoded[place])):
+            longest = min(config.block_size, len(encoded[place]) + self.max_tokens)
+            full = (len(part) + 1) * longest * token > CACHE_BYTES
+            if part and (full or len(encoded[place]) > 2 * len(encoded[part[0]]) + SIMILAR):
+                yield part
+                part = []
+            part.append(place)
+        yield part
 
     def stream(self, prompt: str, seed: int) -> dict:
         """Print one story as it is generated, in whole characters."""
@@ -250,8 +275,7 @@ def converse(writer: Writer, seed: int) -> None:
     remark("Type the beginning of a story and press Enter (empty: a new story). Ctrl-D or Ctrl-C quits.")
     while True:
         try:
-            # Words begin with their space: after one, the model would have to write the middle of a word
-            prompt = input("> " if sys.stdin.isatty() else "").rstrip(" ")
+            prompt = as_prompt(input("> " if sys.stdin.isatty() else ""))
             if writer.stream(prompt, seed)["finish_reason"] == "length":
                 remark(f"(cut at {writer.max_tokens} tokens: --max-tokens)")
         except (EOFError, KeyboardInterrupt):

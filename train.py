@@ -139,17 +139,14 @@ def main() -> None:
 
 def start(settings: SimpleNamespace, processes: Processes) -> None:
     """Start a new run, or resume the one in the folder."""
-    folder, run = settings.checkpoint_dir, None
-    if settings.fresh and not processes.restarts:
-        run = plan_run(settings, processes, None)  # fails before anything is moved
-        processes.wait()  # all have read the initial weights, which may be in the folder
-        if processes.first and (moved := set_aside(folder)):
-            print(f"moved the earlier run to {shown(moved)}")
+    folder, fresh = settings.checkpoint_dir, settings.fresh and not processes.restarts
     with only_one(folder) if processes.first else contextlib.nullcontext():
         processes.wait()
-        path, checkpoint = load_latest(folder) or (None, None)
-        run = run or plan_run(settings, processes, checkpoint)
+        path, checkpoint = (None if fresh else load_latest(folder)) or (None, None)
+        run = plan_run(settings, processes, checkpoint)
         processes.wait()  # all have read, so the first may move files
+        if processes.first and not checkpoint and (moved := set_aside(folder)):
+            print(f"moved the earlier run to {shown(moved)}")
         if checkpoint:
             if processes.first and (changes := changed_settings(settings, checkpoint)):
                 print(f"changed      {'; '.join(changes)}")

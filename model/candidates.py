@@ -19,9 +19,9 @@ from model.errors import UserError, first_line, needs, require, warn
 from model.files import sha256_file, shown
 from model.generation import Sampling, generate_all
 from model.hub import why_offline
-from model.metrics import read_rows
+from model.metrics import read_history
 from model.story_quality import Story
-from model.tokenizer import text_tokenizer
+from model.tokenizer import readable, require_room, text_tokenizer
 
 # Longest generated story, in tokens; generate.py's default
 MAX_TOKENS = 400
@@ -87,7 +87,7 @@ class OwnModel(Candidate):
     """A checkpoint of this project."""
 
     def __init__(self, path: Path, device: torch.device):
-        self.name = shown(path)
+        self.name = readable(shown(path))
         self.network, self.tokenizer, checkpoint = load_model(path, device)
         config = self.network.config
         self.start_id = self.end_id = checkpoint["eot_id"]
@@ -100,9 +100,7 @@ class OwnModel(Candidate):
             "trained_on": checkpoint["data"],
         }
         self.settings = {"step": checkpoint["step"], **checkpoint["config"], **checkpoint["settings"]}
-        rows = [
-            row for row in read_rows(path.parent / "metrics.jsonl") if row.get("bits_per_byte") is not None
-        ]
+        rows = read_history(path, checkpoint)
         self.curve = [{key: row.get(key) for key in ("step", "tokens", "bits_per_byte")} for row in rows]
 
     def states(self, idx: Tensor) -> Tensor:
@@ -133,7 +131,7 @@ class TransformersModel(Candidate):
     whole_logits = True
 
     def __init__(self, name: str, device: torch.device):
-        self.name, self.curve = name, []
+        self.name, self.curve = readable(name), []
         network, tokenizer = load_transformers(name)
         self.network = network.to(device).eval()
         require(
@@ -150,8 +148,9 @@ class TransformersModel(Candidate):
         # Models without position embeddings (ALiBi, state space) have no limit; this one bounds memory.
         self.block_size = getattr(config, "max_position_embeddings", None) or 2_048
         self.vocab_size = network.get_input_embeddings().num_embeddings
+        require_room(self.vocab_size, self.tokenizer, name)
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        self.facts = {"checkpoint": name, "step": None, "parameters": parameters}
+        self.facts = {"checkpoint": self.name, "step": None, "parameters": parameters}
         files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
         self.facts["sha256"] = {file.name: sha256_file(file) for file in files}
         self.facts["commit"] = getattr(config, "_commit_hash", None)
@@ -242,7 +241,7 @@ def find_candidate(folder: Path, name: str | None, prefer: str = "latest") -> Pa
     try:
         return find_checkpoint(folder, name, prefer)
     except UserError as error:
-        if name is None or name.isdigit() or name in ("best", "latest") or name.endswith(".pt"):
+        if not name or name.isdigit() or name in ("best", "latest") or name.endswith(".pt"):
             raise
         if name.count("/") == 1 and not Path(name).exists():
             return name  # owner/name: perhaps on the hub

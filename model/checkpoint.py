@@ -12,6 +12,7 @@ from elsewhere cannot run code:
 
 import contextlib
 import fcntl
+import itertools
 import os
 import re
 import zipfile
@@ -23,8 +24,8 @@ import torch
 from tokenizers import Tokenizer
 
 from model.config import GPTConfig
-from model.errors import UserError, first_line, warn
-from model.files import atomic_write, command, remove_leftovers, shown
+from model.errors import UserError, first_line, require, warn
+from model.files import atomic_write, command, nearest_existing, remove_leftovers, shown
 from model.gpt import GPT
 from model.settings import REPO
 from model.tokenizer import text_tokenizer
@@ -123,6 +124,7 @@ def load_latest(folder: Path) -> tuple[Path, dict] | None:
 
 def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
     """The file named by `--checkpoint`: a path, "best", "latest", a step, or by default `prefer`."""
+    require(name != "", "--checkpoint takes a name, not an empty one")
     latest = list_checkpoints(folder)
     known = {"best": [folder / "best.pt"], "latest": latest}
     if name is None:
@@ -134,6 +136,10 @@ def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
     else:
         path = Path(os.path.expanduser(name))
         if path.is_dir() and not (path / "config.json").is_file():
+            require(
+                all_checkpoints(path),
+                f"{name} holds neither checkpoints nor a Hugging Face model (config.json)",
+            )
             return find_checkpoint(path, None, prefer)
         candidates = [path, folder / name, folder / f"{name}.pt", REPO / name]
     for path in candidates:
@@ -155,6 +161,8 @@ def only_one(folder: Path) -> Iterator[None]:
     Raises UserError if another process holds the lock. The system releases it when a process ends, however it
     ends. Deletes partially written files left by a killed process.
     """
+    existing = nearest_existing(folder)
+    require(existing.is_dir(), f"--checkpoint-dir {shown(folder)}: {shown(existing)} is a file, not a folder")
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -178,15 +186,15 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Move an earlier run's files into a new folder in theirs; return that, or None if there was no run.
+    """Move an earlier run's files into a new folder in theirs; return that, or None if there are none.
 
-    Nothing else in the folder moves, and the folder itself may be a link, or a disk of its own.
+    To be called within only_one(). Nothing else in the folder moves, and the folder itself may be a link, or a disk of
+    its own.
     """
-    if not all_checkpoints(folder):
+    if not any(file.stat().st_size for pattern in RUN_FILES for file in folder.glob(pattern)):
         return None
-    with only_one(folder):
-        (folder / UNFINISHED).mkdir()
-        return move_run_files(folder)
+    (folder / UNFINISHED).mkdir()
+    return move_run_files(folder)
 
 
 def move_run_files(folder: Path) -> Path:
@@ -194,7 +202,11 @@ def move_run_files(folder: Path) -> Path:
     for pattern in RUN_FILES:
         for file in folder.glob(pattern):
             file.rename(folder / UNFINISHED / file.name)
-    return (folder / UNFINISHED).rename(folder / f"earlier-{datetime.now():%Y%m%d-%H%M%S}")
+    name = f"earlier-{datetime.now():%Y%m%d-%H%M%S}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return (folder / UNFINISHED).rename(
+        next(path for path in map(folder.joinpath, names) if not path.exists())
+    )
 
 
 def prune(folder: Path, keep: int, step: int) -> None:

@@ -52,6 +52,8 @@ def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> Non
         print(
             f"note         with stories read more than {MANY_EPOCHS} times, --dropout 0.1 prevents overfitting"
         )
+    if recipe.warmup_steps > (recipe.max_steps or math.inf):
+        print(f"note         {recipe.warmup_steps} --warmup-steps: the learning rate will not reach its peak")
     if resumed_from:
         print(f"resuming     from {shown(resumed_from)}, after step {state.step:,}")
     elif recipe.bigram_start:

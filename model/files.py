@@ -136,8 +136,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """As UTF-8, with a ? for what is not Unicode, such as parts of a file name."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -160,7 +161,7 @@ def read_json(path: Path) -> dict:
 def read_text(path: str) -> str:
     """The content of a user's text file. Raises UserError if it is missing or not UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except UnicodeDecodeError:

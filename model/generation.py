@@ -226,6 +226,15 @@ class Batch:
         self.graph = None
 
 
+def context_start(position: int, block_size: int) -> int:
+    """The first position in the model's context when it predicts the token at `position`.
+
+    Whenever the context is full, all but its last block_size // 2 tokens are dropped.
+    """
+    dropped = block_size + 1 - max(1, block_size // 2)
+    return max(0, -(-(position - block_size) // dropped)) * dropped
+
+
 @torch.inference_mode()
 def generate(
     decoder: Decoder,
@@ -240,9 +249,8 @@ def generate(
     Yields once per position: a list with each sequence's new token, or None if it is still in its prompt or has
     ended. A sequence ends with eot_id, which is not yielded. All sequences advance through the same positions in
     one batch; longer prompts feed their own tokens while shorter ones already generate. Sequence k has its own
-    random stream (seeds[k]), so it does not depend on the others. Whenever the context is full, only its last
-    block_size // 2 tokens are kept; this happens at the same positions for every sequence, even within a prompt
-    that exceeds the context.
+    random stream (seeds[k]), so it does not depend on the others. The context starts where context_start() says, for
+    every sequence, even within a prompt that exceeds the context.
     """
     for seed in seeds:
         require_seed(seed)
@@ -251,12 +259,10 @@ def generate(
     ahead = 16 if decoder.graphs else 1  # positions decoded between checks
     rows = list(range(len(prompts)))  # the sequence in each row of the batch
     ended: set[int] = set()
-    begin = 0  # first position in the model's context
     shown = min(lengths)  # positions yielded
     for position in range(shown, batch.total):
-        if position - begin > block_size or position == min(lengths):
-            while position - begin > block_size:
-                begin += block_size + 1 - max(1, block_size // 2)
+        begin = context_start(position, block_size)
+        if position == min(lengths) or begin != context_start(position - 1, block_size):
             batch.refill(begin, position)
         else:
             batch.advance()

@@ -15,12 +15,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model.checkpoint import load_checkpoint, load_model
+from model.checkpoint import all_checkpoints, find_checkpoint, load_checkpoint, load_model
 from model.config import NORM_EPS, GPTConfig
 from model.errors import UserError, first_line, needs, require
 from model.gpt import GPT
 from model.hub import hub_errors
-from model.tokenizer import END_OF_TEXT, text_tokenizer
+from model.tokenizer import END_OF_TEXT, require_room, text_tokenizer
 
 # Our modules -> theirs, {} is the layer. If there are several, ours is one matrix with the rows of all.
 MODULES = {
@@ -233,10 +233,17 @@ def find_pretrained(name: str, *patterns: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
 
 
+def checkpoint_file(name: str) -> Path | None:
+    """The checkpoint that a name refers to by its own path or its folder's, or None."""
+    path = Path(os.path.expanduser(name))
+    if path.is_dir() and all_checkpoints(path):
+        return find_checkpoint(path, None, prefer="best")
+    return path if path.is_file() else None
+
+
 def load_tokenizer_json(name: str) -> str:
     """The tokenizer of anything that load_pretrained accepts."""
-    file = Path(os.path.expanduser(name))
-    if file.is_file():
+    if file := checkpoint_file(name):
         return load_checkpoint(file)["tokenizer"]
     path = find_pretrained(name, "tokenizer.json") / "tokenizer.json"
     require(path.is_file(), f"{name} has no tokenizer.json")
@@ -247,12 +254,11 @@ def load_tokenizer_json(name: str) -> str:
 
 
 def load_pretrained(name: str) -> Pretrained:
-    """Load a GPT-2 or Qwen3 model from a folder or the hub, or one of our checkpoints.
+    """Load a GPT-2 or Qwen3 model from a folder or the hub, or one of our checkpoints, or the best in a folder.
 
     Raises UserError if it is missing or not supported.
     """
-    file = Path(os.path.expanduser(name))
-    if file.is_file():
+    if file := checkpoint_file(name):
         model, _, checkpoint = load_model(file)
         return Pretrained(model.config, model.state_dict(), checkpoint["tokenizer"])
     load_file = needs("safetensors.torch", name).load_file
@@ -281,6 +287,7 @@ def load_pretrained_model(name: str, device: torch.device) -> tuple[GPT, Tokeniz
     require(
         eot_id is not None, f"the tokenizer of {name} has no {END_OF_TEXT} token, with which stories begin"
     )
+    require_room(pretrained.config.vocab_size, tokenizer, name)
     model = GPT(pretrained.config)
     model.load_state_dict(pretrained.weights)
     return model.to(device).eval(), tokenizer, eot_id

@@ -5,6 +5,7 @@ import io
 import math
 import re
 import string
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ TEMPLATE = Path(__file__).with_name("report.html")
 COLOURS = ("#3b82d6", "#e07b1f", "#2f9e64", "#a367dc", "#d64550", "#129ba3")
 # Placeholder, replaced by the page's text colour
 INK = "#010203"
+# Control characters, which a page must not have
+NOT_HTML = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f]")
 
 SCORE_NOTE = """Every story is scored from its own beginning to its end, each token once. Lower bits per byte are
 better, and comparable between tokenizers. Intervals: 95 %, by bootstrap over stories; differences are paired, on
@@ -115,8 +118,9 @@ def render(report: dict, prompts: int) -> str:
     title = headline(results) or "Story quality"
     when = f"{report['date'][:16].replace('T', ' ')} UTC"
     page = string.Template(TEMPLATE.read_text(encoding="utf-8"))
+    body = NOT_HTML.sub("\ufffd", "\n".join(sections))
     about_stories = f"{html.escape(report['source'])} · {when}" if results else when
-    return page.substitute(title=html.escape(title), about=about_stories, body="\n".join(sections))
+    return page.substitute(title=html.escape(title), about=about_stories, body=body)
 
 
 def section(heading: str, note: str, body: str, kind: str = "") -> str:
@@ -231,7 +235,11 @@ def draw(labels: list[str], lines: list[tuple], x_label: str, title: str, log: b
         figure.legend(axes.get_lines(), names, loc="outside lower left", frameon=False)
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # of characters that its own fonts lack; the browser's may have them
+            FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
     svg = buffer.getvalue().replace(INK, "currentColor")
     svg = re.sub(r' id="\w+_\d+"', "", svg[svg.index("<svg") :])  # not unique across figures
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg)  # the page sets the size

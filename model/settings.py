@@ -138,6 +138,8 @@ def parse_value(text: str, constant: Constant) -> object:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
+        if message.endswith(("expected one argument", "expected at least one argument")):
+            message += ": one that begins with - follows a =, as in --flag=-value"
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
@@ -229,6 +231,8 @@ def read_settings(
         if allowed and value not in allowed and not (value is None and constant.optional):
             flag = flag_name(constant.name)
             raise UserError(f"{flag} takes {', '.join(allowed[:-1])} or {allowed[-1]}, not {value!r}")
+        if constant.optional and value == "":  # such as an unset variable of the shell
+            raise UserError(f"{flag_name(constant.name)} takes a name, not an empty one (or none)")
         if constant.name.endswith("_dir"):
             require(value, f"{flag_name(constant.name)} takes a folder, not an empty name")
             value = (Path.cwd() if constant.name in given else REPO) / os.path.expanduser(value)

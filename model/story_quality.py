@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from model.errors import UserError, require
+from model.errors import UserError, first_line, require
 from model.files import read_text
 from model.packed_data import Data
 from model.tokenizer import text_tokenizer
@@ -36,7 +36,7 @@ EXAMPLES = 8
 class Story:
     text: str  # including the prompt
     prompt: str = ""  # the given beginning
-    ended: bool = True  # by itself, not cut off
+    ended: bool | None = True  # by itself, not cut off; None: not known
 
 
 def words_in(text: str) -> list[str]:
@@ -50,7 +50,8 @@ def describe(groups: dict[str, list[Story]], data: Data | None) -> dict[str, dic
     """
     figures = {name: describe_text([story.text for story in stories]) for name, stories in groups.items()}
     for name, stories in groups.items():
-        figures[name]["ended"] = sum(story.ended for story in stories) / len(stories)
+        ended = [story.ended for story in stories]
+        figures[name]["ended"] = None if None in ended else sum(ended) / len(ended)
     if data is None:
         return figures
     tokenizer = text_tokenizer(data.tokenizer_json)
@@ -224,8 +225,13 @@ def read_written(path: str) -> list[Story]:
             row = json.loads(line)
             prompt, story = row["prompt"], row["story"]
             (prompt + story).encode()  # which fails for half of a surrogate pair, such as "\ud83d"
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path} line {number} is not a story written by generate.py --output") from None
-        stories.append(Story(prompt + story, prompt, row.get("finish_reason") != "length"))
+            reason = row.get("finish_reason")
+            ended = None if reason is None else reason != "length"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            lacking = f" ({first_line(error)})" if isinstance(error, KeyError) else ""
+            raise UserError(
+                f"{path} line {number} is not a story written by generate.py --output{lacking}"
+            ) from None
+        stories.append(Story(prompt + story, prompt, ended))
     require(stories, f"{path} holds no stories")
     return stories

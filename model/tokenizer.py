@@ -26,6 +26,16 @@ def readable(word: str) -> str:
     return word.encode(errors="surrogateescape").decode(errors="replace")
 
 
+def require_room(vocab_size: int, tokenizer: Tokenizer, name: str) -> None:
+    """Raise UserError if a model has no embedding for some of its tokenizer's tokens, without special ones, which no
+    text has."""
+    tokens = tokenizer.get_vocab_size(with_added_tokens=False)
+    require(
+        tokens <= vocab_size,
+        f"the tokenizer of {name} has {tokens:,} tokens, but the model only {vocab_size:,}",
+    )
+
+
 def tokenizer_file(data_dir: Path) -> Path:
     """Where step 2 writes the tokenizer."""
     return data_dir / "tokenizer" / "tokenizer.json"

@@ -4,6 +4,7 @@ import hashlib
 import html.parser
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import assert_one_line_error
+from conftest import REPO, assert_one_line_error
 from test_model import reference as as_transformers
 from test_scoring import EOT, STORIES, make_model, make_tokenizer, score
 
@@ -22,7 +23,7 @@ import evaluate as script
 from model.candidates import TransformersModel
 from model.checkpoint import save_checkpoint
 from model.errors import UserError
-from model.report import figure
+from model.report import NOT_HTML, figure
 from model.scoring import score_stories
 
 TRAIN = [f"Cat {k} sat on the mat and saw a dog." for k in range(10)]
@@ -187,9 +188,17 @@ def test_neither_order_nor_batch_size_changes_a_figure(evaluate, tmp_path):
             assert same["bits_per_byte_interval"] == pytest.approx(one["bits_per_byte_interval"], rel=1e-6)
 
 
-def test_stories_of_ones_own_need_no_packed_data(evaluate, tmp_path, tokenizer):
+def test_stories_of_ones_own_need_no_packed_data(run, checkpoint, tmp_path, tokenizer):
+    """Unless a folder for it is named. The script is run in a copy of the repository, which has no data."""
     (tmp_path / "own.jsonl").write_text('{"text": " The cat. "}\n{"text": ""}\n{"text": "A dog sat."}\n')
-    (row,) = evaluate("--text", "own.jsonl", "--data-dir", tmp_path / "none")["results"]
+    for name in ("model", "data"):
+        shutil.copytree(
+            REPO / name, tmp_path / name, ignore=lambda _, names: {"raw", "processed"} & set(names)
+        )
+    shutil.copy(REPO / "evaluate.py", tmp_path)
+    flags = ["--checkpoint-dir", checkpoint, "--text", "own.jsonl", "--output", "scores.json"]
+    run(tmp_path / "evaluate.py", *flags, cwd=tmp_path, check=0)
+    (row,) = json.loads((tmp_path / "scores.json").read_text())["results"]
     expected = score(make_model("modern"), tokenizer, ["The cat.", "A dog sat."]).summary()
     assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-5)
 
@@ -263,9 +272,9 @@ def save_transformers(folder, model, tokenizer, **special):
     return folder
 
 
-def random_transformer(kind, context=400):
+def random_transformer(kind, context=400, vocab_size=300):
     torch.manual_seed(1)
-    shape = {"vocab_size": 300, "bos_token_id": EOT, "eos_token_id": EOT}
+    shape = {"vocab_size": vocab_size, "bos_token_id": EOT, "eos_token_id": EOT}
     if kind == "neo":
         config = transformers.GPTNeoConfig(
             **shape, max_position_embeddings=context, hidden_size=16, num_layers=2, num_heads=2,
@@ -383,10 +392,12 @@ def break_folder(folder, damage):
         ("end", "has no end-of-text token"),
         ("missing", "lacks 1 of its weights, including transformer.h.1.mlp.c_fc.weight"),
         ("context", "has a context of 1 token"),
+        ("vocabulary", "the tokenizer of .* has 293 tokens, but the model only 200"),
     ],
 )
 def test_a_broken_hugging_face_folder_is_one_line(tmp_path, tokenizer, evaluate, damage, needle):
-    model = random_transformer("gpt2", context=1 if damage == "context" else 32)
+    shape = {"context": {"context": 1}, "vocabulary": {"vocab_size": 200}}.get(damage, {})
+    model = random_transformer("gpt2", **shape)
     folder = save_transformers(tmp_path / "model", model, tokenizer)
     break_folder(folder, damage)
     with pytest.raises(UserError, match=needle):
@@ -435,7 +446,7 @@ def test_the_report_is_one_page_with_everything(evaluate, tmp_path):
         assert f"{result['bits_per_byte']:.4f}" in said
     for row in written["written"]:
         for story in row["stories"].values():
-            assert story.removeprefix(row["prompt"]).strip("\n") in said
+            assert NOT_HTML.sub("\ufffd", story.removeprefix(row["prompt"]).strip("\n")) in said
     assert prompt in said and written["command"] in said and written["results"][1]["verdict"] in said
     assert "n_layer" in said and "prefers-color-scheme: dark" in text
 
@@ -451,10 +462,22 @@ def test_a_name_with_dollars_is_not_a_formula(evaluate, checkpoint, tmp_path):
 
 
 def test_a_report_of_stories_alone(evaluate, tmp_path):
-    (tmp_path / "s.jsonl").write_text('{"prompt": "The", "story": " cat sat."}\n')
+    (tmp_path / "s.jsonl").write_text(r'{"prompt": "The", "story": " \u001bcat sat."}' + "\n")
     evaluate("--stories", "s.jsonl", "--report", "r.html")
-    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    page = Page(text)
     assert "svg" not in page.tags and "s.jsonl" in "".join(page.words)
+    assert not re.search(r"[^\S ]", text.replace("\n", "")) and "\x1b" not in text
+
+
+def test_names_that_are_not_utf8_spoil_neither_results_nor_report(evaluate, checkpoint, tmp_path, recwarn):
+    """Nor do characters that matplotlib's fonts lack."""
+    name, text = os.fsdecode(b"caf\xe9 \xf0\x9f\x98\x80.pt"), os.fsdecode(b"caf\xe9.txt")
+    shutil.copy(checkpoint / "best.pt", tmp_path / name)
+    (tmp_path / text).write_text("The cat sat.")
+    written = evaluate("--report", "r.html", "--checkpoint", name, "--text", text)
+    assert written["results"][0]["checkpoint"] == "caf\ufffd \U0001f600.pt"
+    assert "caf\ufffd.txt" in (tmp_path / "r.html").read_text(encoding="utf-8") and not recwarn.list
 
 
 # What the user got wrong
@@ -475,12 +498,22 @@ def test_a_report_of_stories_alone(evaluate, tmp_path):
         (["--text", "empty.txt", "--split", "all"], "--text and --split: give one of the two"),
         (["--stories", "none.jsonl"], "there is no file none.jsonl"),
         (["--report", "."], "--report . is a folder"),
+        (["--report", ""], "--report takes a name, not an empty one"),
+        (["--output", "a.html", "--report", "./a.html"], "--output and --report name the same file"),
+        (["--checkpoint", ""], "--checkpoint takes a name, not an empty one"),
+        (["--checkpoint", "folder"], "folder holds neither checkpoints nor a Hugging Face model"),
+        (["--text-column", "story"], "--text-column: only for files of --text"),
+        (
+            ["--text", "empty.txt", "--data-dir", "nothing"],
+            r"run python .*data/prepare_data\.py --data-dir nothing",
+        ),
         (["--data-dir", "nothing"], r"run python .*data/prepare_data\.py --data-dir nothing"),
         (["--checkpoint", "short.pt"], "short.pt has a context of 1 token"),
     ],
 )
 def test_what_the_user_got_wrong_is_one_line(evaluate, tmp_path, tokenizer, flags, needle):
     (tmp_path / "empty.txt").write_text(" \n\n")
+    (tmp_path / "folder").mkdir()
     model = make_model("modern", block_size=1)
     content = {"config": vars(model.config), "settings": {}, "weights": model.state_dict(), "step": 1}
     save_checkpoint(

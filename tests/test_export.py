@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,13 @@ from model.decoder import Decoder
 from model.errors import UserError
 from model.generation import Sampling, generate_all
 from model.gpt import GPT
-from model.huggingface import from_config_json, load_pretrained, to_config_json
+from model.huggingface import (
+    from_config_json,
+    load_pretrained,
+    load_pretrained_model,
+    load_tokenizer_json,
+    to_config_json,
+)
 from model.packed_data import load_data
 from model.run import complete_settings
 from model.settings import read_settings
@@ -361,6 +368,21 @@ def test_training_begins_with_it_and_goes_on_without_it(run, packed, trained, tm
     assert "# ckpt_3-finetuned\n" in card and f"fine-tuned from {tmp_path / 'run' / 'ckpt_3.pt'}." in card
 
 
+def test_a_folder_of_checkpoints_is_the_best_of_them(make, tmp_path):
+    (tmp_path / "run").mkdir()
+    make(name="run/ckpt_9.pt")
+    expected = load_pretrained(str(make(name="run/best.pt", n_embd=32)))
+    found = load_pretrained(str(tmp_path / "run"))
+    assert found.config == expected.config and found.config.n_embd == 32
+    assert load_tokenizer_json(str(tmp_path / "run")) == expected.tokenizer_json
+
+
+def test_a_model_too_small_for_its_tokenizer_is_refused(make, tmp_path):
+    folder = run_export("--checkpoint", make(vocab_size=300), "--output", tmp_path / "exported")
+    with pytest.raises(UserError, match="has 400 tokens, but the model only 300"):
+        load_pretrained_model(str(folder), CPU)
+
+
 def test_a_context_that_does_not_fit_moves_no_run(run, make, packed, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     places = ["--data-dir", packed, "--checkpoint-dir", tmp_path / "run"]
@@ -482,13 +504,20 @@ def test_only_an_earlier_export_is_replaced_and_only_on_request(make, tmp_path, 
     assert after.keys() == before.keys() and after != before
 
 
-def test_nothing_else_is_written_over(make, tmp_path):
+def test_nothing_else_is_written_over(make, tmp_path, monkeypatch):
     path = make()
     folder = run_export("--checkpoint", path, "--output", tmp_path / "out")
     (folder / "diary.txt").write_text("precious")
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "README.md").write_text("precious")
+    (tmp_path / "empty" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty" / "here")
     before = contents(tmp_path)
     for output, form, message in (
         (folder, "hf", "holds diary.txt"),
+        (tmp_path / "paper", "hf", "is not an export, it holds no model"),
+        (Path("."), "hf", "would replace the current folder"),
+        (Path(".."), "hf", "would replace the current folder"),
         (path, "hf", "is a file"),
         (path, "gguf", "ends in .gguf"),
         (path / "folder", "hf", "is a file"),
@@ -496,7 +525,7 @@ def test_nothing_else_is_written_over(make, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             run_export("--checkpoint", path, "--output", output, "--format", form, "--overwrite")
-    assert contents(tmp_path) == before
+    assert contents(tmp_path) == before and Path.cwd().is_dir()
 
 
 def full_disk(*_args, **_options):

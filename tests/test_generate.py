@@ -54,7 +54,7 @@ def test_without_a_seed_each_story_is_new_and_its_seed_is_said(generate):
 
 
 def test_stories_go_to_a_file_one_json_object_a_line(generate, tmp_path):
-    (tmp_path / "prompts.txt").write_text("Once\nThe big dog\n")
+    (tmp_path / "prompts.txt").write_text("Once\n\nThe big dog \n")
     flags = ["--prompt", "One day", "--prompts-file", tmp_path / "prompts.txt", "--num-samples", 2]
     generate(*flags, "--max-tokens", 9, "--seed", 5, "--output", tmp_path / "stories.jsonl", check=0)
     rows = read_rows(tmp_path / "stories.jsonl")
@@ -79,7 +79,10 @@ def test_a_line_is_a_story_whatever_it_holds(generate, run, tmp_path):
     ("flags", "needles"),
     [
         (["--output", "."], ["--output . is a folder: name a file in it"]),
-        (["--output", ""], ["--output '' is a folder"]),
+        (["--output", ""], ["--output takes a name, not an empty one"]),
+        (["--checkpoint", ""], ["--checkpoint takes a name, not an empty one"]),
+        (["--prompts-file", os.devnull], [f"{os.devnull} holds no prompts"]),
+        (["--prompt", "-x"], ["expected at least one argument", "--flag=-value"]),
         (["--output", "/dev/null"], ["/dev/null is not a regular file"]),
         (["--interactive", "--output", "x.jsonl", "--prompt", "A"], ["leave out --output and --prompt"]),
         (["--seed", -1], ["seed must be 0 or more"]),
@@ -142,12 +145,16 @@ def test_a_note_is_not_in_the_middle_of_a_story(trained):
 
 def test_a_beginning_ends_with_a_word(trained):
     """After its space, the model would have to go on within a word."""
-    command = [sys.executable, REPO / "generate.py", "--checkpoint-dir", trained, "--interactive"]
-    command += ["--max-tokens", 5, "--temperature", 0]
-    said = subprocess.run(
-        list(map(str, command)), input="A cat\nA cat \n", capture_output=True, text=True
-    ).stdout
-    assert said[: len(said) // 2] == said[len(said) // 2 :]
+    command = [sys.executable, REPO / "generate.py", "--checkpoint-dir", trained, "--max-tokens", 5]
+    command += ["--temperature", 0]
+
+    def say(*flags, **options):
+        return subprocess.run(
+            list(map(str, [*command, *flags])), capture_output=True, text=True, **options
+        ).stdout
+
+    said = say("--interactive", input="A cat\nA cat \n")
+    assert said[: len(said) // 2] == said[len(said) // 2 :] == say("--prompt", "A cat ")
 
 
 def test_interactive_in_a_terminal(trained):
@@ -213,11 +220,14 @@ def test_a_terminal_that_lacks_a_character_shows_the_others(generate):
     assert result.stdout.startswith("caf? ?")
 
 
-def test_closed_streams_are_no_defect(trained):
+def test_closed_streams_are_no_defect(trained, tmp_path):
     words = [sys.executable, REPO / "generate.py", "--checkpoint-dir", trained, "--max-tokens", 3]
     command = shlex.join(map(str, words))
-    result = subprocess.run(["bash", "-c", f"{command} >&-"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    for closed in (">&-", "2>&-", "--output stories.jsonl --num-samples 2 2>&-"):
+        result = subprocess.run(
+            ["bash", "-c", f"{command} {closed}"], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert result.returncode == 0, result
     result = subprocess.run(["bash", "-c", f"{command} --interactive <&-"], capture_output=True, text=True)
     assert result.returncode == 2 and "standard input is closed" in result.stderr.splitlines()[-1]
 
@@ -277,7 +287,7 @@ def test_stories_beyond_the_memory_for_one_batch_wait_for_the_next(trained, monk
 
     model, tokenizer, checkpoint = load_model(find_checkpoint(trained, "best", "best"))
     writer = script.Writer(Decoder(model.double()), tokenizer, checkpoint["eot_id"], Sampling(), 12)
-    together, in_parts = [], []
+    together, in_parts = {}, {}
     writer.write(["A cat", "Two", "", "One day"], 3, together)
     monkeypatch.setattr(
         script, "CACHE_BYTES", 3 * 2 * 8 * 16 * 16
@@ -296,8 +306,36 @@ def test_stories_beyond_the_memory_for_one_batch_wait_for_the_next(trained, monk
         15,
         100,
     ):  # an empty prompt is one token: stories of 8, 16 and 16 tokens at once
-        writer.write([""] * 6, 3, [])
+        writer.write([""] * 6, 3, {})
     assert sizes == [6, 3, 3, 3, 3]
+
+
+def test_prompts_of_similar_length_are_continued_together(trained, monkeypatch):
+    """And each gives the same story in any company."""
+    import generate as script
+    from model.checkpoint import find_checkpoint, load_model
+    from model.decoder import Decoder
+    from model.generation import Sampling
+
+    model, tokenizer, checkpoint = load_model(find_checkpoint(trained, "best", "best"))
+    writer = script.Writer(Decoder(model.double()), tokenizer, checkpoint["eot_id"], Sampling(), 6)
+    lengths = [70, 1, 900, 66, 200, 3, 67, 202]
+    batches = list(writer.batches([[0] * length for length in lengths]))
+    assert [[lengths[place] for place in part] for part in batches] == [
+        [1, 3, 66],
+        [67, 70],
+        [200, 202],
+        [900],
+    ]
+    monkeypatch.setattr(script, "SIMILAR", 2)
+    prompts = ["A dog ran to the big tree. " * 9, "Once", "A dog ran to the big tree", "One day"]
+    together, alone = {}, {}
+    writer.write(prompts, 3, together)
+    for place, prompt in enumerate(prompts):
+        one = {}
+        writer.write([prompt], 3 + place, one)
+        alone[place] = one[0]
+    assert together == alone
 
 
 def test_stories_that_have_ended_survive_ctrl_c(trained, tmp_path, monkeypatch, capsys):

@@ -19,7 +19,7 @@ import generate as script
 from model.config import GPTConfig
 from model.decoder import Decoder
 from model.errors import UserError
-from model.generation import Batch, Sampling, draw, generate, generate_all, next_distribution
+from model.generation import Batch, Sampling, context_start, draw, generate, generate_all, next_distribution
 from model.gpt import GPT
 from model.tokenizer import text_tokenizer
 
@@ -154,6 +154,20 @@ def test_small_and_odd_contexts_slide_too(block_size):
     for seed, prompt in enumerate(PROMPTS):
         written = generate_all(Decoder(model), [prompt], 12, EOT, WAYS[2], [seed])[0]
         assert written == continue_without_cache(model, prompt, 12, WAYS[2], seed)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 16])
+def test_what_lies_before_the_context_is_not_needed(block_size):
+    decoder = Decoder(make_model("modern", block_size=block_size))
+    prompt = [k % 29 for k in range(1, 60)]
+    for length in range(1, len(prompt)):
+        begin = context_start(length, block_size)
+        assert length - begin <= block_size and (begin == 0) == (length <= block_size)
+        whole, end = (
+            generate_all(decoder, [ids], 2 * block_size, EOT, WAYS[2], [1])
+            for ids in (prompt[:length], prompt[begin:length])
+        )
+        assert whole == end
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 15, 16, 17, 33])

@@ -158,17 +158,25 @@ def test_stories_of_generate_are_read(tmp_path):
     rows = [
         {"prompt": "Once", "story": " there was.", "finish_reason": "end_of_story"},
         {"prompt": "", "story": "And then", "finish_reason": "length"},
+        {"prompt": "", "story": "By others."},
     ]
     path = tmp_path / "stories.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    assert read_written(str(path)) == [Story("Once there was.", "Once", True), Story("And then", "", False)]
+    stories = read_written(str(path))
+    assert stories == [
+        Story("Once there was.", "Once", True),
+        Story("And then", "", False),
+        Story("By others.", "", None),
+    ]
+    assert describe({"a": stories[:2], "b": stories}, None)["a"]["ended"] == 0.5
+    assert describe({"b": stories}, None)["b"]["ended"] is None
 
 
 @pytest.mark.parametrize(
     ("content", "needle"),
     [
         (b"", "holds no stories"),
-        (b'{"prompt": "a", "story": "b"}\n{"text": "c"}\n', "line 2 is not a story"),
+        (b'{"prompt": "a", "story": "b"}\n{"text": "c"}\n', "line 2 is not a story .*no entry 'prompt'"),
         (b"Once upon\n", "line 1 is not a story"),
         (b"[1]\n", "line 1 is not a story"),
         (b'{"prompt": "a", "story": null}', "line 1 is not a story"),

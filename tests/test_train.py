@@ -25,7 +25,7 @@ from model.console import ProgressBar, print_plan, print_stop
 from model.errors import UserError
 from model.forward import choose_flex, prepare_forward
 from model.gpt import GPT, story_mask
-from model.metrics import Metrics, smooth, write_samples
+from model.metrics import Metrics, read_history, smooth, write_samples
 from model.packed_data import Data, Split, fingerprints, load_data
 from model.processes import Processes, StopRequest
 from model.run import Run, complete_settings
@@ -83,9 +83,9 @@ def settings_of(checkpoint, folder, **changes):
     return SimpleNamespace(**values, defaults=checkpoint["defaults"], checkpoint_dir=folder)
 
 
-def metrics(folder):
+def metrics(folder, prefix=""):
     """The rows of metrics.jsonl without what depends on the clock."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / f"{prefix}metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
 
 
@@ -431,6 +431,39 @@ def test_three_processes_resume_exactly(packed, tmp_path):
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
 
 
+LATE = """
+import os
+import sys
+
+import torch.distributed as dist
+
+sys.path.insert(0, sys.argv[1])
+from model.processes import start_processes, stop_processes
+
+processes = start_processes("cpu")
+group = dist.group.WORLD  # held, and its threads with it, as by what training imports
+try:
+    processes.wait()
+    for thread in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{thread}/comm") as name:
+            if "gloo" in name.read():
+                os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+    processes.wait()
+finally:
+    stop_processes()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="only Linux has it")
+def test_threads_that_finish_late_abort_no_process(tmp_path):
+    """Those of gloo hold the tensors of an operation until after its end, and let go of them when they get a turn."""
+    (tmp_path / "late.py").write_text(LATE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=6"]
+    command += [str(tmp_path / "late.py"), str(REPO)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("fresh", [[], ["--fresh"]])
 def test_torchrun_restarts_a_killed_worker_and_the_losses_stay_the_same(train, packed, tmp_path, fresh):
     """With --fresh, too: a restart resumes the new run instead of moving it aside."""
@@ -512,7 +545,15 @@ def test_a_finished_run_made_longer_is_the_longer_run(train):
     assert_same_run(folder, whole, "ckpt_20.pt")
     kept = load_checkpoint(folder / "shorter_12_ckpt_12.pt")["weights"]
     assert all(torch.equal(kept[name], weight) for name, weight in best["weights"].items())
-    assert (folder / "shorter_12_metrics.jsonl").exists()
+    # What is exported or evaluated has the evaluations of its own run
+    shorter, longer = (
+        [row for row in metrics(folder, prefix) if "validation_loss" in row] for prefix in ("shorter_12_", "")
+    )
+    names = {"shorter_12_ckpt_12.pt": shorter, "ckpt_20.pt": longer, "best.pt": longer}
+    for name, rows in names.items():
+        assert read_history(folder / name, load_checkpoint(folder / name)) == rows
+    save_checkpoint(folder / "best.pt", best)  # had the longer run become no better
+    assert read_history(folder / "best.pt", best) == shorter
 
 
 def test_a_run_made_longer_remembers_its_length_and_its_best_if_it_is_killed_at_once(train):
@@ -590,6 +631,32 @@ def test_another_weight_decay_counts_when_a_run_goes_on(train):
         group for o in load_checkpoint(folder / "ckpt_12.pt")["optimizers"] for group in o["param_groups"]
     ]
     assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.5, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_results_without_a_checkpoint_are_moved_aside_too(train, tmp_path):
+    folder, _ = train("run", "--max-steps", 4)
+    results = {
+        name: (folder / name).read_bytes() for name in ("metrics.jsonl", "loss_curve.png", "samples.md")
+    }
+    for attempt in range(2):  # in one second, perhaps
+        for path in folder.glob("*.pt"):
+            path.unlink()
+        _, result = train("run", "--max-steps", 4)
+        assert "moved the earlier run to" in result.out and len(list(folder.glob("earlier-*"))) == attempt + 1
+    first = min(folder.glob("earlier-*"))
+    assert {file.name: file.read_bytes() for file in first.iterdir()} == results
+
+
+def test_a_file_is_no_folder_for_checkpoints(train, tmp_path):
+    for name in ("run", "run/a"):
+        (tmp_path / "run").write_text("mine")
+        with pytest.raises(UserError, match=r"--checkpoint-dir .*run is a file, not a folder"):
+            train(name)
+
+
+def test_a_warm_up_beyond_the_run_is_noted(train):
+    _, result = train("run", "--max-steps", 1, "--warmup-steps", 2)
+    assert "note         2 --warmup-steps: the learning rate will not reach its peak" in result.out
 
 
 def test_fresh_moves_the_old_run_aside(train, tmp_path):
