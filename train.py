@@ -182,8 +182,8 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
         flex = "; FlexAttention within stories" * state.model.flex
         print(f"micro-batch  {settings.micro_batch} windows, {micro_batches} per step{flex}", flush=True)
     metrics = Metrics(folder, state.step, state.last_evaluation) if processes.first else None
-    progress_bar = ProgressBar(run, state)
     stop = StopRequest(processes)
+    progress_bar = ProgressBar(run, state, stop)
     eval_interval, save_interval = recipe.eval_interval, settings.save_interval or recipe.eval_interval
     # Settings that have changed are saved before the first step, so that it can be resumed with them
     saved_at = -1 if checkpoint and changed_settings(settings, checkpoint) else state.step

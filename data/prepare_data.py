@@ -73,7 +73,7 @@ def main():
     if splits:
         print(f"{shown(folder)} is up to date (delete it to rebuild it)")
     else:
-        note_foreign_tokenizer(file, manifest, settings)
+        note_foreign_tokenizer(settings.data_dir, manifest)
         splits = pack_all(folder, settings, manifest, Encoder(tokenizer, wanted["dtype"]), wanted)
         write_json(folder / "meta.json", {**wanted, "splits": splits})
     for split, counts in splits.items():
@@ -85,15 +85,16 @@ def main():
     print(f"next: {command('train.py', data_dir=settings.data_dir)}")
 
 
-def note_foreign_tokenizer(file: Path, manifest: dict, settings: SimpleNamespace) -> None:
+def note_foreign_tokenizer(data_dir: Path, manifest: dict) -> None:
     """Say so if step 2 has learned the tokenizer from other stories than these."""
+    file = tokenizer_file(data_dir)
     with contextlib.suppress(UserError):  # its record is broken
         made_from = read_json(file.with_name("made_from.json"))
         learned_from = made_from.get("raw_sha256")
         if learned_from not in (None, manifest["splits"]["train"]["sha256"]):
             note(
                 f"{shown(file)} was learned from other stories, so these take more tokens; "
-                f"{command('data/train_tokenizer.py', data_dir=settings.data_dir)} learns one from these"
+                f"{command('data/train_tokenizer.py', data_dir=data_dir)} learns one from these"
             )
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -12,8 +13,10 @@ from tqdm import tqdm
 
 from model.errors import note
 from model.files import command, shown
+from model.processes import StopRequest
 from model.run import NOT_KEPT, Run
 from model.runtime import peak_flops
+from model.script import close_output
 from model.settings import flag_name
 from model.training_state import TrainingState
 
@@ -63,8 +66,8 @@ def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> Non
 class ProgressBar:
     """A tqdm bar on a terminal, otherwise an occasional line."""
 
-    def __init__(self, run: Run, state: TrainingState):
-        self.run, self.state, self.shows = run, state, run.processes.first
+    def __init__(self, run: Run, state: TrainingState, stop: StopRequest):
+        self.run, self.state, self.stop, self.shows = run, state, stop, run.processes.first
         half = run.runtime.dtype != torch.float32
         peak = peak_flops(run.runtime.device) if half else None
         self.peak = peak * run.processes.count if peak else None  # FLOP/s
@@ -117,9 +120,14 @@ class ProgressBar:
         return steps, seconds / 60
 
     def say(self, text: str) -> None:
+        """Print a line. If what reads our output (such as `head`) is gone, let the run be saved and stop."""
         if self.shows:
-            self.bar.write(text)
-            sys.stdout.flush()
+            try:
+                self.bar.write(text)
+                sys.stdout.flush()
+            except BrokenPipeError:
+                close_output()
+                self.stop.receive(signal.SIGPIPE)
             self.printed = time.monotonic()
 
     def close(self) -> None:

@@ -133,9 +133,8 @@ def prepare_forward(run: Run, model: GPT, windows: int) -> nn.Module:
                 require(micro_batch > 1, "not even one window fits in the GPU's memory: use a smaller model")
                 micro_batch //= 2
                 torch.compiler.reset()  # code for other sizes counts towards a limit, beyond which nothing is compiled
-            elif not runtime.compile or isinstance(
-                error, torch.AcceleratorError
-            ):  # after that, nothing works
+            # After an AcceleratorError, nothing works
+            elif not runtime.compile or isinstance(error, torch.AcceleratorError):
                 raise
             elif model.flex:
                 warn(f"FlexAttention does not work here, continuing without it: {first_line(error)}")

@@ -120,7 +120,7 @@ def end_at_once(status: int) -> None:
 
 
 class StopRequest:
-    """True after Ctrl-C or SIGTERM; the step is finished and saved. A second Ctrl-C stops at once."""
+    """True after Ctrl-C, SIGTERM or a broken pipe; the step is finished and saved. A second Ctrl-C stops at once."""
 
     def __init__(self, processes: Processes):
         self.received, self.agreed, self.processes = 0, 0, processes
@@ -130,7 +130,7 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.agreed != 0
 
-    def receive(self, number: int, _frame: object) -> None:
+    def receive(self, number: int, _frame: object = None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number

@@ -31,6 +31,11 @@ def stop_again(failure: object) -> None:
         sys.__unraisablehook__(failure)
 
 
+def close_output() -> None:
+    """Discard what is still printed; otherwise, Python would complain at its end that nobody reads it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main(). Errors that the user can fix end in one line and exit status 2."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that cleanup code runs
@@ -51,7 +56,7 @@ def run_script(main: Callable[[], None]) -> None:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        close_output()
         sys.exit(141)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):

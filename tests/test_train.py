@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -320,7 +321,7 @@ def test_the_time_left_includes_that_steps_become_slower(limits, depth, grow_at)
     runtime = Runtime(torch.device("cpu"), torch.float32, False, "")
     run = make_run(recipe=recipe, config=config, runtime=runtime, processes=Processes(rank=1, count=2))
     vars(run)["shortlists"] = SimpleNamespace(size=100)
-    bar = ProgressBar(run, state)
+    bar = ProgressBar(run, state, None)
     bar.speed = 1_024.0
     slower = model.flops_per_token(4, 100) / model.flops_per_token(depth, 100)
     assert 1 < slower < 2 if depth == 2 else slower == 1
@@ -631,6 +632,15 @@ def test_another_weight_decay_counts_when_a_run_goes_on(train):
         group for o in load_checkpoint(folder / "ckpt_12.pt")["optimizers"] for group in o["param_groups"]
     ]
     assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.5, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_a_run_whose_output_nobody_reads_is_saved(packed, tmp_path):
+    words = [sys.executable, REPO / "train.py", *TINY, "--max-steps", 4000, "--eval-interval", 2]
+    words += ["--data-dir", packed, "--checkpoint-dir", tmp_path / "run", "--save-interval", 4000]
+    command = f"{shlex.join(map(str, words))} | sed /^step/q; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 128 + signal.SIGPIPE and "Traceback" not in result.stderr, result.stderr
+    assert result.stdout.startswith("stories") and list_checkpoints(tmp_path / "run")
 
 
 def test_results_without_a_checkpoint_are_moved_aside_too(train, tmp_path):
