@@ -126,7 +126,7 @@ def validation_windows(tokens: np.ndarray, block_size: int, limit: int) -> np.nd
     if available < 1:
         raise UserError(
             f"block_size {block_size} is too long for the {len(tokens):,} validation tokens: "
-            "lower it or hold out more stories"
+            "lower it, or hold out more stories (data/ingestion.py --validation-fraction)"
         )
     chosen = np.linspace(0, available - 1, min(limit, available)).round().astype(np.int64)
     indices = chosen[:, None] * block_size + np.arange(block_size + 1)
