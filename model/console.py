@@ -151,8 +151,7 @@ def print_end(run: Run, state: TrainingState) -> None:
 def print_stop(run: Run, state: TrainingState) -> None:
     """Print the command that resumes a stopped run."""
     settings, program = run.settings, command("train.py")
-    if "RANK" in os.environ:
-        workers = os.environ.get("LOCAL_WORLD_SIZE", 1)
+    if workers := os.environ.get("LOCAL_WORLD_SIZE"):  # torchrun's
         program = program.replace("python", f"torchrun --nproc_per_node={workers}", 1)
     flags = []  # the checkpoint remembers the others
     forgotten = settings.given & (NOT_KEPT - {"fresh"})

@@ -73,7 +73,7 @@ class Processes:
 
 def start_processes(device: str) -> Processes:
     """Join torchrun's process group (nccl on CUDA, gloo elsewhere), if there is one."""
-    if "RANK" not in os.environ:
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return Processes()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
     processes = Processes(*(int(os.environ.get(name, 0)) for name in names))

@@ -28,7 +28,7 @@ from model.forward import choose_flex, prepare_forward
 from model.gpt import GPT, story_mask
 from model.metrics import Metrics, read_history, smooth, write_samples
 from model.packed_data import Data, Split, fingerprints, load_data
-from model.processes import Processes, StopRequest
+from model.processes import Processes, StopRequest, start_processes
 from model.run import Run, complete_settings
 from model.runtime import (
     Runtime,
@@ -399,6 +399,11 @@ def test_four_processes_train_as_one_does(train, packed, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "four"), losses(one), rtol=1e-5)
 
 
+def test_a_rank_alone_is_no_torchrun(monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # as other launchers and users may set it
+    assert start_processes("cpu") == Processes()
+
+
 def test_fewer_windows_than_processes_are_refused(packed, tmp_path):
     result = torchrun(2, packed, tmp_path / "two", "--batch-tokens", 32, check=False)
     assert "error: a step has 1 windows for 2 processes" in result.stderr and "Traceback" not in result.stdout
@@ -737,7 +742,6 @@ def test_the_command_to_resume_has_the_flags_that_no_checkpoint_remembers(monkey
     print_stop(make_run(settings=read_settings(REPO / "train.py", flags)), state)
     wanted = "resume with: python train.py --device cpu --checkpoint-dir 'my run'\n"
     assert capsys.readouterr().out.endswith(wanted)
-    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     print_stop(make_run(settings=read_settings(REPO / "train.py", [])), state)
     assert capsys.readouterr().out.endswith("resume with: torchrun --nproc_per_node=2 train.py\n")
