@@ -57,6 +57,8 @@ DTYPE: str = "auto"  # weights: float32, float16 (only on GPUs) or int8 (only on
 CONTEXT, BYTE = 8, re.compile("<0x[0-9A-F]{2}>")
 # Limit on the KV cache; further stories wait for the next batch
 CACHE_BYTES = 2 * 1024**3
+# A Hugging Face model's context, in tokens, unless the prompts need more: some have tens of thousands
+PRETRAINED_CONTEXT = 4_096
 # Tokens by which prompts may differ in a batch, besides twofold
 SIMILAR = 64
 
@@ -90,7 +92,7 @@ def main() -> None:
     require_seed(seed)
     count = len(prompts) * settings.num_samples
     require(seed + count <= 2**63, f"--seed {seed} is too large for {count:,} stories")
-    writer, about = load_writer(found, settings, sampling)
+    writer, about = load_writer(found, settings, sampling, prompts)
     remark(f"{shown(found)}: {about}; seed {seed}")
     if settings.interactive:
         converse(writer, seed)
@@ -118,7 +120,9 @@ def as_prompt(text: str) -> str:
     return readable(text).rstrip(" ")
 
 
-def load_writer(found: str | Path, settings: SimpleNamespace, sampling: Sampling) -> tuple["Writer", str]:
+def load_writer(
+    found: str | Path, settings: SimpleNamespace, sampling: Sampling, prompts: list[str]
+) -> tuple["Writer", str]:
     """A Writer with the model of a checkpoint file or a Hugging Face folder or name, and what it is, in words."""
     device = choose_device(settings.device)
     weights = choose_weights(device, settings.dtype)
@@ -126,7 +130,9 @@ def load_writer(found: str | Path, settings: SimpleNamespace, sampling: Sampling
         model, tokenizer, checkpoint = load_model(found, device)
         eot_id, step = checkpoint["eot_id"], f"step {checkpoint['step']:,}, "
     else:
-        (model, tokenizer, eot_id), step = load_pretrained_model(found, device), ""
+        longest = max(len(prompt.encode()) for prompt in prompts) + 1  # tokens, at most
+        context = max(PRETRAINED_CONTEXT, longest + settings.max_tokens)
+        (model, tokenizer, eot_id), step = load_pretrained_model(found, device, context), ""
     about = f"{step}{model.count_parameters():,} parameters in {weights}"
     if device.type == "cpu" and (reason := kernels.load().shortcoming):
         about += f" (slower than it could be: {reason})"

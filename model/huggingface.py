@@ -279,9 +279,13 @@ def load_pretrained(name: str) -> Pretrained:
     return Pretrained(config, weights, load_tokenizer_json(name))
 
 
-def load_pretrained_model(name: str, device: torch.device) -> tuple[GPT, Tokenizer, int]:
-    """A model of load_pretrained() in evaluation mode on the device, its tokenizer, and its end-of-text token."""
+def load_pretrained_model(name: str, device: torch.device, context: int) -> tuple[GPT, Tokenizer, int]:
+    """A model of load_pretrained() in evaluation mode on the device, its tokenizer, and its end-of-text token.
+
+    A longer context than `context` is cut to that: each position takes memory in every layer.
+    """
     pretrained = load_pretrained(name)
+    pretrained = pretrained.with_context(min(context, pretrained.config.block_size))
     tokenizer = text_tokenizer(pretrained.tokenizer_json)
     eot_id = tokenizer.token_to_id(END_OF_TEXT)
     require(

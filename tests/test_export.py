@@ -380,7 +380,14 @@ def test_a_folder_of_checkpoints_is_the_best_of_them(make, tmp_path):
 def test_a_model_too_small_for_its_tokenizer_is_refused(make, tmp_path):
     folder = run_export("--checkpoint", make(vocab_size=300), "--output", tmp_path / "exported")
     with pytest.raises(UserError, match="has 400 tokens, but the model only 300"):
-        load_pretrained_model(str(folder), CPU)
+        load_pretrained_model(str(folder), CPU, 64)
+
+
+@pytest.mark.parametrize("blocks", ["modern", "gpt2"])
+def test_a_long_context_takes_no_more_memory_than_needed(make, tmp_path, blocks):
+    folder = run_export("--checkpoint", make("bpe", blocks), "--output", tmp_path / "exported")
+    for context, expected in ((20, 20), (64, 64), (4_096, 64)):
+        assert load_pretrained_model(str(folder), CPU, context)[0].config.block_size == expected
 
 
 def test_a_context_that_does_not_fit_moves_no_run(run, make, packed, trained, tmp_path):
