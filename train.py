@@ -23,7 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from model.batches import dropout_seed
-from model.checkpoint import BEFORE_DECAY, load_latest, only_one, prune, save_checkpoint, set_aside
+from model.checkpoint import (
+    BEFORE_DECAY,
+    keep_other_best,
+    load_latest,
+    only_one,
+    prune,
+    save_checkpoint,
+    set_aside,
+)
 from model.config import BLOCK_FAMILIES, OPTIMIZERS, PRESETS, SCHEDULES
 from model.console import ProgressBar, print_end, print_plan, print_stop
 from model.errors import UserError, require
@@ -139,7 +147,8 @@ def main() -> None:
 
 def start(settings: SimpleNamespace, processes: Processes) -> None:
     """Start a new run, or resume the one in the folder."""
-    folder, fresh = settings.checkpoint_dir, settings.fresh and not processes.restarts
+    # After torchrun's restart, the run that it began is resumed
+    folder, fresh = settings.checkpoint_dir, settings.fresh and not processes.remembers("fresh")
     with only_one(folder) if processes.first else contextlib.nullcontext():
         processes.wait()
         path, checkpoint = (None if fresh else load_latest(folder)) or (None, None)
@@ -147,6 +156,7 @@ def start(settings: SimpleNamespace, processes: Processes) -> None:
         processes.wait()  # all have read, so the first may move files
         if processes.first and not checkpoint and (moved := set_aside(folder)):
             print(f"moved the earlier run to {shown(moved)}")
+        processes.remember("fresh")
         if checkpoint:
             if processes.first and (changes := changed_settings(settings, checkpoint)):
                 print(f"changed      {'; '.join(changes)}")
@@ -187,6 +197,8 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
     eval_interval, save_interval = recipe.eval_interval, settings.save_interval or recipe.eval_interval
     # Settings that have changed are saved before the first step, so that it can be resumed with them
     saved_at = -1 if checkpoint and changed_settings(settings, checkpoint) else state.step
+    if checkpoint:
+        checkpoint.clear()  # free its memory
     progress = recipe.progress(state.step, state.seconds)
     state.seconds = stop.synchronise(state.seconds)  # counting bigrams took a different time in each process
 
@@ -198,14 +210,15 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
             begun = state.step or run.pretrained  # an untrained model is not worth evaluating
             if finished or (begun and state.step % eval_interval == 0 and not stop):
                 progress_bar.say(evaluate_and_keep_best(run, state, metrics))
+        stopping = bool(stop)  # a signal may come at any time
         if processes.first and state.step != saved_at:
             if before < recipe.turning_point <= progress:  # from here on, a longer run would differ
                 save_checkpoint(folder / BEFORE_DECAY, state.snapshot(run))
-            if finished or stop or saved_at < 0 or state.step % save_interval == 0:
+            if finished or stopping or saved_at < 0 or state.step % save_interval == 0:
                 save_checkpoint(folder / f"ckpt_{state.step}.pt", state.snapshot(run))
                 prune(folder, settings.keep, state.step)
                 saved_at = state.step
-        if finished or stop:
+        if finished or stopping:
             break
 
         # The second half of the blocks joins; so far, they have added nothing
@@ -267,6 +280,8 @@ def evaluate_and_keep_best(run: Run, state: TrainingState, metrics: Metrics) -> 
     metrics.draw()
     state.last_evaluation = state.step
     if loss < state.best_loss:
+        if state.best_loss == math.inf:  # the one there, if any, was evaluated otherwise
+            keep_other_best(run.folder)
         state.best_loss, mark = loss, "; best so far"
         save_checkpoint(run.folder / "best.pt", state.snapshot(run))
     bits = row["bits_per_byte"]

@@ -36,6 +36,7 @@ BEFORE_DECAY = "before_decay.pt"
 RUN_FILES = (
     "ckpt_*.pt",
     "best.pt",
+    "best_*.pt",
     BEFORE_DECAY,
     "shorter_*",
     "metrics.jsonl",
@@ -120,6 +121,21 @@ def load_latest(folder: Path) -> tuple[Path, dict] | None:
             f"none of the {len(paths)} checkpoints in {shown(folder)} loads: move them away or use --fresh"
         )
     return None
+
+
+def read_best(folder: Path) -> dict | None:
+    """The folder's best.pt, whose tensors are not read until they are used; None if it does not load."""
+    try:
+        best = torch.load(folder / "best.pt", map_location="cpu", weights_only=True, mmap=True)
+        return best if set(ENTRIES + TO_RESUME) <= best.keys() else None
+    except Exception:  # a dozen types, as in load_checkpoint
+        return None
+
+
+def keep_other_best(folder: Path) -> None:
+    """Give best.pt, if there is one, a name that will not be replaced."""
+    if best := read_best(folder):
+        (folder / "best.pt").rename(folder / f"best_{best['step']}.pt")
 
 
 def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:

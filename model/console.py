@@ -120,14 +120,16 @@ class ProgressBar:
         return steps, seconds / 60
 
     def say(self, text: str) -> None:
-        """Print a line. If what reads our output (such as `head`) is gone, let the run be saved and stop."""
+        """Print a line. If what reads our output (such as `head`) is gone, let the run be saved and stop; without a
+        terminal, or space on the disk for a log, it goes on."""
         if self.shows:
             try:
                 self.bar.write(text)
                 sys.stdout.flush()
-            except BrokenPipeError:
+            except OSError as error:
                 close_output()
-                self.stop.receive(signal.SIGPIPE)
+                if isinstance(error, BrokenPipeError):
+                    self.stop.receive(signal.SIGPIPE)
             self.printed = time.monotonic()
 
     def close(self) -> None:

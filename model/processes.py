@@ -1,11 +1,13 @@
 """The processes that train together, how they agree, and how they stop."""
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,11 +24,20 @@ class Processes:
     count: int = 1
     local_rank: int = 0
     restarts: int = 0  # how often torchrun has restarted them
+    store: dist.Store | None = None  # what they share; it outlives restarts
 
     @property
     def first(self) -> bool:
         """The process that prints and writes."""
         return self.rank == 0
+
+    def remember(self, what: str) -> None:
+        """Let remembers(what) be true from now on, after a restart, too."""
+        if self.store and self.first:
+            self.store.set(what, "")
+
+    def remembers(self, what: str) -> bool:
+        return self.store is not None and self.store.check([what])
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -81,6 +92,8 @@ def start_processes(device: str) -> Processes:
         processes.count == 1 or not device.startswith("cuda:"),
         f"torchrun's processes take a GPU each: leave out --device {device} (CUDA_VISIBLE_DEVICES chooses among GPUs)",
     )
+    shares_mps = processes.count > 1 and device in ("auto", "mps") and torch.backends.mps.is_available()
+    require(not shares_mps, "several processes cannot share this GPU: add --device cpu")
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if cuda:
         if processes.local_rank >= torch.cuda.device_count():
@@ -90,9 +103,11 @@ def start_processes(device: str) -> Processes:
         torch.cuda.set_device(processes.local_rank)
     # torchrun keeps one store across restarts; the prefix hides the addresses of dead workers from new ones.
     store, rank, count = next(dist.rendezvous("env://"))
+    processes = replace(processes, store=dist.PrefixStore("ours", store))
     store = dist.PrefixStore(f"restart {processes.restarts}", store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+    # The others wait while the first evaluates and saves
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(hours=2))
     return processes
 
 
@@ -137,7 +152,11 @@ class StopRequest:
         if self.processes.count == 1:  # several processes stop together, in synchronise()
             self.agreed = number
         if self.processes.first:
-            print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+            # Not print(): it may have been interrupted. And whoever reads this may be gone.
+            with contextlib.suppress(OSError):
+                os.write(
+                    sys.stderr.fileno(), b"\nstopping after this step; press Ctrl-C again to stop at once\n"
+                )
 
     def synchronise(self, seconds: float) -> float:
         """Let all processes know whether one is to stop; return the first one's training time. (That of the others

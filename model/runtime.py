@@ -232,5 +232,5 @@ def tokens_at_once(device: torch.device, logits_per_token: int) -> int:
 
 def ran_out_of_memory(error: Exception) -> bool:
     """Whether a GPU ran out of memory; the compiler and cuBLAS report this as other errors."""
-    signs = ("out of memory", "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+    signs = r"(CUDA|HIP|MPS)\b.*out of memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+    return isinstance(error, torch.OutOfMemoryError) or re.search(signs, str(error)) is not None

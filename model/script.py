@@ -50,6 +50,12 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()
+    except SystemExit:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            close_output()
+        raise
     except UserError as error:
         message = str(error)
     except KeyboardInterrupt:

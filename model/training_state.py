@@ -19,12 +19,13 @@ from model.checkpoint import (
     STARTED_EARLIER,
     list_checkpoints,
     load_checkpoint,
+    read_best,
     save_checkpoint,
     step_of,
 )
 from model.config import RECIPE_FIELDS, Recipe
 from model.errors import UserError, first_line, require, warn
-from model.files import shown
+from model.files import atomic_write, shown
 from model.gpt import GPT
 from model.optimizer import make_optimizers
 from model.packed_data import fingerprints
@@ -106,7 +107,8 @@ def initial_state(run: Run, checkpoint: dict | None) -> TrainingState:
                 f"the parts of the checkpoint after step {checkpoint['step']} do not fit together "
                 f"({first_line(error)}): move it away, and the run goes on from the one before"
             ) from error
-        state.best_loss = best_loss(run, checkpoint)
+        # best.pt may be later than the checkpoint
+        state.best_loss = best_loss(run, *filter(None, (checkpoint, read_best(run.folder))))
         return state
     if recipe.bigram_start:
         with ThreadPoolExecutor(1) as background:
@@ -151,7 +153,7 @@ def rewind(run: Run, path: Path, checkpoint: dict) -> tuple[Path, dict]:
     before = Recipe(**{name: saved[name] for name in RECIPE_FIELDS})
     then, now = (recipe.progress(step, checkpoint["seconds"]) for recipe in (before, run.recipe))
     if then <= before.turning_point:
-        if now > run.recipe.turning_point and run.processes.first and path != earlier:
+        if now >= run.recipe.turning_point and run.processes.first and path != earlier:
             save_checkpoint(earlier, checkpoint)
         return path, checkpoint
     if now >= min(then, 1):
@@ -175,7 +177,8 @@ def rewind(run: Run, path: Path, checkpoint: dict) -> tuple[Path, dict]:
         results = (run.folder / name for name in ("metrics.jsonl", "loss_curve.png", "samples.md"))
         for file in (path, *results):
             if file.exists():
-                shutil.copy2(file, run.folder / f"shorter_{step}_{file.name}")
+                with atomic_write(run.folder / f"shorter_{step}_{file.name}") as temporary:
+                    shutil.copy2(file, temporary)
         # so that a run that is killed now still knows its new length, and what best.pt is
         save_checkpoint(run.folder / f"ckpt_{rewound['step']}.pt", rewound)
         for file in list_checkpoints(run.folder):

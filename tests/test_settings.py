@@ -277,6 +277,35 @@ def test_help_and_values_through_a_real_command_line(script, tmp_path):
     assert result.stdout.count("(also --lr)") == 1
 
 
+STOPPED = """
+import sys, time
+sys.path.insert(0, {repo!r})
+from model.script import run_script
+
+def main():
+    sys.stdin.read()  # until the reader of our output is gone
+    print("saved")
+    sys.exit(130)
+
+run_script(main)
+"""
+
+
+def test_a_stop_keeps_its_status_when_nobody_reads_its_last_words(tmp_path):
+    """As when Ctrl-C also ends the `tee` after a pipe."""
+    (tmp_path / "stopped.py").write_text(STOPPED.format(repo=str(REPO)), encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "stopped.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    process.stdin.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=30) == 130 and errors == b""
+
+
 FAILING = """
 import sys
 sys.path.insert(0, {repo!r})

@@ -1,5 +1,6 @@
 """train.py as its users run it: a tiny model, some steps, on the built-in stories."""
 
+import errno
 import json
 import math
 import os
@@ -155,6 +156,18 @@ def test_losses_on_other_validation_tokens_do_not_count_as_the_best(train):
     assert load_checkpoint(folder / "ckpt_8.pt")["best_loss"] == 0.5
     train("run", "--max-steps", 12, "--eval-tokens", 512, tiny=[])
     assert load_checkpoint(folder / "best.pt")["step"] == 12
+    assert load_checkpoint(folder / "best_4.pt")["step"] == 4  # which is not lost
+
+
+def test_a_best_model_that_is_later_than_the_checkpoint_is_kept(train):
+    """As after a kill between two checkpoints, when the run goes on with other settings."""
+    folder, _ = train("run", "--decay-fraction", "0.01", "--grow-at", 0, "--max-steps", 4)
+    path = folder / "best.pt"
+    save_checkpoint(path, {**load_checkpoint(path), "best_loss": 0.5, "step": 6})
+    _, result = train("run", "--max-steps", 8, tiny=[])
+    assert "best so far" not in result.out and load_checkpoint(path)["step"] == 6
+    path.write_bytes(b"damaged")
+    train("run", "--max-steps", 12, tiny=[])
 
 
 def test_a_checkpoint_that_lacks_a_weight_is_a_user_error(train):
@@ -321,7 +334,7 @@ def test_the_time_left_includes_that_steps_become_slower(limits, depth, grow_at)
     runtime = Runtime(torch.device("cpu"), torch.float32, False, "")
     run = make_run(recipe=recipe, config=config, runtime=runtime, processes=Processes(rank=1, count=2))
     vars(run)["shortlists"] = SimpleNamespace(size=100)
-    bar = ProgressBar(run, state, None)
+    bar = ProgressBar(run, state, stop=None)
     bar.speed = 1_024.0
     slower = model.flops_per_token(4, 100) / model.flops_per_token(depth, 100)
     assert 1 < slower < 2 if depth == 2 else slower == 1
@@ -485,7 +498,7 @@ def test_torchrun_restarts_a_killed_worker_and_the_losses_stay_the_same(train, p
     os.kill(int(workers[1]), signal.SIGKILL)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "resuming" in output and not list(tmp_path.glob("two-*"))
+    assert "resuming" in output and not list((tmp_path / "two").glob("earlier-*"))
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(one), rtol=1e-5)
 
 
@@ -621,6 +634,8 @@ def test_a_run_made_shorter_keeps_what_came_before_its_decay(train, capsys):
 
     kept.unlink()
     assert resumed(31, then)[0] == path and not kept.exists()
+    assert resumed(30, then)[0] == path and load_checkpoint(kept)["step"] == 12
+    kept.unlink()
     assert resumed(20, then)[0] == path and load_checkpoint(kept)["step"] == 12
     later = {**then, "step": 16, "settings": {**then["settings"], "max_steps": 20}}
     assert resumed(40, later)[0] == kept
@@ -639,10 +654,11 @@ def test_another_weight_decay_counts_when_a_run_goes_on(train):
     assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.5, 0.5, 0.5, 0.5, 0.5]
 
 
-def test_a_run_whose_output_nobody_reads_is_saved(packed, tmp_path):
+@pytest.mark.parametrize("errors", ["", "2>&1"])
+def test_a_run_whose_output_nobody_reads_is_saved(packed, tmp_path, errors):
     words = [sys.executable, REPO / "train.py", *TINY, "--max-steps", 4000, "--eval-interval", 2]
     words += ["--data-dir", packed, "--checkpoint-dir", tmp_path / "run", "--save-interval", 4000]
-    command = f"{shlex.join(map(str, words))} | sed /^step/q; exit ${{PIPESTATUS[0]}}"
+    command = f"{shlex.join(map(str, words))} {errors} | sed /^step/q; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert result.returncode == 128 + signal.SIGPIPE and "Traceback" not in result.stderr, result.stderr
     assert result.stdout.startswith("stories") and list_checkpoints(tmp_path / "run")
@@ -1058,6 +1074,9 @@ def test_flex_attention_is_used_only_if_it_is_right(monkeypatch, capsys, blocks)
 def test_memory_that_runs_out_inside_a_library_is_known_too(message):
     assert ran_out_of_memory(RuntimeError(message))
     assert not ran_out_of_memory(RuntimeError("Triton Error"))
+    assert not ran_out_of_memory(
+        RuntimeError("g++ -O3 main.cpp\ncc1plus: out of memory allocating 65536 bytes")
+    )
 
 
 @pytest.mark.parametrize(
@@ -1074,6 +1093,17 @@ def test_memory_that_runs_out_inside_a_library_is_known_too(message):
 def test_only_a_gpu_of_that_name_has_that_peak(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda")) == peak
+
+
+def test_a_lost_terminal_does_not_end_a_run(monkeypatch):
+    def lost(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    bar = SimpleNamespace(shows=True, bar=SimpleNamespace(write=lost), stop=None)
+    closed = []
+    monkeypatch.setattr("model.console.close_output", lambda: closed.append(True))
+    ProgressBar.say(bar, "step 2")
+    assert closed
 
 
 def test_a_second_ctrl_c_stops_at_once():
