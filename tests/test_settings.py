@@ -296,6 +296,7 @@ def test_a_stop_keeps_its_status_when_nobody_reads_its_last_words(tmp_path):
     (tmp_path / "stopped.py").write_text(STOPPED.format(repo=str(REPO)), encoding="utf-8")
     process = subprocess.Popen(
         [sys.executable, tmp_path / "stopped.py"],
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
