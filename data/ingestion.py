@@ -1,6 +1,7 @@
 """Step 1: collect stories, clean them, and split them into training and validation sets.
 
     python data/ingestion.py                                  # TinyStories from the Hugging Face hub
+    python data/ingestion.py --source owner/name              # another data set there
     python data/ingestion.py --source sample                  # the built-in stories, no network needed
     python data/ingestion.py --source my_stories/ more.jsonl  # files, folders, globs
 
