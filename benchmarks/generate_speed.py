@@ -7,7 +7,7 @@ python benchmarks/generate_speed.py --checkpoint checkpoints/best.pt  time to fi
 All take turns in every round; the medians of tokens per second are printed. All sample with temperature 0.8 and
 top-p 0.95. The weights are random, except for a final norm large enough that a few tokens have most of the
 probability, as after training. The cost of low precision is measured in bits per byte, on validation stories
-truncated to the context and fed token by token, as in generation.
+truncated to the context and fed token by token, as in generation. Needs requirements-test.txt.
 """
 
 import math

@@ -5,7 +5,7 @@ python benchmarks/train_speed.py --seconds 60 --rounds 5  a quieter median
 
 Each arm runs in its own process; the arms take turns in every round, so that a busy machine affects all of them. A
 peer reads random windows of the same tokens, with train.py's tokens per step and micro-batch, and uses fused AdamW
-and gradient clipping. The first round fills the compile caches.
+and gradient clipping. The first round fills the compile caches. Needs requirements-test.txt.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from model.config import PRESETS
-from model.errors import UserError
+from model.errors import UserError, needs
 from model.gpt import GPT
 from model.packed_data import load_data
 from model.runtime import choose_device, peak_flops
@@ -69,6 +69,8 @@ def main() -> None:
     arms = [a for a in [*OURS, *PEERS] if not settings.arms or any(part in a for part in settings.arms)]
     if not arms:
         raise UserError(f"--arms matches none of: {', '.join([*OURS, *PEERS])}")
+    if set(arms) & set(PEERS):
+        needs("transformers", "a peer")
     results = {arm: [] for arm in arms}
     for turn in range(settings.rounds):
         for arm in arms:
