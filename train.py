@@ -196,10 +196,11 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
     progress_bar = ProgressBar(run, state, stop)
     eval_interval, save_interval = recipe.eval_interval, settings.save_interval or recipe.eval_interval
     # Settings that have changed are saved before the first step, so that it can be resumed with them
-    saved_at = -1 if checkpoint and changed_settings(settings, checkpoint) else state.step
+    changed = bool(checkpoint and changed_settings(settings, checkpoint))
+    saved_at = state.step if checkpoint and not changed else None
+    progress = recipe.progress(state.step, state.seconds) if checkpoint else 0.0
     if checkpoint:
         checkpoint.clear()  # free its memory
-    progress = recipe.progress(state.step, state.seconds)
     state.seconds = stop.synchronise(state.seconds)  # counting bigrams took a different time in each process
 
     while True:
@@ -214,10 +215,11 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
         if processes.first and state.step != saved_at:
             if before < recipe.turning_point <= progress:  # from here on, a longer run would differ
                 save_checkpoint(folder / BEFORE_DECAY, state.snapshot(run))
-            if finished or stopping or saved_at < 0 or state.step % save_interval == 0:
+            due = state.step and state.step % save_interval == 0
+            if due or changed or finished or stopping:
                 save_checkpoint(folder / f"ckpt_{state.step}.pt", state.snapshot(run))
                 prune(folder, settings.keep, state.step)
-                saved_at = state.step
+                saved_at, changed = state.step, False
         if finished or stopping:
             break
 

@@ -12,7 +12,6 @@ from elsewhere cannot run code:
 
 import contextlib
 import fcntl
-import itertools
 import os
 import re
 import zipfile
@@ -25,7 +24,7 @@ from tokenizers import Tokenizer
 
 from model.config import GPTConfig
 from model.errors import UserError, first_line, require, warn
-from model.files import atomic_write, command, nearest_existing, remove_leftovers, shown
+from model.files import atomic_write, command, free_name, nearest_existing, remove_leftovers, shown
 from model.gpt import GPT
 from model.settings import REPO
 from model.tokenizer import text_tokenizer
@@ -64,6 +63,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         try:
             torch.save({"format": FORMAT, **checkpoint}, temporary)
         except RuntimeError as error:  # how torch's zip writer reports a full disk
+            if "inline_container" not in str(error):
+                raise
             raise UserError(f"cannot write {shown(path)}: is the disk full?") from error
 
 
@@ -76,6 +77,8 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadCheckpoint(f"there is no checkpoint {shown(path)}") from None
+    except (PermissionError, MemoryError):  # which is no damage
+        raise
     except Exception as error:  # torch.load raises a dozen exception types for a damaged file
         raise BadCheckpoint(f"{shown(path)} does not load as a checkpoint ({first_line(error)})") from error
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
@@ -135,7 +138,7 @@ def read_best(folder: Path) -> dict | None:
 def keep_other_best(folder: Path) -> None:
     """Give best.pt, if there is one, a name that will not be replaced."""
     if best := read_best(folder):
-        (folder / "best.pt").rename(folder / f"best_{best['step']}.pt")
+        (folder / "best.pt").rename(free_name(folder / f"best_{best['step']}.pt"))
 
 
 def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
@@ -218,11 +221,7 @@ def move_run_files(folder: Path) -> Path:
     for pattern in RUN_FILES:
         for file in folder.glob(pattern):
             file.rename(folder / UNFINISHED / file.name)
-    name = f"earlier-{datetime.now():%Y%m%d-%H%M%S}"
-    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return (folder / UNFINISHED).rename(
-        next(path for path in map(folder.joinpath, names) if not path.exists())
-    )
+    return (folder / UNFINISHED).rename(free_name(folder / f"earlier-{datetime.now():%Y%m%d-%H%M%S}"))
 
 
 def prune(folder: Path, keep: int, step: int) -> None:

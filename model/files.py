@@ -4,6 +4,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -108,6 +109,12 @@ def file_to_write(name: str | None, flag: str, read: Iterable[str | Path] = ()) 
     require(folder.is_dir(), f"{flag} {name} cannot be written: {shown(folder)} is not a folder")
     require(os.access(folder, os.W_OK), f"{flag} {name} cannot be written: {shown(folder)} is read-only")
     return path
+
+
+def free_name(path: Path) -> Path:
+    """The path, or if it exists, the first of path-2, path-3 and so on that does not."""
+    others = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], others) if not name.exists())
 
 
 def nearest_existing(folder: Path) -> Path:

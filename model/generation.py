@@ -13,6 +13,9 @@ from model.decoder import Decoder, KVCache
 from model.errors import first_line, warn
 from model.settings import require_seed, require_within
 
+# Tokens that are prefilled together: with more, the results of layers would take gigabytes
+AT_ONCE = 16_384
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -169,7 +172,9 @@ class Batch:
     def refill(self, first: int, position: int) -> None:
         """Prefill an empty cache with the tokens from `first` on, and write the next ones."""
         self.cache.clear()
-        self.write(self.decoder(self.tokens[:, first:position], self.cache))
+        for piece in self.tokens[:, first:position].split(max(1, AT_ONCE // len(self.tokens)), dim=1):
+            logits = self.decoder(piece, self.cache)
+        self.write(logits)
 
     def step(self, graph: bool = False) -> None:
         """Feed the latest tokens to the model and write the next ones."""

@@ -56,7 +56,7 @@ def read_history(path: Path, checkpoint: dict) -> list[dict]:
     A run that is made longer goes back, and writes new rows; those of the shorter one are kept in another file, named
     after its last checkpoint. best.pt may be from either; its loss tells from which.
     """
-    shorter = re.match(r"shorter_\d+_", path.name)
+    shorter = re.match(r"shorter_[\d-]+_", path.name)
     files = [path.with_name(f"{shorter[0] if shorter else ''}metrics.jsonl")]
     if path.name == "best.pt":
         files += sorted(path.parent.glob("shorter_*_metrics.jsonl"))

@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import sysconfig
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +196,7 @@ def configure_torch(device: torch.device, deterministic: bool) -> None:
 def marking(folder: Path) -> Iterator[None]:
     """Mark the folder of compiled code while files are added to it. If the process is killed meanwhile, the mark stays:
     a file that was cut short would make all later compilations fail."""
-    mark = folder / f"unfinished.{os.getpid()}"
+    mark = folder / f"unfinished.{platform.node()}.{os.getpid()}"
     with contextlib.suppress(OSError):  # a folder that cannot be written gets no files either
         folder.mkdir(parents=True, exist_ok=True)
         mark.touch()
@@ -211,8 +212,16 @@ def marking(folder: Path) -> Iterator[None]:
 def discard_unfinished(folder: Path) -> None:
     """Delete compiled code if a process was killed in marking(), unless another one is compiling now."""
     marks = list(folder.glob("unfinished.*"))
-    if marks and not any(lives(int(mark.suffix[1:])) for mark in marks):
+    if marks and not any(map(compiling_now, marks)):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def compiling_now(mark: Path) -> bool:
+    """Whether the process that set this mark may still live; one on another machine or in a container, for an hour."""
+    name, _, process = mark.name.rpartition(".")
+    if name == f"unfinished.{platform.node()}":
+        return lives(int(process))
+    return time.time() - mark.stat().st_mtime < 3600
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import itertools
 import math
 import shutil
 import time
@@ -93,6 +94,7 @@ def initial_state(run: Run, checkpoint: dict | None) -> TrainingState:
     model = GPT(run.config).to(device)
     if run.pretrained:
         model.load_state_dict(run.pretrained.weights)
+        run.pretrained.weights.clear()  # free their memory
     optimizers = make_optimizers(model, recipe, low_precision=run.runtime.dtype == torch.bfloat16)
     scaler = torch.amp.GradScaler(device.type, enabled=run.runtime.dtype == torch.float16)
     not_finite = torch.zeros((), dtype=torch.int, device=device)
@@ -174,16 +176,21 @@ def rewind(run: Run, path: Path, checkpoint: dict) -> tuple[Path, dict]:
     rewound["best_loss"] = best_loss(run, rewound, checkpoint)
     rewound |= {"settings": remembered(run.settings), "defaults": run.settings.defaults}
     if run.processes.first:
+        numbered = (f"shorter_{step}-{number}_" for number in itertools.count(2))
+        prefixes = itertools.chain([f"shorter_{step}_"], numbered)
+        prefix = next(prefix for prefix in prefixes if not any(run.folder.glob(f"{prefix}*")))
         results = (run.folder / name for name in ("metrics.jsonl", "loss_curve.png", "samples.md"))
         for file in (path, *results):
             if file.exists():
-                with atomic_write(run.folder / f"shorter_{step}_{file.name}") as temporary:
+                with atomic_write(file.with_name(prefix + file.name)) as temporary:
                     shutil.copy2(file, temporary)
         # so that a run that is killed now still knows its new length, and what best.pt is
         save_checkpoint(run.folder / f"ckpt_{rewound['step']}.pt", rewound)
         for file in list_checkpoints(run.folder):
-            if step_of(file) > rewound["step"]:
+            if file == path:  # copied above
                 file.unlink()
+            elif step_of(file) > rewound["step"]:
+                file.rename(file.with_name(prefix + file.name))
         print(
             f"extended run: going back to before the learning-rate decay; step {step:,} is kept as shorter_*"
         )

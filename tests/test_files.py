@@ -2,7 +2,10 @@
 
 import errno
 import os
+import platform
+import shutil
 import signal
+import time
 
 import pytest
 from conftest import REPO
@@ -121,10 +124,10 @@ def test_compiled_code_is_discarded_after_a_kill_only(tmp_path):
             with marking(folder):
                 os.kill(os.getpid(), signal.SIGKILL)
         os.waitpid(child, 0)
-        (folder / f"unfinished.{os.getppid()}").touch()
+        (folder / f"unfinished.{platform.node()}.{os.getppid()}").touch()
         discard_unfinished(folder)
         assert (folder / "code.so").exists()  # the parent process lives, and might be compiling
-        (folder / f"unfinished.{os.getppid()}").unlink()
+        (folder / f"unfinished.{platform.node()}.{os.getppid()}").unlink()
     with pytest.raises(ValueError), marking(folder):
         raise ValueError
     assert [mark.suffix for mark in folder.glob("unfinished.*")] == [f".{child}"]
@@ -134,3 +137,14 @@ def test_compiled_code_is_discarded_after_a_kill_only(tmp_path):
         raise KeyboardInterrupt
     discard_unfinished(folder)
     assert not folder.exists()
+    for age, expected in (
+        (60, True),
+        (2 * 3600, False),
+    ):  # seconds; on another machine that has the same folder
+        folder.mkdir()
+        mark = folder / "unfinished.elsewhere.example.org.17"
+        mark.touch()
+        os.utime(mark, (time.time() - age,) * 2)
+        discard_unfinished(folder)
+        assert folder.exists() == expected
+        shutil.rmtree(folder, ignore_errors=True)

@@ -156,6 +156,20 @@ def test_small_and_odd_contexts_slide_too(block_size):
         assert written == continue_without_cache(model, prompt, 12, WAYS[2], seed)
 
 
+@pytest.mark.parametrize("blocks", FAMILIES)
+def test_a_long_prefill_goes_in_pieces(blocks, monkeypatch):
+    decoder, fed = Decoder(make_model(blocks)), []
+    arguments = ([LONG[1][:14], LONG[1][1:14], LONG[1]], 20, EOT, WAYS[2], [1, 2, 3])
+    whole = generate_all(decoder, *arguments)
+    monkeypatch.setattr("model.generation.AT_ONCE", 12)
+    call = Decoder.__call__
+    monkeypatch.setattr(
+        Decoder, "__call__", lambda self, ids, *rest: [fed.append(ids.numel()), call(self, ids, *rest)][1]
+    )
+    assert generate_all(decoder, *arguments) == whole
+    assert max(fed) == 12
+
+
 @pytest.mark.parametrize("block_size", [1, 2, 3, 16])
 def test_what_lies_before_the_context_is_not_needed(block_size):
     decoder = Decoder(make_model("modern", block_size=block_size))

@@ -573,6 +573,51 @@ def test_a_finished_run_made_longer_is_the_longer_run(train):
         assert read_history(folder / name, load_checkpoint(folder / name)) == rows
     save_checkpoint(folder / "best.pt", best)  # had the longer run become no better
     assert read_history(folder / "best.pt", best) == shorter
+    assert (folder / "shorter_12_ckpt_8.pt").exists()  # all that --keep had kept
+
+
+def test_what_a_run_left_is_not_replaced_when_it_is_made_longer_twice(train):
+    folder, _ = train("run", "--max-steps", 12)
+    before = (folder / "ckpt_12.pt").read_bytes()
+    train("run", "--max-steps", 20, tiny=["--compile", "off"])
+    for path in list_checkpoints(folder):
+        path.unlink()
+    save_checkpoint(
+        folder / "ckpt_12.pt", {**load_checkpoint(folder / "shorter_12_ckpt_12.pt"), "seconds": 0.5}
+    )
+    train("run", "--max-steps", 20, tiny=["--compile", "off"])
+    assert (folder / "shorter_12_ckpt_12.pt").read_bytes() == before
+    rows = read_history(path := folder / "shorter_12-2_ckpt_12.pt", load_checkpoint(path))
+    assert rows == [row for row in metrics(folder, "shorter_12-2_") if "validation_loss" in row] != []
+
+
+def test_a_run_that_begins_beyond_its_turning_point_can_be_made_longer(train, monkeypatch):
+    """As one of seconds, of which counting bigrams took half."""
+    monkeypatch.setattr("model.training_state.timed", lambda function, *words: [function(*words), 1.5][1])
+    folder, _ = train("run", "--max-minutes", 2.9 / 60, "--max-steps", 100_000)
+    assert load_checkpoint(folder / "before_decay.pt")["step"] == 0
+    monkeypatch.setattr("model.training_state.timed", lambda function, *words: [function(*words), 99.0][1])
+    folder, _ = train("nothing but counting", "--max-minutes", 2.9 / 60)
+    assert load_checkpoint(folder / "ckpt_0.pt")["step"] == 0
+
+
+def test_a_stop_before_the_first_step_is_saved(train, monkeypatch, tmp_path):
+    monkeypatch.setattr(StopRequest, "__bool__", lambda stop: True)
+    with pytest.raises(SystemExit):
+        train("run", "--learning-rate", 0.004)
+    assert load_checkpoint(tmp_path / "run" / "ckpt_0.pt")["settings"]["learning_rate"] == 0.004
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(train, monkeypatch, error):
+    folder, _ = train("run", "--max-steps", 4)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("model.checkpoint.torch.load", fail)
+    with pytest.raises(type(error)):
+        load_latest(folder)
 
 
 def test_a_run_made_longer_remembers_its_length_and_its_best_if_it_is_killed_at_once(train):
