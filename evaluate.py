@@ -103,24 +103,26 @@ def main() -> None:
     require(apart, "--output and --report name the same file: the results need one, the page another")
     data = read_data(settings)
     stories, source = read_stories(settings, data, texts)
+    notes = Notes()
     if data and data.outdated and not settings.text:
-        note(data.outdated)
+        notes.add(data.outdated)
     runtime = choose_runtime(choose_device(settings.device), settings.dtype, "off")
 
     results, scores, written = [], [], {}
     for name in found:
         candidate = load_candidate(name, runtime.device)
-        warn_if_trained_elsewhere(candidate, settings, data)
+        if not settings.text:
+            note_other_stories(candidate, settings.data_dir, data, notes)
         result, score = examine(candidate, stories, runtime, settings.batch_size)
         results.append(result)
         scores.append(score)
         if settings.num_stories:
-            written[candidate.name] = write(candidate, settings)
+            written[candidate.name] = write(candidate, settings, notes)
             result["stories_written_in"] = candidate.written_in
         del candidate  # free its memory for the next one
     if results:
         add_intervals(results, bootstrap(scores, settings.seed))
-    report = describe_run(settings, runtime, stories, source, data)
+    report = describe_run(settings, runtime, stories, source, data) | {"notes": notes}
     report |= {"results": results, "quality": judge(written | files, stories, data)}
     report["written"] = side_by_side(written, settings.prompt)
     show(report, settings)
@@ -144,10 +146,18 @@ def examine(
     return result, scores
 
 
-def write(candidate: Candidate, settings: SimpleNamespace) -> list[Story]:
+class Notes(list):
+    """What a reader of the figures should know; it is printed, and in the report."""
+
+    def add(self, text: str) -> None:
+        note(text)
+        self.append(text)
+
+
+def write(candidate: Candidate, settings: SimpleNamespace, notes: Notes) -> list[Story]:
     """Let the candidate continue the prompts in turn, num_stories times in all."""
     if candidate.block_size < MAX_TOKENS and candidate.stops_at_context:
-        note(
+        notes.add(
             f"{candidate.name} writes no more than its context of {candidate.block_size} tokens, the "
             f"checkpoints of this project up to {MAX_TOKENS}: figures that depend on length do not compare"
         )
@@ -202,8 +212,8 @@ def find_texts(settings: SimpleNamespace) -> list[Path]:
     for word in settings.text:
         files = find_files(word, settings.data_dir)
         require(files is not None, f"there is no file or folder {word}")
-        texts += files
-    return texts
+        texts += [file.resolve() for file in files]
+    return list(dict.fromkeys(texts))  # one that is named twice counts once
 
 
 def read_texts(settings: SimpleNamespace, texts: list[Path]) -> list[str]:
@@ -215,15 +225,17 @@ def read_texts(settings: SimpleNamespace, texts: list[Path]) -> list[str]:
     return sorted(spread(stories, settings.max_samples))
 
 
-def warn_if_trained_elsewhere(candidate: Candidate, settings: SimpleNamespace, data: Data | None) -> None:
-    trained_on = candidate.facts.get("trained_on")
-    if settings.text or not trained_on:
-        return
-    here = fingerprints(data)
+def note_other_stories(candidate: Candidate, data_dir: Path, data: Data, notes: Notes) -> None:
+    """Note it if the model has been trained on other stories than those in the folder."""
+    trained_on, here = candidate.facts.get("trained_on") or {}, fingerprints(data)
     if trained_on.get("tokenizer") == here["tokenizer"] and trained_on != here:
-        note(
-            f"{candidate.name} was trained on other stories than those in {shown(settings.data_dir)}; "
+        notes.add(
+            f"{candidate.name} was trained on other stories than those in {shown(data_dir)}; "
             "the stories scored here may be among them"
+        )
+    elif trained_on and (origin := candidate.settings.get("init_from")):
+        notes.add(
+            f"{candidate.name} was fine-tuned from {readable(origin)}, which may have seen the stories scored here"
         )
 
 

@@ -9,6 +9,7 @@ python export.py --format gguf --dtype q8_0 --checkpoint latest  the latest inst
 
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -64,6 +65,8 @@ def main() -> None:
     name = checkpoint["settings"]["preset"]
     if origin:
         origin = readable(origin)
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.pt)", origin):  # not the name of a model on the hub
+            origin = Path(origin).name
         name = f"{Path(origin).name.removesuffix('.pt')}-finetuned"
     default = REPO / "exported" / (f"{name}.gguf" if gguf else name)
     output = Path(os.path.expanduser(settings.output)) if settings.output else default
@@ -115,14 +118,15 @@ def list_facts(path: Path, checkpoint: dict, config: GPTConfig, parameters: int)
     """The facts for the model card, in its order."""
     settings, step = checkpoint["settings"], checkpoint["step"]
     tokens = step * Recipe(batch_tokens=settings["batch_tokens"]).tokens_per_step(config.block_size)
-    facts = {
-        "preset": settings["preset"],
+    tuned = settings.get("init_from")  # whose shape is not the preset's
+    facts = {} if tuned else {"preset": settings["preset"]}
+    facts |= {
         "architecture": "GPT-2" if config.blocks == "gpt2" else "Qwen3",
         "shape": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}",
         "parameters": f"{parameters:,}",
         "context": f"{config.block_size:,} tokens, prompt and story together",
         "vocabulary": f"{config.vocab_size:,} tokens",
-        "trained on": f"{tokens:,} tokens in {step:,} steps",
+        "fine-tuned on" if tuned else "trained on": f"{tokens:,} tokens in {step:,} steps",
     }
     for row in read_history(path, checkpoint):
         if row["step"] == step:
@@ -174,14 +178,15 @@ def make_files(
 
 MEASURED = """\
 Bits per byte (loss / ln 2 / bytes of text) can be compared between tokenizers, loss per token cannot. Both
-were measured during training, on windows of validation stories, none of which is also a training story.
+were measured during training, on windows of validation stories, none of which is also a training story{}.
 
 """
+TUNED = " (of the\nfine-tuning; the original model may have seen them)"
 
 
 def model_card(name: str, origin: str | None, facts: dict[str, str], dtype: str) -> str:
     how = f"fine-tuned from {origin}" if origin else "trained from scratch"
-    measured = MEASURED if "validation loss" in facts else ""
+    measured = MEASURED.format(TUNED if origin else "") if "validation loss" in facts else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return f"""---
 library_name: transformers

@@ -117,7 +117,7 @@ def read_prompts(settings: SimpleNamespace) -> list[str]:
 
 def as_prompt(text: str) -> str:
     """Words begin with their space: after one, the model would have to write the middle of a word."""
-    return readable(text).rstrip(" ")
+    return readable(text).rstrip(" \r")
 
 
 def load_writer(

@@ -42,7 +42,7 @@ from model.optimizer import learning_rate, set_rates
 from model.processes import Processes, StopRequest, start_processes, stop_processes
 from model.run import Run, changed_settings, plan_run
 from model.runtime import ran_out_of_memory
-from model.settings import read_settings, require_within
+from model.settings import flag_name, read_settings, require_within
 from model.training_state import TrainingState, initial_state, rewind
 from model.validation import validate, write_sample
 
@@ -180,8 +180,15 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
         print_plan(run, state, path)
     if checkpoint and recipe.progress(state.step, state.seconds) >= 1:
         if processes.first:
-            limit = "--max-steps" if recipe.max_steps and state.step >= recipe.max_steps else "--max-minutes"
-            print(f"already finished: a larger {limit} extends this run, --fresh starts a new one")
+            limit = "max_steps" if recipe.max_steps and state.step >= recipe.max_steps else "max_minutes"
+            if any(change.startswith(limit) for change in changed_settings(settings, checkpoint)):
+                print(
+                    f"step {state.step:,} is beyond this {flag_name(limit)}: nothing is done, and nothing changed"
+                )
+            else:
+                print(
+                    f"already finished: a larger {flag_name(limit)} extends this run, --fresh starts a new one"
+                )
         return
 
     # This process's windows of each step, and the forward pass for them

@@ -243,7 +243,7 @@ def find_candidate(folder: Path, name: str | None, prefer: str = "latest") -> Pa
     except UserError as error:
         if not name or name.isdigit() or name in ("best", "latest") or name.endswith(".pt"):
             raise
-        if name.count("/") == 1 and not Path(name).exists():
+        if name.count("/") == 1 and not Path(name).exists() and not Path(name).parent.is_dir():
             return name  # owner/name: perhaps on the hub
         raise UserError(f"{error}; a model on the Hugging Face hub is named owner/name") from None
 

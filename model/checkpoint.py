@@ -24,7 +24,15 @@ from tokenizers import Tokenizer
 
 from model.config import GPTConfig
 from model.errors import UserError, first_line, require, warn
-from model.files import atomic_write, command, free_name, nearest_existing, remove_leftovers, shown
+from model.files import (
+    atomic_write,
+    command,
+    free_name,
+    nearest_existing,
+    remove_leftovers,
+    require_writable,
+    shown,
+)
 from model.gpt import GPT
 from model.settings import REPO
 from model.tokenizer import text_tokenizer
@@ -80,7 +88,12 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
     except (PermissionError, MemoryError):  # which is no damage
         raise
     except Exception as error:  # torch.load raises a dozen exception types for a damaged file
-        raise BadCheckpoint(f"{shown(path)} does not load as a checkpoint ({first_line(error)})") from error
+        reason = (
+            "another kind of file, or cut short"
+            if isinstance(error, zipfile.BadZipFile)
+            else first_line(error)
+        )
+        raise BadCheckpoint(f"{shown(path)} does not load as a checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise BadCheckpoint(f"{shown(path)} is not a checkpoint of this project")
     if checkpoint["format"] != FORMAT:
@@ -160,7 +173,8 @@ def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
                 f"{name} holds neither checkpoints nor a Hugging Face model (config.json)",
             )
             return find_checkpoint(path, None, prefer)
-        candidates = [path, folder / name, folder / f"{name}.pt", REPO / name]
+        beside = [path.with_name(f"{path.name}.pt"), path.with_name(f"ckpt_{path.name}.pt")]
+        candidates = [path, *beside, folder / name, folder / f"{name}.pt", REPO / name]
     for path in candidates:
         if path.is_file():
             return path
@@ -182,6 +196,7 @@ def only_one(folder: Path) -> Iterator[None]:
     """
     existing = nearest_existing(folder)
     require(existing.is_dir(), f"--checkpoint-dir {shown(folder)}: {shown(existing)} is a file, not a folder")
+    require_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:

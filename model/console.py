@@ -36,7 +36,7 @@ def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> Non
     where = f" on {run.processes.count} processes" if run.processes.count > 1 else ""
     softmax = f"; softmax over {run.softmax_size:,} tokens" if run.shortlists else ""
     growth = ""
-    if (depth := state.model.depth) < config.n_layer:
+    if (depth := state.model.depth) < config.n_layer and recipe.grow_at:
         growth = f"; {depth} layer{'s' * (depth > 1)} until {100 * recipe.grow_at:g} % are done"
     print(
         f"stories      {train.stories:,} ({len(train.tokens):,} tokens) for training, "
@@ -47,7 +47,7 @@ def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> Non
         f"{state.model.count_parameters():,} parameters\n"
         f"device       {run.runtime.reasons}{where}\n"
         f"run          {' or '.join(filter(None, (steps, minutes)))}, {run.tokens_per_step:,} tokens per step"
-        f"{f' (at most {epochs:.1f} epochs)' if steps else ''}; {recipe.optimizer}, "
+        f"{f' (at most {max(epochs, 0.1):.1f} epochs)' if steps else ''}; {recipe.optimizer}, "
         f"learning rate {recipe.learning_rate:g}, {recipe.schedule} decay{softmax}{growth}\n"
         f"results      in {shown(run.folder)}"
     )

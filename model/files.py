@@ -51,6 +51,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `path`; on success it replaces `path`."""
     path = path.resolve()
+    require_writable(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, glob.escape(path.name))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -120,6 +121,14 @@ def free_name(path: Path) -> Path:
 def nearest_existing(folder: Path) -> Path:
     """The folder, or the nearest of its parents that exists."""
     return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+
+
+def require_writable(folder: Path) -> None:
+    """Raise UserError if no file can be written into the folder, or the folder cannot be made."""
+    existing = nearest_existing(folder)
+    require(
+        os.access(existing, os.W_OK), f"{shown(existing)} is read-only: choose another folder to write into"
+    )
 
 
 def require_space(folder: Path, needed: float) -> None:

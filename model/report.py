@@ -55,6 +55,7 @@ SCORE_COLUMNS: Columns = [
     ("loss", number("loss", ".4f")),
     ("perplexity", number("perplexity", ".3f")),
     ("accuracy", number("accuracy", ".2%")),
+    ("wrote stories in", lambda row: row.get("stories_written_in", "")),
 ]
 QUALITY_COLUMNS: Columns = [
     ("story quality", lambda row: row["name"]),
@@ -97,7 +98,7 @@ def render(report: dict, prompts: int) -> str:
         "device": report["device"],
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         "seed": report["seed"],
-    }
+    } | ({"notes": "; ".join(report["notes"])} if report["notes"] else {})
     sections = [
         section("", SCORE_NOTE, table(transposed(cells(SCORE_COLUMNS, results))) if results else ""),
         section("", "", "".join(f"<figure>{figure}</figure>" for figure in figures), "figures"),

@@ -2,6 +2,7 @@
 from its checkpoint."""
 
 import functools
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -192,7 +193,8 @@ def shape_of(pretrained: Pretrained, settings: SimpleNamespace, data: Data) -> d
     require(
         token_table(pretrained.tokenizer_json) == token_table(data.tokenizer_json),
         f"the stories were packed with another tokenizer than that of {settings.init_from}: run "
-        f"{command('data/train_tokenizer.py', data_dir=settings.data_dir)} --kind {settings.init_from}, then "
+        f"{command('data/train_tokenizer.py', data_dir=settings.data_dir)} "
+        f"--kind {shlex.quote(settings.init_from)}, then "
         f"{command('data/prepare_data.py', data_dir=settings.data_dir)}",
     )
     return shape

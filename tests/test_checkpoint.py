@@ -111,10 +111,19 @@ def test_a_model_comes_back_with_its_logits_and_its_tokenizer(tmp_path):
     assert tokenizer.token_to_id("d") == 4 and rest["eot_id"] == 0 and rest["step"] == 7
 
 
+FULL = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 23424 vs 23318")
+
+
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("x")]
+    ("error", "expected"),
+    [
+        (OSError(28, "No space left on device"), OSError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (FULL, UserError),
+        (RuntimeError("CUDA error"), RuntimeError),
+    ],
 )
-def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch, error):
+def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch, error, expected):
     path = tmp_path / "best.pt"
     save_checkpoint(path, make_checkpoint(1))
     before = path.read_bytes()
@@ -125,7 +134,6 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(torch, "save", half_a_file)
-    expected = UserError if isinstance(error, RuntimeError) else type(error)
     with pytest.raises(expected):
         save_checkpoint(path, make_checkpoint(2))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["best.pt"]

@@ -223,6 +223,21 @@ def test_a_model_trained_on_other_stories_is_remarked_on(evaluate, checkpoint, d
         evaluate("--checkpoint", name, "--max-samples", 1)
         remark = f"{name} was trained on other stories than those in"
         assert (remark in capsys.readouterr().err) == bool(changes)
+    save_checkpoint(tmp_path / "tuned.pt", {**content, "data": here, "settings": {"init_from": "a/b"}})
+    report = evaluate("--checkpoint", "tuned.pt", "--max-samples", 1, "--report", "r.html")
+    (remark,) = report["notes"]
+    assert (
+        remark.startswith("tuned.pt was fine-tuned from a/b, which may have seen")
+        and remark in capsys.readouterr().err
+    )
+    assert remark in "".join(Page((tmp_path / "r.html").read_text(encoding="utf-8")).words)
+
+
+def test_a_text_that_is_named_twice_counts_once(evaluate, tmp_path):
+    (tmp_path / "own.txt").write_text("The cat sat.")
+    flags = ["--text", "own.txt", "./own.txt", ".", "--checkpoint", "best"]
+    (row,) = evaluate(*flags)["results"]
+    assert row["stories"] == 1
 
 
 def test_written_stories_are_judged_beside_real_ones(evaluate, tmp_path, capsys):

@@ -117,6 +117,12 @@ def test_a_checkpoint_file_is_all_it_needs(run, trained, tmp_path):
     shutil.copy(trained / "best.pt", tmp_path / "alone.pt")
     result = run("generate.py", "--checkpoint", "alone.pt", "--max-tokens", 5, cwd=tmp_path, check=0)
     assert "alone.pt: step 2" in result.stderr
+    (tmp_path / "runs").mkdir()
+    shutil.copy(trained / "ckpt_2.pt", tmp_path / "runs")
+    for name in ("runs/ckpt_2", "runs/2"):
+        run("generate.py", "--checkpoint", name, "--max-tokens", 5, cwd=tmp_path, check=0)
+    result = run("generate.py", "--checkpoint", "runs/3", cwd=tmp_path)
+    assert_one_line_error(result, "there is no checkpoint 'runs/3'")
 
 
 def test_interactive_continues_each_line_until_the_end_of_input(trained):
@@ -153,7 +159,7 @@ def test_a_beginning_ends_with_a_word(trained):
             list(map(str, [*command, *flags])), capture_output=True, text=True, **options
         ).stdout
 
-    said = say("--interactive", input="A cat\nA cat \n")
+    said = say("--interactive", input="A cat\nA cat \r\n")
     assert said[: len(said) // 2] == said[len(said) // 2 :] == say("--prompt", "A cat ")
 
 

@@ -552,6 +552,8 @@ def test_a_finished_run_says_so(train):
     before = metrics(folder)
     _, result = train("run")
     assert "already finished" in result.out and metrics(folder) == before
+    _, result = train("run", "--max-steps", 8)
+    assert "step 12 is beyond this --max-steps: nothing is done, and nothing changed" in result.out
 
 
 def test_a_finished_run_made_longer_is_the_longer_run(train):
