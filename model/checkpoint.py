@@ -117,6 +117,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def all_checkpoints(folder: Path) -> list[Path]:
     """All of the folder's checkpoints, in the order in which a run would resume from them."""
     others = [path for path in (folder / BEFORE_DECAY, folder / "best.pt") if path.exists()]
+    others.sort(key=lambda path: peek(path).get("step", -1), reverse=True)
     return list_checkpoints(folder) + others
 
 
@@ -139,18 +140,18 @@ def load_latest(folder: Path) -> tuple[Path, dict] | None:
     return None
 
 
-def read_best(folder: Path) -> dict | None:
-    """The folder's best.pt, whose tensors are not read until they are used; None if it does not load."""
+def peek(path: Path) -> dict:
+    """A checkpoint whose tensors are not read until they are used; {} if it does not load."""
     try:
-        best = torch.load(folder / "best.pt", map_location="cpu", weights_only=True, mmap=True)
-        return best if set(ENTRIES + TO_RESUME) <= best.keys() else None
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return checkpoint if set(ENTRIES + TO_RESUME) <= checkpoint.keys() else {}
     except Exception:  # a dozen types, as in load_checkpoint
-        return None
+        return {}
 
 
 def keep_other_best(folder: Path) -> None:
     """Give best.pt, if there is one, a name that will not be replaced."""
-    if best := read_best(folder):
+    if best := peek(folder / "best.pt"):
         (folder / "best.pt").rename(free_name(folder / f"best_{best['step']}.pt"))
 
 

@@ -1,6 +1,7 @@
 """How every script starts and ends. To be imported before torch, whose import takes seconds."""
 
 import io
+import logging
 import os
 import re
 import signal
@@ -14,6 +15,9 @@ from model.settings import REPO
 
 # Keep idle OpenMP threads from spinning for long, so that a shared CPU stays usable; torch reads it when imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+# It would warn of a home that cannot be written, where it only has to look for fonts again.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 # Until run_script() takes over, let Ctrl-C end a script of ours without a traceback.
 started = getattr(sys.modules["__main__"], "__file__", None)  # None in an interactive session

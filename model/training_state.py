@@ -20,7 +20,7 @@ from model.checkpoint import (
     STARTED_EARLIER,
     list_checkpoints,
     load_checkpoint,
-    read_best,
+    peek,
     save_checkpoint,
     step_of,
 )
@@ -110,7 +110,7 @@ def initial_state(run: Run, checkpoint: dict | None) -> TrainingState:
                 f"({first_line(error)}): move it away, and the run goes on from the one before"
             ) from error
         # best.pt may be later than the checkpoint
-        state.best_loss = best_loss(run, *filter(None, (checkpoint, read_best(run.folder))))
+        state.best_loss = best_loss(run, *filter(None, (checkpoint, peek(run.folder / "best.pt"))))
         return state
     if recipe.bigram_start:
         with ThreadPoolExecutor(1) as background:

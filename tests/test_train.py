@@ -159,6 +159,16 @@ def test_losses_on_other_validation_tokens_do_not_count_as_the_best(train):
     assert load_checkpoint(folder / "best_4.pt")["step"] == 4  # which is not lost
 
 
+def test_without_other_checkpoints_a_run_goes_on_from_the_later_one(train):
+    folder, _ = train("run")
+    for path in list_checkpoints(folder):
+        path.unlink()
+    steps = {name: load_checkpoint(folder / name)["step"] for name in ("before_decay.pt", "best.pt")}
+    assert steps["before_decay.pt"] < steps["best.pt"] and load_latest(folder)[0].name == "best.pt"
+    (folder / "best.pt").write_bytes(b"damaged")
+    assert load_latest(folder)[0].name == "before_decay.pt"
+
+
 def test_a_best_model_that_is_later_than_the_checkpoint_is_kept(train):
     """As after a kill between two checkpoints, when the run goes on with other settings."""
     folder, _ = train("run", "--decay-fraction", "0.01", "--grow-at", 0, "--max-steps", 4)
@@ -709,6 +719,13 @@ def test_a_run_whose_output_nobody_reads_is_saved(packed, tmp_path, errors):
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert result.returncode == 128 + signal.SIGPIPE and "Traceback" not in result.stderr, result.stderr
     assert result.stdout.startswith("stories") and list_checkpoints(tmp_path / "run")
+
+
+def test_a_home_that_cannot_be_written_is_no_matter(run, packed, tmp_path):
+    flags = [*TINY, "--max-steps", 2, "--data-dir", packed, "--checkpoint-dir", tmp_path / "run"]
+    homeless = {"HOME": "/proc/none", "XDG_CONFIG_HOME": "", "XDG_CACHE_HOME": ""}
+    assert "atplotlib" not in run("train.py", *flags, env=homeless, check=0).stderr
+    assert (tmp_path / "run" / "loss_curve.png").exists()
 
 
 def test_results_without_a_checkpoint_are_moved_aside_too(train, tmp_path):
