@@ -97,10 +97,8 @@ def main() -> None:
     read = (*texts, *settings.stories, *found)
     for name in ("output", "report"):
         setattr(settings, name, file_to_write(getattr(settings, name), f"--{name}", read))
-    apart = (
-        not (settings.output and settings.report) or settings.output.resolve() != settings.report.resolve()
-    )
-    require(apart, "--output and --report name the same file: the results need one, the page another")
+    outputs = [path.resolve() for path in (settings.output, settings.report) if path]
+    require(len({*outputs}) == len(outputs), "--output and --report name the same file: each needs its own")
     data = read_data(settings)
     stories, source = read_stories(settings, data, texts)
     notes = Notes()
@@ -194,10 +192,8 @@ def read_stories(settings: SimpleNamespace, data: Data | None, texts: list[Path]
     """The stories to score, and a description of them."""
     if texts:
         stories = read_texts(settings, texts)
-        return (
-            stories,
-            f"{count_text(len(stories), 'story', 'stories')} of {readable(', '.join(settings.text))}",
-        )
+        names = readable(", ".join(settings.text))
+        return stories, f"{count_text(len(stories), 'story', 'stories')} of {names}"
     splits = {"train": [data.train], "validation": [data.validation], "all": [data.train, data.validation]}
     stories = real_stories(splits[settings.split], data, settings.max_samples)
     require(stories, f"there are no {settings.split} stories in {shown(settings.data_dir)}")

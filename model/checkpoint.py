@@ -88,11 +88,9 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
     except (PermissionError, MemoryError):  # which is no damage
         raise
     except Exception as error:  # torch.load raises a dozen exception types for a damaged file
-        reason = (
-            "another kind of file, or cut short"
-            if isinstance(error, zipfile.BadZipFile)
-            else first_line(error)
-        )
+        reason = first_line(error)
+        if isinstance(error, zipfile.BadZipFile):
+            reason = "another kind of file, or cut short"
         raise BadCheckpoint(f"{shown(path)} does not load as a checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise BadCheckpoint(f"{shown(path)} is not a checkpoint of this project")

@@ -152,11 +152,10 @@ class StopRequest:
         if self.processes.count == 1:  # several processes stop together, in synchronise()
             self.agreed = number
         if self.processes.first:
+            words = "\nstopping after this step; press Ctrl-C again to stop at once\n"
             # Not print(): it may have been interrupted. And whoever reads this may be gone.
             with contextlib.suppress(OSError):
-                os.write(
-                    sys.stderr.fileno(), b"\nstopping after this step; press Ctrl-C again to stop at once\n"
-                )
+                os.write(sys.stderr.fileno(), words.encode())
 
     def synchronise(self, seconds: float) -> float:
         """Let all processes know whether one is to stop; return the first one's training time. (That of the others

@@ -155,7 +155,7 @@ def rewind(run: Run, path: Path, checkpoint: dict) -> tuple[Path, dict]:
     before = Recipe(**{name: saved[name] for name in RECIPE_FIELDS})
     then, now = (recipe.progress(step, checkpoint["seconds"]) for recipe in (before, run.recipe))
     if then <= before.turning_point:
-        if now >= run.recipe.turning_point and run.processes.first and path != earlier:
+        if 0 < run.recipe.turning_point <= now and run.processes.first and path != earlier:
             save_checkpoint(earlier, checkpoint)
         return path, checkpoint
     if now >= min(then, 1):
