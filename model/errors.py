@@ -34,9 +34,8 @@ def needs(package: str, purpose: str) -> ModuleType:
 def first_line(error: Exception) -> str:
     """The first line of a library's error, short enough for a one-line message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    text = (
-        " ".join(lines[:2]) if lines[0].rstrip().endswith(":") else lines[0]
-    )  # a heading says nothing by itself
+    heading = lines[0].rstrip().endswith(":")  # which says nothing by itself
+    text = " ".join(lines[:2]) if heading else lines[0]
     if isinstance(error, KeyError):
         text = f"no entry {text}"
     return textwrap.shorten(text, 300, placeholder="...").rstrip(".")

@@ -23,7 +23,6 @@ class Processes:
     rank: int = 0
     count: int = 1
     local_rank: int = 0
-    restarts: int = 0  # how often torchrun has restarted them
     store: dist.Store | None = None  # what they share; it outlives restarts
 
     @property
@@ -86,7 +85,7 @@ def start_processes(device: str) -> Processes:
     """Join torchrun's process group (nccl on CUDA, gloo elsewhere), if there is one."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return Processes()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     processes = Processes(*(int(os.environ.get(name, 0)) for name in names))
     require(
         processes.count == 1 or not device.startswith("cuda:"),
@@ -104,7 +103,7 @@ def start_processes(device: str) -> Processes:
     # torchrun keeps one store across restarts; the prefix hides the addresses of dead workers from new ones.
     store, rank, count = next(dist.rendezvous("env://"))
     processes = replace(processes, store=dist.PrefixStore("ours", store))
-    store = dist.PrefixStore(f"restart {processes.restarts}", store)
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     # The others wait while the first evaluates and saves
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(hours=2))

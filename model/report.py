@@ -15,7 +15,7 @@ COLOURS = ("#3b82d6", "#e07b1f", "#2f9e64", "#a367dc", "#d64550", "#129ba3")
 # Placeholder, replaced by the page's text colour
 INK = "#010203"
 # Control characters, which a page must not have
-NOT_HTML = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f]")
+NOT_HTML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 SCORE_NOTE = """Every story is scored from its own beginning to its end, each token once. Lower bits per byte are
 better, and comparable between tokenizers. Intervals: 95 %, by bootstrap over stories; differences are paired, on
@@ -237,9 +237,8 @@ def draw(labels: list[str], lines: list[tuple], x_label: str, title: str, log: b
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of characters that its own fonts lack; the browser's may have them
+            # of characters that its own fonts lack; the browser's may have them
+            warnings.simplefilter("ignore")
             FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
     svg = buffer.getvalue().replace(INK, "currentColor")
     svg = re.sub(r' id="\w+_\d+"', "", svg[svg.index("<svg") :])  # not unique across figures
