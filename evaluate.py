@@ -32,7 +32,7 @@ from model.candidates import MAX_TOKENS, Candidate, find_candidate, load_candida
 from model.errors import UserError, note, require
 from model.files import count_text, file_to_write, shown, size_text, write_json, write_text
 from model.packed_data import Data, fingerprints, load_data, real_stories, spread
-from model.report import QUALITY_COLUMNS, SCORE_COLUMNS, cells, render, transposed
+from model.report import SCORE_COLUMNS, cells, quality_table, render, transposed
 from model.runtime import Runtime, choose_device, choose_runtime
 from model.scoring import Scores, bootstrap, interval, score_stories
 from model.settings import flag_name, read_settings, require_seed, require_within
@@ -74,8 +74,6 @@ ENOUGH = 6
 ROUNDING = 1e-6
 # Stories each checkpoint writes for a report
 REPORT_STORIES = 100
-# Prompts whose stories are shown side by side in a report
-SHOWN_PROMPTS = 5
 
 
 def main() -> None:
@@ -313,13 +311,12 @@ def show(report: dict, settings: SimpleNamespace) -> None:
         print_table(min(transposed(table), table, key=width))
     if report["quality"]:
         print()
-        rows = [{"name": name, **figures} for name, figures in report["quality"].items()]
-        print_table(transposed(cells(QUALITY_COLUMNS, rows)))
+        print_table(quality_table(report["quality"]))
     if settings.output is not None:
         write_json(settings.output, report)
         print(f"results written to {shown(settings.output)}")
     if settings.report is not None:
-        write_text(settings.report, render(report, SHOWN_PROMPTS))
+        write_text(settings.report, render(report))
         print(f"report written to {shown(settings.report)}")
 
 

@@ -159,10 +159,7 @@ def make_files(
     generation = {
         **{f"{role}_token_id": eot_id for role in ("bos", "eos", "pad")},
         "max_length": config.block_size,
-        "do_sample": True,
-        "temperature": Sampling().temperature,
-        "top_k": Sampling().top_k,  # left out, transformers would take 50
-        "top_p": Sampling().top_p,
+        **Sampling().for_transformers(),
     }
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
     values = {

@@ -22,6 +22,7 @@ from model.script import run_script  # first: see there
 # isort: split
 import torch
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from model import kernels
 from model.candidates import find_candidate
@@ -52,9 +53,10 @@ OUTPUT: str | None = None  # write the stories to this .jsonl file instead of pr
 DEVICE: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
 DTYPE: str = "auto"  # weights: float32, float16 (only on GPUs) or int8 (only on CPUs; auto takes it there)
 
-# Earlier tokens on which the text of the next ones may depend, and what a token for a single byte is called, whose text
-# may depend on the next one
-CONTEXT, BYTE = 8, re.compile("<0x[0-9A-F]{2}>")
+# Earlier tokens on which the text of the next ones may depend
+DECODED_WITH = 8
+# What some tokenizers call the token of a single byte, whose text may depend on the next one
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 # Limit on the KV cache; further stories wait for the next batch
 CACHE_BYTES = 2 * 1024**3
 # A Hugging Face model's context, in tokens, unless the prompts need more: some have tens of thousands
@@ -206,8 +208,6 @@ class Writer:
     def write(self, prompts: list[str], seed: int, rows: dict[int, dict]) -> None:
         """Add a story for each prompt to `rows`, by the prompt's place; if Ctrl-C interrupts it, those that have
         ended."""
-        from tqdm import tqdm
-
         encodings = {prompt: self.encode(prompt) for prompt in dict.fromkeys(prompts)}
         encoded = [encodings[prompt] for prompt in prompts]
         started = time.monotonic()
@@ -241,10 +241,11 @@ class Writer:
         model one by one while the shortest is continued.
         """
         config, part = self.decoder.config, []
-        token = 2 * config.n_layer * config.n_head * config.head_dim * self.decoder.cache_dtype.itemsize
+        numbers = 2 * config.n_layer * config.n_head * config.head_dim
+        position = numbers * self.decoder.cache_dtype.itemsize  # bytes
         for place in sorted(range(len(encoded)), key=lambda place: len(encoded[place])):
             longest = min(config.block_size, len(encoded[place]) + self.max_tokens)
-            full = (len(part) + 1) * longest * token > CACHE_BYTES
+            full = (len(part) + 1) * longest * position > CACHE_BYTES
             if part and (full or len(encoded[place]) > 2 * len(encoded[part[0]]) + SIMILAR):
                 yield part
                 part = []
@@ -262,7 +263,7 @@ class Writer:
         ):
             if token is not None:
                 ids.append(token)
-                before = (encoded[1:] + ids[:printed])[-CONTEXT:] if printed else encoded[1:]
+                before = (encoded[1:] + ids[:printed])[-DECODED_WITH:] if printed else encoded[1:]
                 text = self.continuation(before, ids[printed:])
                 if not (text.endswith("\ufffd") or BYTE.fullmatch(self.tokenizer.id_to_token(token) or "")):
                     print(text, end="", flush=True)

@@ -33,7 +33,7 @@ from model.checkpoint import (
     set_aside,
 )
 from model.config import BLOCK_FAMILIES, OPTIMIZERS, PRESETS, SCHEDULES
-from model.console import ProgressBar, print_end, print_plan, print_stop
+from model.console import ProgressBar, print_end, print_finished, print_plan, print_stop
 from model.errors import UserError, require
 from model.files import shown
 from model.forward import prepare_forward
@@ -42,7 +42,7 @@ from model.optimizer import learning_rate, set_rates
 from model.processes import Processes, StopRequest, start_processes, stop_processes
 from model.run import Run, changed_settings, plan_run
 from model.runtime import ran_out_of_memory
-from model.settings import flag_name, read_settings, require_within
+from model.settings import read_settings, require_within
 from model.training_state import TrainingState, initial_state, rewind
 from model.validation import validate, write_sample
 
@@ -159,7 +159,7 @@ def start(settings: SimpleNamespace, processes: Processes) -> None:
         processes.remember("fresh")
         if checkpoint:
             if processes.first and (changes := changed_settings(settings, checkpoint)):
-                print(f"changed      {'; '.join(changes)}")
+                print(f"changed      {'; '.join(changes.values())}")
             path, checkpoint = rewind(run, path, checkpoint)
         train(run, path, checkpoint)
 
@@ -171,8 +171,9 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
     if device.type == "cuda":
         run.batches.move_to(device, budget=0.25 * torch.cuda.mem_get_info(device)[0])
     state = initial_state(run, checkpoint)
+    earliest, latest = processes.extremes(state.step)
     require(
-        processes.have_the_same(state.step),
+        earliest == latest,
         "the processes found different checkpoints: all must see the same --checkpoint-dir",
     )
     processes.take_first(state.model.parameters())
@@ -180,15 +181,7 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
         print_plan(run, state, path)
     if checkpoint and recipe.progress(state.step, state.seconds) >= 1:
         if processes.first:
-            limit = "max_steps" if recipe.max_steps and state.step >= recipe.max_steps else "max_minutes"
-            if any(change.startswith(limit) for change in changed_settings(settings, checkpoint)):
-                print(
-                    f"step {state.step:,} is beyond this {flag_name(limit)}: nothing is done, and nothing changed"
-                )
-            else:
-                print(
-                    f"already finished: a larger {flag_name(limit)} extends this run, --fresh starts a new one"
-                )
+            print_finished(run, state, checkpoint)
         return
 
     # This process's windows of each step, and the forward pass for them

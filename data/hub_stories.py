@@ -1,6 +1,5 @@
 """Load data sets from the Hugging Face hub, with one-line errors."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from data.stories import BATCH, Progress, quiet_datasets, slices
 from data.story_files import require_column
 from model.errors import require
 from model.files import require_space
-from model.hub import hub_errors, why_offline
+from model.hub import HUB_NAME, hub_errors, why_offline
 
 INSTEAD = "use --source sample (the built-in stories, no network needed) or give your own files"
 
@@ -22,10 +21,11 @@ def open_hub(word: str, column: str, stream: bool, folder: Path) -> dict[str, It
     import datasets
 
     name, _, config = word.partition(":")
-    name_like = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
     # datasets treats "json" and the like as readers of files in the current folder
     reader = name in datasets.packaged_modules._PACKAGED_DATASETS_MODULES
-    require(name_like and not reader, f"{word!r} is not a file, a folder or a data set on the hub")
+    require(
+        HUB_NAME.fullmatch(name) and not reader, f"{word!r} is not a file, a folder or a data set on the hub"
+    )
     offline = why_offline()
     if offline:
         datasets.config.HF_HUB_OFFLINE = True

@@ -76,10 +76,10 @@ class Candidate:
         for first in tqdm(starts, desc="writing stories", disable=None, delay=1, leave=False):
             part = slice(first, first + WRITTEN_AT_ONCE)
             written = self.continue_ids(ids[part], seeds[part])
-            for prompt, before, (after, ended) in zip(prompts[part], ids[part], written, strict=True):
+            for before, (after, ended) in zip(ids[part], written, strict=True):
                 # decode together: some tokenizers would lose a space between prompt and story
                 text = self.tokenizer.decode(before[1:] + after, skip_special_tokens=False)
-                stories.append(Story(text, prompt, ended))
+                stories.append(Story(text, ended))
         return stories
 
 
@@ -195,17 +195,14 @@ class TransformersModel(Candidate):
         width = max(map(len, prompts))
         idx = torch.tensor([[self.end_id] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        sampling = Sampling()
         options = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
+            "max_new_tokens": min(MAX_TOKENS, self.block_size - width),
+            **Sampling().for_transformers(),
         }
-        options |= {"max_new_tokens": min(MAX_TOKENS, self.block_size - width), "eos_token_id": self.end_id}
+        options |= {"eos_token_id": self.end_id, "pad_token_id": self.end_id}
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seeds[0])
-            written = self.network.generate(idx, attention_mask=mask, pad_token_id=self.end_id, **options)
+            written = self.network.generate(idx, attention_mask=mask, **options)
         stories = []
         for ids in written[:, width:].tolist():
             ended = self.end_id in ids
@@ -243,7 +240,7 @@ def find_candidate(folder: Path, name: str | None, prefer: str = "latest") -> Pa
     except UserError as error:
         if not name or name.isdigit() or name in ("best", "latest") or name.endswith(".pt"):
             raise
-        if name.count("/") == 1 and not Path(name).exists() and not Path(name).parent.is_dir():
+        if name.count("/") == 1 and not Path(name).parent.is_dir():
             return name  # owner/name: perhaps on the hub
         raise UserError(f"{error}; a model on the Hugging Face hub is named owner/name") from None
 

@@ -52,10 +52,6 @@ RUN_FILES = (
 )
 UNFINISHED = ".earlier"
 NAME = re.compile(r"ckpt_(\d+)\.pt")
-STARTED_EARLIER = (
-    "this run was started by an earlier version of this repository: resume it with that version, or start a new "
-    "run with --fresh (it moves the old one aside)"
-)
 ENTRIES = ("config", "settings", "weights", "step", "tokenizer", "eot_id", "data")
 # What it takes to resume, besides
 TO_RESUME = ("defaults", "depth", "optimizers", "scaler", "seconds", "best_loss", "last_evaluation")

@@ -175,7 +175,7 @@ class Preset:
     recipe: Recipe = field(default_factory=Recipe)
 
 
-GPT2_SMALL = {
+SLM_SHAPE = {
     "vocab_size": 50_257,
     "n_layer": 6,
     "n_head": 6,
@@ -190,10 +190,10 @@ PRESETS = {
     # 4 heads learn more per token than 8, and run faster; an untied output head allows the bigram start
     "stories-9m": Preset(GPTConfig(n_head=4, tie_weights=False)),
     "tinystories-gpt": Preset(GPTConfig(blocks="gpt2"), ADAMW),
-    "slm-30m": Preset(GPTConfig(block_size=128, **GPT2_SMALL), SLM),
-    "slm-50m": Preset(GPTConfig(block_size=128, tie_weights=False, **GPT2_SMALL), SLM),
+    "slm-30m": Preset(GPTConfig(block_size=128, **SLM_SHAPE), SLM),
+    "slm-50m": Preset(GPTConfig(block_size=128, tie_weights=False, **SLM_SHAPE), SLM),
     "tinystories-33m": Preset(
-        GPTConfig(block_size=512, **GPT2_SMALL),
+        GPTConfig(block_size=512, **SLM_SHAPE),
         # 80 windows of 512 tokens, 16 times per step; 20 epochs of 470 million tokens
         replace(PUBLISHED, batch_tokens=80 * 16 * 512, max_steps=14_300, learning_rate=5e-4, grad_clip=0.5),
     ),

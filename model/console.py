@@ -14,7 +14,7 @@ from tqdm import tqdm
 from model.errors import note
 from model.files import command, shown
 from model.processes import StopRequest
-from model.run import NOT_KEPT, Run
+from model.run import NOT_KEPT, Run, changed_settings
 from model.runtime import peak_flops
 from model.script import close_output
 from model.settings import flag_name
@@ -23,6 +23,15 @@ from model.training_state import TrainingState
 # Up to about four epochs are nearly as good as new data (Muennighoff et al. 2023)
 MANY_EPOCHS = 4
 QUIET_SECONDS = 20  # between progress lines when not on a terminal
+
+
+def print_finished(run: Run, state: TrainingState, checkpoint: dict) -> None:
+    """Say that the run had ended already, and what would extend it."""
+    limit = "max_steps" if run.recipe.max_steps and state.step >= run.recipe.max_steps else "max_minutes"
+    if limit in changed_settings(run.settings, checkpoint):
+        print(f"step {state.step:,} is beyond this {flag_name(limit)}: nothing is done, and nothing changed")
+    else:
+        print(f"already finished: a larger {flag_name(limit)} extends this run, --fresh starts a new one")
 
 
 def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> None:

@@ -47,7 +47,8 @@ class CacheWindow(NamedTuple):
 class FusedLinear:
     """x (N, in) -> residual (N, out) + prepare(x) @ weight.T + bias, for a weight (out, in).
 
-    `prepare` is rms_norm, layer_norm (both without weights of their own), swiglu (of 2 in numbers), gelu or nothing.
+    The residual is overwritten. `prepare` is rms_norm, layer_norm (both without weights of their own), swiglu (of 2 in
+    numbers), gelu or nothing.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, prepare: str, eps: float):
@@ -64,39 +65,36 @@ class FusedLinear:
             x = F.silu(gate) * up
         elif self.prepare == "gelu":
             x = F.gelu(x, approximate="tanh")
-        out = x @ self.columns if self.bias is None else torch.addmm(self.bias, x, self.columns)
-        return out if residual is None else residual + out
+        if residual is not None:
+            return (residual if self.bias is None else residual.add_(self.bias)).addmm_(x, self.columns)
+        return x @ self.columns if self.bias is None else torch.addmm(self.bias, x, self.columns)
 
 
-class CachedAttention:
+def attend(
+    qkv: Tensor, turn: Tensor | None, keys: Tensor, values: Tensor, window: CacheWindow, eps: float
+) -> Tensor:
     """qkv (N, 3 H D) -> (N, H D), for keys and values (B, H, capacity, D) of all positions, which are extended.
 
-    `cos` and `sin` (2, 1, 1, block_size, D) turn queries and keys after their norms, whose weights they contain; None:
-    neither.
+    `turn`, a DecoderBlock's for the new positions, turns queries and keys after they are normalised; None: neither.
     """
-
-    def __init__(self, cos: Tensor | None, sin: Tensor | None, eps: float):
-        self.cos, self.sin, self.eps = cos, sin, eps
-
-    def __call__(self, qkv: Tensor, keys: Tensor, values: Tensor, window: CacheWindow) -> Tensor:
-        B, H, _, D = keys.shape
-        heads = qkv.view(B, -1, 3, H, D).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        qk, v = heads[:2], heads[2]
-        if self.cos is not None:
-            qk = F.rms_norm(qk, (D,), eps=self.eps)
-            turned = qk.roll(D // 2, -1)
-            qk = torch.addcmul(qk * self.cos[:, :, :, window.new], turned, self.sin[:, :, :, window.new])
-        q, k = qk
-        keys[:, :, window.new], values[:, :, window.new] = k, v
-        k, v = keys[:, :, window.seen], values[:, :, window.seen]
-        causal = q.size(2) > 1 and window.mask is None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=window.mask, is_causal=causal)
-        return y.transpose(1, 2).reshape(len(qkv), -1)
+    B, H, _, D = keys.shape
+    heads = qkv.view(B, -1, 3, H, D).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+    qk, v = heads[:2], heads[2]
+    if turn is not None:
+        qk = F.rms_norm(qk, (D,), eps=eps)
+        cos, sin = turn[:, :, None, None]
+        qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
+    q, k = qk
+    keys[:, :, window.new], values[:, :, window.new] = k, v
+    k, v = keys[:, :, window.seen], values[:, :, window.seen]
+    causal = q.size(2) > 1 and window.mask is None
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=window.mask, is_causal=causal)
+    return y.transpose(1, 2).reshape(len(qkv), -1)
 
 
 class DecoderBlock(NamedTuple):
     qkv: FusedLinear | kernels.PackedLinear
-    attention: CachedAttention
+    turn: Tensor | None  # (2, 2, positions, D): rotary cosines and sines, each for queries and for keys
     project: FusedLinear | kernels.PackedLinear
     up: FusedLinear | kernels.PackedLinear
     down: FusedLinear | kernels.PackedLinear
@@ -152,14 +150,17 @@ class Decoder:
         self.embedding, self.position_embedding = model.token_embedding.weight.detach().to(self.dtype), None
         if self.config.blocks == "gpt2":
             self.position_embedding = model.position_embedding.weight.detach().to(self.dtype)
-        self.blocks = [self.arrange(block, model) for block in model.blocks]
+        self.turns = [None] * self.config.n_layer
+        if self.config.blocks == "modern":
+            self.turns = torch.stack([self.turn(block, model) for block in model.blocks])
+        self.blocks = [self.arrange(*parts) for parts in zip(model.blocks, self.turns, strict=True)]
         self.head = self.linear(model.head_weight, None, model.norm)
         self.network = kernels.Network(self.blocks, self.head, self.eps) if self.native else None
 
     def linear(
         self, weight: Tensor, bias: Tensor | None, prepare: nn.Module | str = "nothing"
-    ) -> FusedLinear:
-        """A FusedLinear; a norm as `prepare` is one whose own weight and bias are folded into the matrix."""
+    ) -> FusedLinear | kernels.PackedLinear:
+        """A norm as `prepare` is one whose own weight and bias are folded into the matrix."""
         if isinstance(prepare, nn.Module):
             if (shift := getattr(prepare, "bias", None)) is not None:
                 bias = weight @ shift if bias is None else weight @ shift + bias
@@ -170,17 +171,18 @@ class Decoder:
             return kernels.PackedLinear(weight.detach(), bias, prepare, int8=self.weights == "int8")
         return FusedLinear(weight.detach().to(self.dtype), bias, prepare, self.eps)
 
-    def arrange(self, block: Block, model: GPT) -> DecoderBlock:
-        attention, mlp, cos, sin = block.attention, block.mlp, None, None
-        if self.config.blocks == "modern":
-            half = self.config.head_dim // 2
-            scale = torch.stack((attention.q_norm.weight, attention.k_norm.weight))[:, None, None, None]
-            signs = torch.cat((-torch.ones(half), torch.ones(half))).to(scale)
-            cos = (model.rotary_cos * scale).to(self.dtype)
-            sin = (model.rotary_sin * signs * scale.roll(half, -1)).to(self.dtype)
-            up, activation = mlp.gate_up, "swiglu"
-        else:
-            up, activation = mlp.up, "gelu"
+    def turn(self, block: Block, model: GPT) -> Tensor:
+        """A DecoderBlock's `turn`, with the weights of the norms of queries and keys."""
+        half = self.config.head_dim // 2
+        scale = torch.stack((block.attention.q_norm.weight, block.attention.k_norm.weight))[:, None]
+        signs = torch.cat((-torch.ones(half), torch.ones(half))).to(scale)
+        cos, sin = model.rotary_cos * scale, model.rotary_sin * signs * scale.roll(half, -1)
+        return torch.stack((cos, sin)).to(self.dtype)
+
+    def arrange(self, block: Block, turn: Tensor | None) -> DecoderBlock:
+        attention, mlp = block.attention, block.mlp
+        modern = self.config.blocks == "modern"
+        up, activation = (mlp.gate_up, "swiglu") if modern else (mlp.up, "gelu")
         weight = attention.qkv.weight
         if self.config.kv_heads < self.config.n_head:  # repeat keys and values for each query head
             each = weight.unflatten(0, (-1, self.config.head_dim)).split(attention.heads)
@@ -189,7 +191,7 @@ class Decoder:
             weight = torch.cat(parts).flatten(0, 1)
         return DecoderBlock(
             self.linear(weight, attention.qkv.bias, block.attention_norm),
-            CachedAttention(cos, sin, self.eps),
+            turn,
             self.linear(attention.proj.weight, attention.proj.bias),
             self.linear(up.weight, up.bias, block.mlp_norm),
             self.linear(mlp.down.weight, mlp.down.bias, activation),
@@ -221,7 +223,12 @@ class Decoder:
         elif start and T > 1:  # causal mask: the past, and new tokens up to itself
             window = window._replace(mask=torch.ones(T, end, dtype=torch.bool, device=x.device).tril(start))
         x = x.view(B * T, -1)
-        for layer, (qkv, attention, project, up, down) in enumerate(self.blocks):
-            x = project(attention(qkv(x), cache.k[layer], cache.v[layer], window), x)
+        turns = self.turns  # of the new positions in all layers: for a graph, one operation
+        if self.config.blocks == "modern":
+            turns = turns[:, :, :, window.new]
+        for (qkv, _, project, up, down), turn, keys, values in zip(
+            self.blocks, turns, cache.k, cache.v, strict=True
+        ):
+            x = project(attend(qkv(x), turn, keys, values, window, self.eps), x)
             x = down(up(x), x)
         return self.head(x.view(B, T, -1)[:, -1])

@@ -41,7 +41,7 @@ def first_line(error: Exception) -> str:
     return textwrap.shorten(text, 300, placeholder="...").rstrip(".")
 
 
-def is_file_error(error: Exception) -> bool:
+def is_file_error(error: BaseException) -> bool:
     """Whether it is one of FILE_ERRORS, which run_script reports in one line."""
     return isinstance(error, OSError) and errno.errorcode.get(error.errno) in FILE_ERRORS
 

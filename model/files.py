@@ -1,4 +1,4 @@
-"""Atomic writes, checksums, and paths as the user types them."""
+"""Atomic writes, checks before writing, checksums, and paths, commands and sizes as text."""
 
 import contextlib
 import functools

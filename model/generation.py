@@ -15,6 +15,11 @@ from model.settings import require_seed, require_within
 
 # Tokens that are prefilled together: with more, the results of layers would take gigabytes
 AT_ONCE = 16_384
+# The likeliest tokens, which nearly always include all that the filters keep: to sort the whole vocabulary takes longer
+# than the model. On a GPU more, as in a CUDA graph too few cost more.
+LIKELIEST, LIKELIEST_ON_GPU = 64, 1_024
+# Positions that a CUDA graph decodes before the CPU looks at the result
+AHEAD = 16
 
 
 @dataclass(frozen=True)
@@ -34,15 +39,22 @@ class Sampling:
         require_within(self, temperature="[0, inf)", top_k="[0, inf)", top_p="(0, 1]", min_p="[0, 1]")
         require_within(self, repetition_penalty="(0, inf)")
 
+    def for_transformers(self) -> dict[str, object]:
+        """As arguments of transformers' generate(). Without top_k, it would take 50."""
+        return {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+
 
 def next_distribution(
-    logits: Tensor, previous: Tensor | None, sampling: Sampling
+    logits: Tensor, previous: Tensor | None, sampling: Sampling, short: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Probabilities (B, K) of the next token after all filters, and the K tokens' ids (B, K), from logits (B, V).
 
     The ids are None if the K = V probabilities are in vocabulary order; otherwise the most likely token comes first,
     tokens not listed have probability 0, and so may some that are, even twice. `previous` (B, V) is True for tokens
     that have occurred; None: none have. Temperature 0 gives the most likely token probability 1.
+
+    With `short` (bool, a scalar), it never waits for a GPU: if more tokens may pass the filters than were looked at,
+    it sets `short` to True, and the result is to be discarded.
     """
     if sampling.repetition_penalty != 1 and previous is not None:
         penalised = torch.where(
@@ -53,15 +65,15 @@ def next_distribution(
         first = logits.argmax(-1, keepdim=True)
         return torch.ones_like(first, dtype=logits.dtype), first
     temperature = max(sampling.temperature, 1e-30)  # float32 flushes smaller divisors to 0
-    vocabulary = logits.size(-1)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
         return softmax(logits, temperature), None
-    # On a CPU, sorting the whole vocabulary costs more than the model. The top few nearly always include all that
-    # the filters keep. A GPU sorts fast, but checking this would force it to synchronise.
-    return filter_top(logits, temperature, sampling, vocabulary if logits.is_cuda else sampling.top_k or 64)
+    count = sampling.top_k or (LIKELIEST_ON_GPU if logits.is_cuda else LIKELIEST)
+    return filter_top(logits, temperature, sampling, count, short)
 
 
-def filter_top(logits: Tensor, temperature: float, sampling: Sampling, count: int) -> tuple[Tensor, Tensor]:
+def filter_top(
+    logits: Tensor, temperature: float, sampling: Sampling, count: int, short: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """next_distribution() from the `count` likeliest tokens, or from more in the rows where more pass the filters."""
     count = min(count, logits.size(-1))
     probabilities, ids = top_probabilities(logits, count, temperature)
@@ -76,14 +88,18 @@ def filter_top(logits: Tensor, temperature: float, sampling: Sampling, count: in
     if sampling.min_p > 0:
         outside |= probabilities < sampling.min_p * probabilities[:, :1]
     outside[:, 0] = False  # even if a tiny top_p is rounded to 0
-    all_are_here = count in (logits.size(-1), sampling.top_k)
     probabilities = probabilities.masked_fill(outside, 0)
     probabilities = probabilities / total(probabilities)
-    if not all_are_here and (short := ~outside[:, -1]).any():
-        more, more_ids = filter_top(logits[short], temperature, sampling, 8 * count)
+    if count in (logits.size(-1), sampling.top_k):  # no others can pass
+        return probabilities, ids
+    rows = ~outside[:, -1]  # in which others may
+    if short is not None:
+        short.logical_or_(rows.any())
+    elif rows.any():
+        more, more_ids = filter_top(logits[rows], temperature, sampling, 8 * count, None)
         padding = (0, more.size(1) - count)
         probabilities, ids = F.pad(probabilities, padding), F.pad(ids, padding)
-        probabilities[short], ids[short] = more, more_ids
+        probabilities[rows], ids[rows] = more, more_ids
     return probabilities, ids
 
 
@@ -126,7 +142,10 @@ def warm_up_stream() -> torch.cuda.Stream:
 
 
 class Batch:
-    """Sequences decoded together: tensors on the decoder's device, and a step that never synchronises with it."""
+    """Sequences decoded together: tensors on the decoder's device, and with CUDA graphs, steps that do not wait for it.
+
+    A graph cannot look at more tokens where the likeliest do not suffice. Then settle() repeats its steps without it.
+    """
 
     def __init__(
         self,
@@ -147,17 +166,24 @@ class Batch:
         self.tokens, self.uniforms = tokens.to(device), torch.stack(streams).to(device)
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.position = self.lengths.min()[None].clone()  # (1,), of the next tokens
+        self.replayed = 0  # steps by a graph since settle()
+        self.short = torch.zeros(
+            (), dtype=torch.bool, device=device
+        )  # whether tokens were too few in one of them
         self.occurred = None
         if sampling.repetition_penalty != 1:
             self.occurred = torch.zeros(count, decoder.config.vocab_size, dtype=torch.bool, device=device)
-            self.occurred.scatter_(1, self.tokens[:, : int(self.position)], True)
+            self.mark_occurred()
         self.cache = KVCache(decoder, count, min(decoder.config.block_size, self.total))
 
-    def write(self, logits: Tensor) -> None:
+    def mark_occurred(self) -> None:
+        self.occurred.zero_().scatter_(1, self.tokens[:, : int(self.position)], True)
+
+    def write(self, logits: Tensor, short: Tensor | None = None) -> None:
         """Sample each sequence's next token from logits (B, V); sequences still in their prompt keep its token."""
         if self.occurred is not None and 0 <= self.eot_id < logits.size(1):
             self.occurred[:, self.eot_id] = False  # every story starts with it, and must still be able to end
-        probabilities, ids = next_distribution(logits, self.occurred, self.sampling)
+        probabilities, ids = next_distribution(logits, self.occurred, self.sampling, short)
         turn = (self.position - self.lengths).clamp(0, self.uniforms.size(1) - 1)[:, None]
         new = draw(probabilities, self.uniforms.gather(1, turn)[:, 0])[:, None]
         if ids is not None:
@@ -176,10 +202,10 @@ class Batch:
             logits = self.decoder(piece, self.cache)
         self.write(logits)
 
-    def step(self, graph: bool = False) -> None:
+    def step(self, graph: bool = False, short: Tensor | None = None) -> None:
         """Feed the latest tokens to the model and write the next ones."""
         latest = self.tokens.index_select(1, self.position - 1)
-        self.write(self.decoder(latest, self.cache, graph))
+        self.write(self.decoder(latest, self.cache, graph), short)
 
     def advance(self) -> None:
         """step(), as a single CUDA graph if the decoder allows it, to remove launch overhead."""
@@ -196,6 +222,21 @@ class Batch:
             return self.step()
         self.graph.replay()
         self.cache.length += 1
+        self.replayed += 1
+
+    def settle(self) -> None:
+        """After this, all tokens are final: repeat the latest steps if the graph looked at too few in one of them."""
+        steps, self.replayed = self.replayed, 0
+        if not steps or not self.short:
+            return
+        self.short.zero_()
+        self.position -= steps
+        self.cache.next -= steps
+        self.cache.length -= steps
+        if self.occurred is not None:
+            self.mark_occurred()
+        for _ in range(steps):
+            self.step(graph=True)
 
     def capture(self, state: list[Tensor], before: list[Tensor], length: int) -> None:
         """Capture a step. The first replay overwrites whatever the warm-up steps wrote."""
@@ -203,14 +244,14 @@ class Batch:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
-                self.step(graph=True)
+                self.step(graph=True, short=self.short)
                 self.restore(state, before, length)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream()
         try:
             with torch.cuda.graph(self.graph):
-                self.step(graph=True)
+                self.step(graph=True, short=self.short)
         finally:
             torch.cuda.set_stream(current)  # a failed capture leaves its own stream set
         self.restore(state, before, length)
@@ -261,18 +302,20 @@ def generate(
         require_seed(seed)
     block_size, lengths = decoder.config.block_size, [len(prompt) for prompt in prompts]
     batch = Batch(decoder, prompts, max_tokens, eot_id, sampling, seeds)
-    ahead = 16 if decoder.graphs else 1  # positions decoded between checks
+    ahead = AHEAD if decoder.graphs else 1  # positions decoded between checks
     rows = list(range(len(prompts)))  # the sequence in each row of the batch
     ended: set[int] = set()
     shown = min(lengths)  # positions yielded
     for position in range(shown, batch.total):
         begin = context_start(position, block_size)
         if position == min(lengths) or begin != context_start(position - 1, block_size):
+            batch.settle()
             batch.refill(begin, position)
         else:
             batch.advance()
         if position + 1 - shown < ahead and position + 1 < batch.total:
             continue
+        batch.settle()
         for place, tokens in enumerate(batch.tokens[:, shown : position + 1].T.tolist(), start=shown):
             yielded: list[int | None] = [None] * len(prompts)
             for row, token in zip(rows, tokens, strict=True):

@@ -19,6 +19,9 @@ from model.config import NORM_EPS, GPTConfig
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+# On M1 and M2, PyTorch 2.13 sums wrongly over 32,767 numbers or more, as in the gradient of a large output matrix
+# (pytorch#177116); so these are multiplied in parts
+MPS_TERMS = 32_000
 # Longest context for which CPU training uses plain_attention
 PLAIN_UP_TO = 512
 
@@ -188,7 +191,9 @@ class CrossEntropy(nn.Module):
     def forward(
         self, states: Tensor, head_weight: Tensor, targets: Tensor, shortlist: Shortlist | None = None
     ) -> Tensor:
-        if shortlist is None:
+        if shortlist is None and head_weight.is_mps:
+            logits = torch.cat([F.linear(states, rows) for rows in head_weight.split(MPS_TERMS)], dim=-1)
+        elif shortlist is None:
             logits = F.linear(states, head_weight)
         else:
             logits = F.linear(states, head_weight[shortlist.ids]) + shortlist.log_counts

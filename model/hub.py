@@ -2,10 +2,14 @@
 
 import contextlib
 import functools
+import re
 import sys
 from collections.abc import Iterator
 
 from model.errors import UserError, first_line, is_file_error
+
+# Of a model or a data set
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from model.checkpoint import all_checkpoints, find_checkpoint, load_checkpoint, 
 from model.config import NORM_EPS, GPTConfig
 from model.errors import UserError, first_line, needs, require
 from model.gpt import GPT
-from model.hub import hub_errors
+from model.hub import HUB_NAME, hub_errors
 from model.tokenizer import END_OF_TEXT, require_room, text_tokenizer
 
 # Our modules -> theirs, {} is the layer. If there are several, ours is one matrix with the rows of all.
@@ -118,7 +118,6 @@ def to_config_json(config: GPTConfig, eot_id: int) -> dict:
         "initializer_range": 0.02,
         "bos_token_id": eot_id,
         "eos_token_id": eot_id,
-        "dtype": "float32",
     }
     if config.blocks == "gpt2":
         return {
@@ -171,7 +170,7 @@ FIELDS = {
     },
 }
 # Keys that may differ from our own config.json, because they do not affect what the network computes
-MAY_DIFFER = re.compile("architectures|dtype|initializer_range|.*_token_id|.*_(dropout|pdrop)")
+MAY_DIFFER = re.compile("architectures|initializer_range|.*_token_id|.*_(dropout|pdrop)")
 
 
 def from_config_json(theirs: dict) -> GPTConfig:
@@ -225,7 +224,7 @@ def find_pretrained(name: str, *patterns: str) -> Path:
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
-    hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not folder.exists()
+    hub_name = HUB_NAME.fullmatch(name) and not folder.exists()
     require(hub_name, f"{name} is not a folder or the name of a model on the Hugging Face hub")
     with hub_errors(f"{name} (no folder here)", "give the folder of a model"):
         from huggingface_hub import snapshot_download

@@ -148,7 +148,8 @@ class PackedBlock(ctypes.Structure):
 
     def __init__(self, block: "DecoderBlock"):
         matrices = block.qkv, block.project, block.up, block.down
-        super().__init__(*matrices, address(block.attention.cos), address(block.attention.sin))
+        cos, sin = (None, None) if block.turn is None else block.turn
+        super().__init__(*matrices, address(cos), address(sin))
 
 
 class Shape(ctypes.Structure):
@@ -173,8 +174,8 @@ class Network:
     def __init__(self, blocks: "list[DecoderBlock]", head: PackedLinear, eps: float):
         self.parts = blocks, head  # which keep the tensors
         self.blocks = (PackedBlock * len(blocks))(*map(PackedBlock, blocks))
-        self.head, self.eps, cos = head, eps, blocks[0].attention.cos
-        self.positions = 0 if cos is None else cos.size(-2)
+        self.head, self.eps, turn = head, eps, blocks[0].turn
+        self.positions = 0 if turn is None else turn.size(-2)
         matrices = [part for block in blocks for part in block if isinstance(part, PackedLinear)]
         self.deepest = max(matrix.inputs for matrix in (*matrices, head))
         self.widest = max(matrix.outputs for matrix in matrices)

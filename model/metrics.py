@@ -11,8 +11,8 @@ class Metrics:
     """metrics.jsonl: one JSON object per line, in step order.
 
     A training row has step, train_loss (nats per token of that step's batch), learning_rate,
-    gradient_norm, tokens, seconds (of training) and tokens_per_second. An evaluation row has step,
-    tokens, validation_loss, bits_per_byte and sample.
+    gradient_norm, tokens, seconds (of training) and tokens_per_second, and on CUDA gpu_bytes (the most so
+    far). An evaluation row has step, tokens, validation_loss, bits_per_byte and sample.
     """
 
     def __init__(self, folder: Path, step: int, last_evaluation: int):

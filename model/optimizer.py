@@ -47,10 +47,9 @@ class Muon(torch.optim.Optimizer):
         groups: list[dict],
         lr: float,
         weight_decay: float = 0.1,
-        momentum: float = 0.95,
         low_precision: bool = True,
     ):
-        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "pieces": (1, 1)}
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95, "pieces": (1, 1)}
         super().__init__(groups, defaults)
         self.low_precision = low_precision
 

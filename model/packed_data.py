@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,43 +44,46 @@ def load_data(data_dir: Path, verify: bool = False) -> Data:
 
     Raises UserError if a file is missing, truncated, or made with another tokenizer.
     """
-    processed, prepare = data_dir / "processed", partial(command, "data/prepare_data.py", data_dir=data_dir)
+    processed, prepare = data_dir / "processed", command("data/prepare_data.py", data_dir=data_dir)
     meta = read_json(processed / "meta.json")
-    require(meta, f"no packed stories in {shown(processed)} yet: run {prepare()}")
+    require(meta, f"no packed stories in {shown(processed)} yet: run {prepare}")
     missing = [entry for entry in META if entry not in meta]
-    require(not missing, f"{shown(processed / 'meta.json')} lacks {', '.join(missing)}: run {prepare()}")
+    require(not missing, f"{shown(processed / 'meta.json')} lacks {', '.join(missing)}: run {prepare}")
     tokenizer, learn = tokenizer_file(data_dir), command("data/train_tokenizer.py", data_dir=data_dir)
     require(tokenizer.exists(), f"no tokenizer at {shown(tokenizer)} yet: run {learn}")
     require(
         sha256_file(tokenizer) == meta["tokenizer_sha256"],
-        f"{shown(processed)} was packed with another tokenizer than {shown(tokenizer)}: run {prepare()}",
+        f"{shown(processed)} was packed with another tokenizer than {shown(tokenizer)}: run {prepare}",
     )
     splits = {}
     for name in ("train", "validation"):
         path, facts = processed / f"{name}.bin", meta["splits"].get(name)
-        require(facts and facts["tokens"], f"{shown(processed)} has no {name} stories: run {prepare()}")
+        require(facts and facts["tokens"], f"{shown(processed)} has no {name} stories: run {prepare}")
         expected = facts["tokens"] * np.dtype(meta["dtype"]).itemsize
         size = path.stat().st_size if path.exists() else 0
         require(
             size == expected,
-            f"{shown(path)} has {size:,} bytes, but meta.json says {expected:,}: run {prepare()}",
+            f"{shown(path)} has {size:,} bytes, but meta.json says {expected:,}: run {prepare}",
         )
         require(
             not verify or sha256_file(path) == facts["sha256"],
-            f"{shown(path)} is damaged (its SHA-256 differs from meta.json's): run {prepare()}",
+            f"{shown(path)} is damaged (its SHA-256 differs from meta.json's): run {prepare}",
         )
         tokens = np.memmap(path, dtype=np.dtype(meta["dtype"]).newbyteorder("<"), mode="r")
         splits[name] = Split(tokens, facts["stories"], facts["bytes"], facts["sha256"])
+    outdated = ""
+    if not packed_from_raw(data_dir, meta):
+        raw = shown(data_dir / "raw")
+        outdated = (
+            f"{raw} has other stories than {shown(processed)}, which is used here; {prepare} packs them"
+        )
     return Data(
         splits["train"],
         splits["validation"],
         meta["vocab_size"],
         meta["eot_id"],
         tokenizer.read_text(encoding="utf-8"),
-        ""
-        if packed_from_raw(data_dir, meta)
-        else f"{shown(data_dir / 'raw')} has other stories than "
-        f"{shown(processed)}, which is used here; {prepare()} packs them",
+        outdated,
     )
 
 

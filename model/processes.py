@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.errors import UserError, require
+from model.script import explanation
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,6 @@ class Processes:
 
     rank: int = 0
     count: int = 1
-    local_rank: int = 0
     store: dist.Store | None = None  # what they share; it outlives restarts
 
     @property
@@ -49,11 +49,6 @@ class Processes:
         facts = torch.tensor([-number, number])  # on the CPU, to avoid waiting for the GPU
         dist.all_reduce(facts, op=dist.ReduceOp.MAX)
         return -int(facts[0]), int(facts[1])
-
-    def have_the_same(self, number: int) -> bool:
-        """Whether all processes have the same number."""
-        smallest, largest = self.extremes(number)
-        return smallest == largest
 
     def total(self, value: Tensor) -> float:
         """Sum of a scalar tensor over all processes."""
@@ -85,29 +80,28 @@ def start_processes(device: str) -> Processes:
     """Join torchrun's process group (nccl on CUDA, gloo elsewhere), if there is one."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return Processes()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    processes = Processes(*(int(os.environ.get(name, 0)) for name in names))
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     require(
-        processes.count == 1 or not device.startswith("cuda:"),
+        count == 1 or not device.startswith("cuda:"),
         f"torchrun's processes take a GPU each: leave out --device {device} (CUDA_VISIBLE_DEVICES chooses among GPUs)",
     )
-    shares_mps = processes.count > 1 and device in ("auto", "mps") and torch.backends.mps.is_available()
+    shares_mps = count > 1 and device in ("auto", "mps") and torch.backends.mps.is_available()
     require(not shares_mps, "several processes cannot share this GPU: add --device cpu")
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if cuda:
-        if processes.local_rank >= torch.cuda.device_count():
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"there are only {torch.cuda.device_count()} GPUs here: lower torchrun's --nproc_per_node to that"
             )
-        torch.cuda.set_device(processes.local_rank)
+        torch.cuda.set_device(local_rank)
     # torchrun keeps one store across restarts; the prefix hides the addresses of dead workers from new ones.
-    store, rank, count = next(dist.rendezvous("env://"))
-    processes = replace(processes, store=dist.PrefixStore("ours", store))
-    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    shared, _, _ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     # The others wait while the first evaluates and saves
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(hours=2))
-    return processes
+    return Processes(rank, count, dist.PrefixStore("ours", shared))
 
 
 def stop_processes() -> None:
@@ -122,8 +116,10 @@ def stop_processes() -> None:
     if error is None or isinstance(error, SystemExit):
         dist.destroy_process_group()
         status = error.code if error else 0
+    elif isinstance(error, KeyboardInterrupt):
+        status = 130
     else:
-        status = 2 if isinstance(error, UserError) else 1
+        status = 2 if explanation(error) else 1
     atexit.register(end_at_once, status)
 
 

@@ -1,4 +1,4 @@
-"""The page that evaluate.py --report writes: one self-contained file, in light and dark mode."""
+"""The tables that evaluate.py prints, and the page that --report writes: one file, in light and dark mode."""
 
 import html
 import io
@@ -12,6 +12,8 @@ from pathlib import Path
 TEMPLATE = Path(__file__).with_name("report.html")
 # One per model, legible on white and on black
 COLOURS = ("#3b82d6", "#e07b1f", "#2f9e64", "#a367dc", "#d64550", "#129ba3")
+# Prompts whose stories are shown side by side
+SHOWN_PROMPTS = 5
 # Placeholder, replaced by the page's text colour
 INK = "#010203"
 # Control characters, which a page must not have
@@ -87,11 +89,15 @@ def transposed(rows: list[list[str]]) -> list[list[str]]:
     return list(map(list, zip(*rows, strict=True)))
 
 
-def render(report: dict, prompts: int) -> str:
+def quality_table(quality: dict[str, dict]) -> list[list[str]]:
+    """The figures of each group of stories as text, a column for each group."""
+    return transposed(cells(QUALITY_COLUMNS, [{"name": name, **row} for name, row in quality.items()]))
+
+
+def render(report: dict) -> str:
     """The whole page, from the same report that evaluate.py --output writes."""
     results, quality = report["results"], report["quality"]
-    rows = [{"name": name, **figures} for name, figures in quality.items()]
-    figures = [figure for figure in (draw_positions(results), draw_curves(results)) if figure]
+    charts = [chart for chart in (draw_positions(results), draw_curves(results)) if chart]
     about = {
         "command": report["command"],
         "stories": f"{report['source']}, SHA-256 {report['stories_sha256'][:16]}",
@@ -101,13 +107,15 @@ def render(report: dict, prompts: int) -> str:
     } | ({"notes": "; ".join(report["notes"])} if report["notes"] else {})
     sections = [
         section("", SCORE_NOTE, table(transposed(cells(SCORE_COLUMNS, results))) if results else ""),
-        section("", "", "".join(f"<figure>{figure}</figure>" for figure in figures), "figures"),
+        section("", "", "".join(f"<figure>{chart}</figure>" for chart in charts), "figures"),
         section(
             "Story quality",
             QUALITY_NOTE,
-            table(transposed(cells(QUALITY_COLUMNS, rows))) + copies(quality) if rows else "",
+            table(quality_table(quality)) + copies(quality) if quality else "",
         ),
-        section("Stories from the same prompts", "", "".join(map(beginning, report["written"][:prompts]))),
+        section(
+            "Stories from the same prompts", "", "".join(map(beginning, report["written"][:SHOWN_PROMPTS]))
+        ),
         section("Settings", "", table(compare_settings(results)) if results else ""),
         section(
             "About this page",

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from model.batches import Batches, number_stories, validation_windows
-from model.checkpoint import STARTED_EARLIER
 from model.config import CONFIG_FIELDS, LEARNING_RATES, PRESETS, RECIPE_FIELDS, GPTConfig, Recipe
 from model.errors import UserError, require
 from model.files import command, shown
@@ -36,6 +35,10 @@ FIXED = {
     "batch_tokens",
     "optimizer",
 }
+STARTED_EARLIER = (
+    "this run was started by an earlier version of this repository: resume it with that version, or start a new "
+    "run with --fresh (it moves the old one aside)"
+)
 # The run's length: the limit that is reached first ends it
 LIMITS = {"max_steps", "max_minutes"}
 # Settings that a checkpoint does not remember: where and how a run is resumed
@@ -136,10 +139,10 @@ def complete_settings(
         fill_from_preset(settings, data, device, pretrained)
     else:
         keep_from_checkpoint(settings, checkpoint, data, device)
-    return shape(settings), Recipe(**{name: getattr(settings, name) for name in RECIPE_FIELDS})
+    return config_of(settings), Recipe(**{name: getattr(settings, name) for name in RECIPE_FIELDS})
 
 
-def shape(settings: SimpleNamespace) -> GPTConfig:
+def config_of(settings: SimpleNamespace) -> GPTConfig:
     return GPTConfig(**{name: getattr(settings, name) for name in CONFIG_FIELDS})
 
 
@@ -168,7 +171,7 @@ def fill_from_preset(
             setattr(settings, name, values[name])
     if settings.vocab_size < data.vocab_size:
         raise UserError(f"vocab_size {settings.vocab_size} is below the tokenizer's {data.vocab_size}")
-    if settings.bigram_start and (pretrained or not shape(settings).can_hold_bigrams):
+    if settings.bigram_start and (pretrained or not config_of(settings).can_hold_bigrams):
         require(
             "bigram_start" not in chosen,
             "--bigram-start needs modern blocks with an untied output head (--no-tie-weights), and no --init-from",
@@ -209,14 +212,14 @@ def remembered(settings: SimpleNamespace) -> dict[str, object]:
     return {name: getattr(settings, name) for name in kept_settings(settings)}
 
 
-def changed_settings(settings: SimpleNamespace, checkpoint: dict) -> list[str]:
-    """What a resumed run changes, each as "learning_rate 0.006 is now 0.001"."""
+def changed_settings(settings: SimpleNamespace, checkpoint: dict) -> dict[str, str]:
+    """What a resumed run changes, by name, each as "learning_rate 0.006 is now 0.001"."""
     saved = checkpoint["settings"]
-    return [
-        f"{name} {saved[name]} is now {now}"
+    return {
+        name: f"{name} {saved[name]} is now {now if name != 'micro_batch' or now else 'chosen anew'}"
         for name, now in remembered(settings).items()
         if now != saved[name]
-    ]
+    }
 
 
 def keep_from_checkpoint(
@@ -226,13 +229,9 @@ def keep_from_checkpoint(
     edited = {name for name, value in settings.defaults.items() if name in then and value != then[name]}
     require(set(kept) <= saved.keys(), STARTED_EARLIER)
     chosen = chosen_settings(settings, (settings.given | edited) & set(kept))
-    differences = []
-    for name in kept:
-        value = getattr(settings, name)
-        if name not in chosen:
-            setattr(settings, name, saved[name])
-        elif name in FIXED and value != saved[name]:
-            differences.append(f"{name} {saved[name]} is now {value}")
+    for name in set(kept) - chosen:
+        setattr(settings, name, saved[name])
+    differences = [change for name, change in changed_settings(settings, checkpoint).items() if name in FIXED]
     if checkpoint.get("device", device.type) != device.type and "micro_batch" not in chosen:
         settings.micro_batch = 0  # what suits a GPU may not fit a CPU's memory
     current = fingerprints(data)

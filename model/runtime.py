@@ -60,7 +60,9 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        if name == "cpu" and torch.version.cuda and Path("/proc/driver/nvidia/version").exists():
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") is not None  # on purpose, perhaps
+        driver = Path("/proc/driver/nvidia/version").exists()
+        if name == "cpu" and torch.version.cuda and driver and not hidden:
             warn(
                 f"using the CPU: this PyTorch (CUDA {torch.version.cuda}) cannot use the GPU here, probably because "
                 "its driver is older. Update the driver, or install a PyTorch build for an older CUDA"

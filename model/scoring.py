@@ -175,8 +175,8 @@ def lay_out(
         story.append(np.full(end - scored, number))
         rows.append(position[-1] + (row * width - first))
         targets.append(ids[scored + 1 : end + 1])
-    parts = [np.concatenate(part) for part in (story, position, rows, targets)]
-    return parts[0], parts[1], inputs, parts[2], parts[3].astype(np.int64)
+    story, position, rows, targets = map(np.concatenate, (story, position, rows, targets))
+    return story, position, inputs, rows, targets.astype(np.int64)
 
 
 def copy_to_host(results: tuple[Tensor, Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:

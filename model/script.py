@@ -60,24 +60,32 @@ def run_script(main: Callable[[], None]) -> None:
         except BrokenPipeError:
             close_output()
         raise
-    except UserError as error:
-        message = str(error)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, is gone
         close_output()
         sys.exit(141)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+    except Exception as error:
+        message = explanation(error)
+        if not message:
             raise
-        asked = re.search(r"allocate ([\d.]+ \w+)", str(error))  # as PyTorch and numpy say it
-        message = f"not enough memory{f' for {asked[1]} at once' if asked else ''}: use smaller numbers"
-    except OSError as error:
-        if not is_file_error(error):
-            raise
-        message = f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
-    else:
-        return
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def explanation(error: BaseException) -> str:
+    """What to print about an error that the user can fix; "" for any other."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text
+    on_gpu = isinstance(error, RuntimeError) and "out of memory" in text
+    if on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in text:
+        asked = re.search(r"allocate ([\d.]+ \w+)", text)  # as PyTorch and numpy say it
+        where, instead = ("GPU memory", ", or --device cpu") if on_gpu else ("memory", "")
+        return (
+            f"not enough {where}{f' for {asked[1]} at once' if asked else ''}: use smaller numbers{instead}"
+        )
+    if is_file_error(error):
+        return f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
+    return ""

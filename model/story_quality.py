@@ -35,7 +35,6 @@ EXAMPLES = 8
 @dataclass(frozen=True)
 class Story:
     text: str  # including the prompt
-    prompt: str = ""  # the given beginning
     ended: bool | None = True  # by itself, not cut off; None: not known
 
 
@@ -48,14 +47,14 @@ def describe(groups: dict[str, list[Story]], data: Data | None) -> dict[str, dic
 
     All groups share the two passes over the packed training tokens.
     """
-    figures = {name: describe_text([story.text for story in stories]) for name, stories in groups.items()}
+    words = {name: [words_in(story.text) for story in stories] for name, stories in groups.items()}
+    figures = {name: describe_words(lists) for name, lists in words.items()}
     for name, stories in groups.items():
         ended = [story.ended for story in stories]
         figures[name]["ended"] = None if None in ended else sum(ended) / len(ended)
     if data is None:
         return figures
     tokenizer = text_tokenizer(data.tokenizer_json)
-    words = {name: [words_in(story.text) for story in stories] for name, stories in groups.items()}
     known = {word for lists in words.values() for list_ in lists for word in list_}
     unseen = unseen_words(known, data, tokenizer)
     texts = [story.text for stories in groups.values() for story in stories]
@@ -71,19 +70,18 @@ def describe(groups: dict[str, list[Story]], data: Data | None) -> dict[str, dic
     return figures
 
 
-def describe_text(texts: list[str]) -> dict[str, float]:
-    """Words per story, distinct-n and repeated 4-grams.
+def describe_words(stories: list[list[str]]) -> dict[str, float]:
+    """Words per story, distinct-n and repeated 4-grams, for the words of each story.
 
     distinct-n (Li et al. 2016): distinct word n-grams / all of them, over the whole group; it falls as a group
     grows, so compare groups of equal size. repeated_4grams: the share of a story's word 4-grams that occurred
     in it before.
     """
-    words = [words_in(text) for text in texts]
-    figures = {"stories": len(texts), "words": sum(map(len, words)) / len(texts)}
+    figures = {"stories": len(stories), "words": sum(map(len, stories)) / len(stories)}
     for n in (1, 2, 3):
-        grams = [gram for story in words for gram in n_grams(story, n)]
+        grams = [gram for words in stories for gram in n_grams(words, n)]
         figures[f"distinct_{n}"] = len(set(grams)) / max(1, len(grams))
-    fours = [list(n_grams(story, 4)) for story in words]
+    fours = [list(n_grams(words, 4)) for words in stories]
     repeated = sum(len(grams) - len(set(grams)) for grams in fours)
     return {**figures, "repeated_4grams": repeated / max(1, sum(map(len, fours)))}
 
@@ -232,6 +230,6 @@ def read_written(path: str) -> list[Story]:
             raise UserError(
                 f"{path} line {number} is not a story written by generate.py --output{lacking}"
             ) from None
-        stories.append(Story(prompt + story, prompt, ended))
+        stories.append(Story(prompt + story, ended))
     require(stories, f"{path} holds no stories")
     return stories

@@ -17,7 +17,6 @@ from torch import Tensor
 from model.bigrams import begin_as_bigrams
 from model.checkpoint import (
     BEFORE_DECAY,
-    STARTED_EARLIER,
     list_checkpoints,
     load_checkpoint,
     peek,
@@ -30,7 +29,7 @@ from model.files import atomic_write, shown
 from model.gpt import GPT
 from model.optimizer import make_optimizers
 from model.packed_data import fingerprints
-from model.run import Run, remembered
+from model.run import STARTED_EARLIER, Run, remembered
 from model.runtime import ran_out_of_memory
 
 
@@ -176,22 +175,28 @@ def rewind(run: Run, path: Path, checkpoint: dict) -> tuple[Path, dict]:
     rewound["best_loss"] = best_loss(run, rewound, checkpoint)
     rewound |= {"settings": remembered(run.settings), "defaults": run.settings.defaults}
     if run.processes.first:
-        numbered = (f"shorter_{step}-{number}_" for number in itertools.count(2))
-        prefixes = itertools.chain([f"shorter_{step}_"], numbered)
-        prefix = next(prefix for prefix in prefixes if not any(run.folder.glob(f"{prefix}*")))
-        results = (run.folder / name for name in ("metrics.jsonl", "loss_curve.png", "samples.md"))
-        for file in (path, *results):
-            if file.exists():
-                with atomic_write(file.with_name(prefix + file.name)) as temporary:
-                    shutil.copy2(file, temporary)
-        # so that a run that is killed now still knows its new length, and what best.pt is
-        save_checkpoint(run.folder / f"ckpt_{rewound['step']}.pt", rewound)
-        for file in list_checkpoints(run.folder):
-            if file == path:  # copied above
-                file.unlink()
-            elif step_of(file) > rewound["step"]:
-                file.rename(file.with_name(prefix + file.name))
+        keep_shorter_run(run.folder, path, step, rewound)
         print(
             f"extended run: going back to before the learning-rate decay; step {step:,} is kept as shorter_*"
         )
     return earlier, rewound
+
+
+def keep_shorter_run(folder: Path, path: Path, step: int, rewound: dict) -> None:
+    """Give the files of a run that ends with the checkpoint `path`, after `step`, other names, and save the checkpoint
+    from which the extended run goes on."""
+    numbered = (f"shorter_{step}-{number}_" for number in itertools.count(2))
+    prefixes = itertools.chain([f"shorter_{step}_"], numbered)
+    prefix = next(prefix for prefix in prefixes if not any(folder.glob(f"{prefix}*")))
+    results = (folder / name for name in ("metrics.jsonl", "loss_curve.png", "samples.md"))
+    for file in (path, *results):
+        if file.exists():
+            with atomic_write(file.with_name(prefix + file.name)) as temporary:
+                shutil.copy2(file, temporary)
+    # so that a run that is killed now still knows its new length, and what best.pt is
+    save_checkpoint(folder / f"ckpt_{rewound['step']}.pt", rewound)
+    for file in list_checkpoints(folder):
+        if file == path:  # copied above
+            file.unlink()
+        elif step_of(file) > rewound["step"]:
+            file.rename(file.with_name(prefix + file.name))

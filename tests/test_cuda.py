@@ -169,7 +169,7 @@ def test_no_step_between_two_logged_ones_waits_for_the_gpu(packed, tmp_path, mon
 
     steps = itertools.count()
 
-    def agree(_, seconds):  # before the first step, and at the end of each
+    def synchronise(_, seconds):  # before the first step, and at the end of each
         torch.cuda.set_sync_debug_mode("error" if 2 <= next(steps) < 8 else "default")
         return seconds
 
@@ -189,7 +189,7 @@ def test_no_step_between_two_logged_ones_waits_for_the_gpu(packed, tmp_path, mon
         *places,
     ]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-    monkeypatch.setattr(train_script.StopRequest, "agree", agree)
+    monkeypatch.setattr(train_script.StopRequest, "synchronise", synchronise)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         train_script.main()

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 import generate as script
+from model import generation
 from model.config import GPTConfig
 from model.decoder import Decoder
 from model.errors import UserError
@@ -128,6 +129,34 @@ def test_the_step_that_a_cuda_graph_repeats_writes_the_same(blocks, sampling, mo
     expected = generate_all(*arguments)
     monkeypatch.setattr(Batch, "advance", lambda self: self.step(graph=True))
     assert generate_all(*arguments) == expected
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_steps_in_which_a_cuda_graph_looked_at_too_few_tokens_are_repeated(penalty, monkeypatch):
+    decoder = Decoder(make_model("modern", noise=0.2).double())
+    sampling = Sampling(temperature=0.9, top_p=0.8, repetition_penalty=penalty)
+    arguments = (decoder, PROMPTS + LONG, 40, EOT, sampling, list(range(7)))
+    expected = generate_all(*arguments)
+    repeated = []
+
+    def advance(self):
+        self.step(graph=True, short=self.short)
+        self.replayed += 1
+
+    def step(self, graph=False, short=None, step=Batch.step):
+        repeated.append(short is None)
+        step(self, graph, short)
+
+    monkeypatch.setattr(generation, "LIKELIEST", 8)
+    monkeypatch.setattr(generation, "AHEAD", 3)
+    monkeypatch.setattr(Batch, "advance", advance)
+    monkeypatch.setattr(Batch, "step", step)
+    decoder.graphs = True
+    assert generate_all(*arguments) == expected
+    assert 0 < sum(repeated) <= repeated.count(False)
+    repeated.clear()
+    monkeypatch.setattr(Batch, "settle", lambda self: None)
+    assert generate_all(*arguments) != expected and not any(repeated)
 
 
 def test_where_no_cuda_graph_can_be_recorded_it_warns_once_and_goes_on(monkeypatch, capsys):

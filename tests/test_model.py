@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import create_mask
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from model import gpt
 from model.config import PRESETS, GPTConfig
 from model.errors import UserError
 from model.gpt import GPT, plain_attention, story_mask
@@ -415,3 +416,19 @@ def test_plain_attention_drops_its_weights_and_scales_the_rest():
     # the first token sees itself alone: all of it, doubled, or nothing
     first = torch.stack(draws)[:, 0, 0, 0]
     assert 0.45 < (first == 0).all(-1).float().mean() < 0.55
+
+
+def test_an_output_matrix_multiplied_in_parts_gives_the_same_loss_and_gradients(monkeypatch):
+    """As on MPS, where sums over more than MPS_TERMS numbers are wrong."""
+    results = []
+    for in_parts in (False, True):
+        model, ids = make_model(), token_ids()
+        monkeypatch.setattr(gpt, "MPS_TERMS", 10)
+        monkeypatch.setattr(torch.Tensor, "is_mps", in_parts, raising=False)
+        assert model.head_weight.is_mps == in_parts
+        loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        results.append((loss.item(), model.head_weight.grad, model.blocks[0].attention.qkv.weight.grad))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    for one, other in zip(results[0][1:], results[1][1:], strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)

@@ -16,7 +16,7 @@ from model.story_quality import (
     Story,
     copied_spans,
     describe,
-    describe_text,
+    describe_words,
     read_written,
     span_hashes,
     unseen_words,
@@ -90,7 +90,8 @@ def test_words_are_lower_case_with_their_apostrophes():
 
 
 def test_figures_of_text_by_hand():
-    figures = describe_text(["The cat sat. The cat sat. The cat sat.", "A dog ran."])
+    texts = ["The cat sat. The cat sat. The cat sat.", "A dog ran."]
+    figures = describe_words([words_in(text) for text in texts])
     words = 9 + 3
     assert figures["stories"] == 2 and figures["words"] == words / 2
     assert figures["distinct_1"] == 6 / words
@@ -100,7 +101,7 @@ def test_figures_of_text_by_hand():
 
 
 def test_stories_without_words_have_figures_too():
-    figures = describe_text(["", "!"])
+    figures = describe_words([words_in(""), words_in("!")])
     assert figures["words"] == figures["distinct_2"] == figures["repeated_4grams"] == 0
 
 
@@ -164,9 +165,9 @@ def test_stories_of_generate_are_read(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     stories = read_written(str(path))
     assert stories == [
-        Story("Once there was.", "Once", True),
-        Story("And then", "", False),
-        Story("By others.", "", None),
+        Story("Once there was.", True),
+        Story("And then", False),
+        Story("By others.", None),
     ]
     assert describe({"a": stories[:2], "b": stories}, None)["a"]["ended"] == 0.5
     assert describe({"b": stories}, None)["b"]["ended"] is None
