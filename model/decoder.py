@@ -105,9 +105,14 @@ class KVCache:
 
     def __init__(self, decoder: "Decoder", batch: int, capacity: int):
         config, like = decoder.config, decoder.embedding
-        shape = (batch, config.n_head, capacity, config.head_dim)
-        self.k = [like.new_zeros(shape, dtype=decoder.cache_dtype) for _ in range(config.n_layer)]
-        self.v = [like.new_zeros(shape, dtype=decoder.cache_dtype) for _ in range(config.n_layer)]
+        places = kernels.whole(capacity, kernels.POSITIONS) if decoder.native else capacity
+        shape = (2 * config.n_layer, batch, config.n_head, places, config.head_dim)
+        if decoder.native:
+            memory = kernels.large_pages(math.prod(shape) * decoder.cache_dtype.itemsize)
+            both = memory.view(decoder.cache_dtype).view(shape)
+        else:
+            both = like.new_zeros(shape, dtype=decoder.cache_dtype)
+        self.k, self.v = list(both[: config.n_layer]), list(both[config.n_layer :])
         self.capacity, self.length = capacity, 0  # positions: at most, and stored so far
         # A CUDA graph replays tensors, not Python numbers: the next position, and all positions.
         self.next = torch.zeros(1, dtype=torch.long, device=like.device)
@@ -119,11 +124,12 @@ class KVCache:
 
     def keep(self, rows: list[int]) -> None:
         """Keep only these sequences (ascending), moved up in place."""
+        used = kernels.whole(self.length, kernels.POSITIONS)  # or all
         for stored in (self.k, self.v):
             for layer, tensor in enumerate(stored):
                 for new, old in enumerate(rows):
                     if new != old:
-                        tensor[new, :, : self.length] = tensor[old, :, : self.length]
+                        tensor[new, :, :used] = tensor[old, :, :used]
                 stored[layer] = tensor[: len(rows)]
 
 

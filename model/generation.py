@@ -39,6 +39,16 @@ class Sampling:
         require_within(self, temperature="[0, inf)", top_k="[0, inf)", top_p="(0, 1]", min_p="[0, 1]")
         require_within(self, repetition_penalty="(0, inf)")
 
+    @property
+    def filters(self) -> bool:
+        """Whether some tokens may be left out."""
+        return bool(self.top_k or self.top_p < 1 or self.min_p)
+
+    @property
+    def divisor(self) -> float:
+        """The temperature, if it is not 0; float32 flushes smaller ones to 0."""
+        return max(self.temperature, 1e-30)
+
     def for_transformers(self) -> dict[str, object]:
         """As arguments of transformers' generate(). Without top_k, it would take 50."""
         return {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
@@ -56,27 +66,30 @@ def next_distribution(
     With `short` (bool, a scalar), it never waits for a GPU: if more tokens may pass the filters than were looked at,
     it sets `short` to True, and the result is to be discarded.
     """
-    if sampling.repetition_penalty != 1 and previous is not None:
-        penalised = torch.where(
-            logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty
-        )
-        logits = torch.where(previous, penalised, logits)
+    logits = penalise(logits, previous, sampling)
     if sampling.temperature == 0:
         first = logits.argmax(-1, keepdim=True)
         return torch.ones_like(first, dtype=logits.dtype), first
-    temperature = max(sampling.temperature, 1e-30)  # float32 flushes smaller divisors to 0
-    if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
-        return softmax(logits, temperature), None
+    if not sampling.filters:
+        return softmax(logits, sampling.divisor), None
     count = sampling.top_k or (LIKELIEST_ON_GPU if logits.is_cuda else LIKELIEST)
-    return filter_top(logits, temperature, sampling, count, short)
+    return filter_top(logits, sampling, count, short)
 
 
-def filter_top(
-    logits: Tensor, temperature: float, sampling: Sampling, count: int, short: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def penalise(logits: Tensor, previous: Tensor | None, sampling: Sampling) -> Tensor:
+    """Logits (B, V) with those of tokens that have occurred, for which `previous` (B, V) is True, made smaller."""
+    if sampling.repetition_penalty == 1 or previous is None:
+        return logits
+    smaller = torch.where(
+        logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty
+    )
+    return torch.where(previous, smaller, logits)
+
+
+def filter_top(logits: Tensor, sampling: Sampling, count: int, short: Tensor | None) -> tuple[Tensor, Tensor]:
     """next_distribution() from the `count` likeliest tokens, or from more in the rows where more pass the filters."""
     count = min(count, logits.size(-1))
-    probabilities, ids = top_probabilities(logits, count, temperature)
+    probabilities, ids = top_probabilities(logits, count, sampling.divisor)
     outside = torch.zeros_like(probabilities, dtype=torch.bool)
     if sampling.top_k:
         outside[:, sampling.top_k :] = True
@@ -96,7 +109,7 @@ def filter_top(
     if short is not None:
         short.logical_or_(rows.any())
     elif rows.any():
-        more, more_ids = filter_top(logits[rows], temperature, sampling, 8 * count, None)
+        more, more_ids = filter_top(logits[rows], sampling, 8 * count, None)
         padding = (0, more.size(1) - count)
         probabilities, ids = F.pad(probabilities, padding), F.pad(ids, padding)
         probabilities[rows], ids[rows] = more, more_ids
@@ -115,15 +128,40 @@ def softmax(logits: Tensor, temperature: float) -> Tensor:
 
 def top_probabilities(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
     """The probabilities (B, count) of the likeliest tokens, in descending order, and their ids."""
-    if (
-        count <= 512
-        and logits.device.type == "cpu"
-        and logits.dtype == torch.float32
-        and kernels.load().library
-    ):
+    if in_kernels(logits, count):
         return kernels.top_probabilities(logits, count, temperature)
     probabilities = softmax(logits, temperature)
     return probabilities.sort(descending=True) if count == logits.size(-1) else probabilities.topk(count)
+
+
+def in_kernels(logits: Tensor, count: int) -> bool:
+    """Whether kernels.c is to find the `count` likeliest tokens."""
+    here = logits.device.type == "cpu" and logits.dtype == torch.float32 and count <= 512
+    return here and kernels.load().library is not None
+
+
+def sample(
+    logits: Tensor,
+    previous: Tensor | None,
+    sampling: Sampling,
+    uniforms: Tensor,
+    short: Tensor | None = None,
+) -> Tensor:
+    """The next tokens (B,), drawn from next_distribution() with one uniform number in [0, 1) per row."""
+    count = min(sampling.top_k or LIKELIEST, logits.size(-1))
+    if (
+        sampling.filters and sampling.temperature and in_kernels(logits, count)
+    ):  # a fraction of the operations
+        logits = penalise(logits, previous, sampling)
+        filters = count, sampling.divisor, sampling.top_k, sampling.top_p, sampling.min_p
+        new = kernels.sample(logits, *filters, uniforms)
+        if (rest := new < 0).any():
+            probabilities, ids = filter_top(logits[rest], sampling, 8 * count, None)
+            new[rest] = ids.gather(1, draw(probabilities, uniforms[rest])[:, None])[:, 0]
+        return new
+    probabilities, ids = next_distribution(logits, previous, sampling, short)
+    new = draw(probabilities, uniforms)
+    return new if ids is None else ids.gather(1, new[:, None])[:, 0]
 
 
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
@@ -183,11 +221,9 @@ class Batch:
         """Sample each sequence's next token from logits (B, V); sequences still in their prompt keep its token."""
         if self.occurred is not None and 0 <= self.eot_id < logits.size(1):
             self.occurred[:, self.eot_id] = False  # every story starts with it, and must still be able to end
-        probabilities, ids = next_distribution(logits, self.occurred, self.sampling, short)
         turn = (self.position - self.lengths).clamp(0, self.uniforms.size(1) - 1)[:, None]
-        new = draw(probabilities, self.uniforms.gather(1, turn)[:, 0])[:, None]
-        if ids is not None:
-            new = ids.gather(1, new)
+        uniforms = self.uniforms.gather(1, turn)[:, 0]
+        new = sample(logits, self.occurred, self.sampling, uniforms, short)[:, None]
         given = self.tokens.index_select(1, self.position)
         new = torch.where(self.lengths[:, None] <= self.position, new, given)
         self.tokens.index_copy_(1, self.position, new)

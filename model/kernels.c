@@ -1,4 +1,4 @@
-/* Decoding on a CPU: the network of decoder.py, and the most likely tokens. Compiled and called by kernels.py.
+/* Decoding on a CPU: the network of decoder.py, and sampling as in generation.py. Compiled and called by kernels.py.
 
    All numbers are float32, or weights are int8 with a scale for each of their rows; then each row of inputs is rounded
    to int8, too, with a scale of its own, for products that many processors have instructions for. Keys and values may
@@ -32,8 +32,8 @@ typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
 
-/* In memory, weights lie in blocks of BLOCK rows: for each column, the BLOCK numbers of its rows. In int8, for each four
-   columns (with zeros after the last), the four numbers of each row. */
+/* In memory, weights lie in blocks of BLOCK rows: for each column, the BLOCK numbers of its rows. In int8, for each
+   four columns (with zeros after the last), the four numbers of each row. */
 const int block_rows = BLOCK;
 
 #define FOURS(size) (((size) + 3) / 4 * 4) /* up to a multiple of four */
@@ -51,12 +51,14 @@ typedef struct { /* x -> prepare(x) @ weights.T + bias, from `in` to `out` numbe
 typedef struct {
     Linear qkv, project, up, down;
     const float *cos, *sin; /* (2, positions, size), for queries and for keys; NULL: no rotation */
-    void *keys, *values;    /* (batch, heads, capacity, size), float32 or bfloat16 */
+    void *keys, *values;    /* (batch, heads, capacity, size), float32 or bfloat16; keys as described below */
 } Block;
+
+/* Within a head, keys lie in blocks of LANES positions: for each of their `size` numbers, those of all positions. */
 
 typedef struct { /* `new` tokens of each sequence at the positions from `start` on, with attention's heads */
     int batch, new, start, heads, size;
-    int capacity, positions; /* of the keys and values; of the tables cos and sin */
+    int capacity, positions; /* of the keys and values, a multiple of LANES; of the tables cos and sin */
     int narrow;              /* whether keys and values are bfloat16 */
 } Shape;
 
@@ -293,20 +295,6 @@ static void turn(const float *x, const float *cos, const float *sin, float *out,
         out[i] = scale * (x[i] * cos[i] + x[i < size / 2 ? i + size / 2 : i - size / 2] * sin[i]);
 }
 
-static ALWAYS_INLINE float sum_lanes(floats x)
-{
-    typedef float eight __attribute__((vector_size(32)));
-    typedef float four __attribute__((vector_size(16)));
-    eight e[LANES / 8];
-    four f[2];
-    memcpy(e, &x, sizeof x);
-    if (LANES == 16)
-        e[0] += e[LANES / 8 - 1];
-    memcpy(f, e, sizeof f);
-    f[0] += f[1];
-    return (f[0][0] + f[0][2]) + (f[0][1] + f[0][3]);
-}
-
 /* Number i of x, in float32 or, if narrow, in bfloat16. */
 static ALWAYS_INLINE float number(const void *x, int narrow, size_t i)
 {
@@ -331,62 +319,71 @@ static ALWAYS_INLINE floats numbers(const void *x, int narrow, size_t i)
     return values;
 }
 
-/* Copy a row, rounded to bfloat16 if narrow, to place i of x. */
-static void store(const float *row, int size, void *x, int narrow, size_t i)
+/* Copy a row to x, rounded to bfloat16 if narrow: number j to place i + j * apart. */
+static void store(const float *row, int size, void *x, int narrow, size_t i, int apart)
 {
-    if (!narrow) {
-        memcpy((float *)x + i, row, size * sizeof *row);
-        return;
-    }
-    for (int j = 0; j < size; j++) {
+    for (int j = 0; j < size; j++, i += apart) {
         uint32_t bits;
         memcpy(&bits, row + j, 4);
-        ((uint16_t *)x)[i + j] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        if (narrow)
+            ((uint16_t *)x)[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        else
+            ((float *)x)[i] = row[j];
     }
 }
 
-/* out (size) = attention for a query (size) over `positions` keys and values (positions, size), which begin at place
-   `first`. share: memory for as many numbers as there are positions. */
+/* Have `count` numbers from place i of x on brought from memory meanwhile. */
+static ALWAYS_INLINE void fetch(const void *x, int narrow, size_t i, int count)
+{
+    const char *start = (const char *)x + i * (narrow ? 2 : 4);
+    for (int byte = 0; byte < count * (narrow ? 2 : 4); byte += 64)
+        __builtin_prefetch(start + byte);
+}
+
+/* out (size) = attention for a query (size) over the first `positions` keys and values of a head, which begin at place
+   `first`; the keys that are needed after that, at `next`. share: memory for as many numbers as there are positions, in
+   whole blocks of LANES. */
 static ALWAYS_INLINE void look_up(int size, int narrow, const float *query, const void *keys, const void *values,
-                                  size_t first, int positions, float *share, float *out)
+                                  size_t first, size_t next, int positions, float *share, float *out)
 {
     float largest = -INFINITY, total = 0, scale = 1 / sqrtf(size);
-    int in_vectors = size % LANES == 0 && size <= 128;
-    floats q[128 / LANES];
-    if (in_vectors)
-        memcpy(q, query, size * sizeof *query);
-    for (int p = 0; p < positions; p++) {
-        if (in_vectors) {
-            floats sums = {0};
-            UNROLL for (int i = 0; i < size / LANES; i++)
-                sums += q[i] * numbers(keys, narrow, first + p * size + i * LANES);
-            share[p] = scale * sum_lanes(sums);
-        } else {
-            float sum = 0;
-            for (int i = 0; i < size; i++)
-                sum += query[i] * number(keys, narrow, first + p * size + i);
-            share[p] = scale * sum;
-        }
-        largest = share[p] > largest ? share[p] : largest;
+    for (int p = 0; p < positions; p += LANES) {
+        floats sums[4] = {{0}, {0}, {0}, {0}}; /* so that no addition has to wait for the one before */
+        size_t block = first + (size_t)p * size;
+        int i = 0;
+        fetch(values, narrow, block, LANES * size);
+        for (; i + 4 <= size; i += 4)
+            UNROLL for (int j = 0; j < 4; j++)
+                sums[j] += query[i + j] * numbers(keys, narrow, block + (i + j) * LANES);
+        for (; i < size; i++)
+            sums[0] += query[i] * numbers(keys, narrow, block + i * LANES);
+        sums[0] = scale * ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+        memcpy(share + p, sums, sizeof *sums);
     }
+#pragma omp simd reduction(max : largest)
+    for (int p = 0; p < positions; p++)
+        largest = share[p] > largest ? share[p] : largest;
     for (int p = 0; p < positions; p++)
         share[p] = exponential(share[p] - largest);
 #pragma omp simd reduction(+ : total)
     for (int p = 0; p < positions; p++)
         total += share[p];
-    if (!in_vectors) {
+    if (size % LANES == 0 && size <= 128) { /* sums stay in registers, if size is a constant */
+        floats sums[128 / LANES];
+        UNROLL for (int i = 0; i < size / LANES; i++)
+            sums[i] = (floats){0};
+        for (int p = 0; p < positions; p++) {
+            if (p % LANES == 0)
+                fetch(keys, narrow, next + (size_t)p * size, LANES * size);
+            UNROLL for (int i = 0; i < size / LANES; i++)
+                sums[i] += share[p] * numbers(values, narrow, first + p * size + i * LANES);
+        }
+        memcpy(out, sums, size * sizeof *out);
+    } else {
         memset(out, 0, size * sizeof *out);
         for (int p = 0; p < positions; p++)
             for (int i = 0; i < size; i++)
                 out[i] += share[p] * number(values, narrow, first + p * size + i);
-    } else { /* sums stay in registers, if size is a constant */
-        floats sums[128 / LANES];
-        UNROLL for (int i = 0; i < size / LANES; i++)
-            sums[i] = (floats){0};
-        for (int p = 0; p < positions; p++)
-            UNROLL for (int i = 0; i < size / LANES; i++)
-                sums[i] += share[p] * numbers(values, narrow, first + p * size + i * LANES);
-        memcpy(out, sums, size * sizeof *out);
     }
     for (int i = 0; i < size; i++)
         out[i] /= total;
@@ -394,20 +391,20 @@ static ALWAYS_INLINE void look_up(int size, int narrow, const float *query, cons
 
 /* look_up() for any size; compiled for the usual ones, it takes a fraction of the time. */
 static void look_up_any(int size, int narrow, const float *query, const void *keys, const void *values, size_t first,
-                        int positions, float *share, float *out)
+                        size_t next, int positions, float *share, float *out)
 {
 #define CASE(n)                                                                                                        \
     case n:                                                                                                            \
         if (narrow)                                                                                                    \
-            return look_up(n, 1, query, keys, values, first, positions, share, out);                                   \
-        return look_up(n, 0, query, keys, values, first, positions, share, out);
+            return look_up(n, 1, query, keys, values, first, next, positions, share, out);                             \
+        return look_up(n, 0, query, keys, values, first, next, positions, share, out);
     switch (size) {
         CASE(32)
         CASE(48)
         CASE(64)
         CASE(128)
     default:
-        look_up(size, narrow, query, keys, values, first, positions, share, out);
+        look_up(size, narrow, query, keys, values, first, next, positions, share, out);
     }
 }
 
@@ -421,7 +418,7 @@ static void attend(const Block *block, float eps, const float *qkv, float *out, 
     for (int b = 0; b < batch; b++)
         for (int h = 0; h < heads; h++) {
             const float *cos = block->cos, *sin = block->sin;
-            size_t head = ((size_t)b * heads + h) * capacity * size;
+            size_t head = ((size_t)b * heads + h) * capacity * size, next = head + (size_t)capacity * size;
             float query[size], key[size], share[capacity];
             for (int t = 0; t < new; t++) {
                 int here = shape->start + t;
@@ -433,10 +430,10 @@ static void attend(const Block *block, float eps, const float *qkv, float *out, 
                     turn(k, cos + key_place, sin + key_place, key, size, eps);
                     q = query, k = key;
                 }
-                store(k, size, block->keys, narrow, head + here * size);
-                store(v, size, block->values, narrow, head + here * size);
+                store(k, size, block->keys, narrow, head + here / LANES * LANES * size + here % LANES, LANES);
+                store(v, size, block->values, narrow, head + here * size, 1);
                 float *y = out + (((size_t)b * new + t) * heads + h) * size;
-                look_up_any(size, narrow, q, block->keys, block->values, head, here + 1, share, y);
+                look_up_any(size, narrow, q, block->keys, block->values, head, next, here + 1, share, y);
             }
         }
 }
@@ -465,44 +462,93 @@ void decode(const Block *blocks, int n_layer, const Linear *head, float eps, flo
     multiply(head, eps, between, NULL, logits, batch, &scratch);
 }
 
-/* The `count` largest of each row's n logits, largest first: their probabilities (rows, count) in
-   softmax(logits / temperature), and their places (rows, count). */
+/* The `count` largest of n logits, largest first: their probabilities in softmax(logits / temperature), and places. */
+static void find_top(const float *x, int n, int count, float temperature, float *best, int64_t *place)
+{
+    float total = 0;
+    for (int c = 0; c < count; c++) {
+        best[c] = -INFINITY;
+        place[c] = 0;
+    }
+    for (int first = 0; first < n; first += 64) {
+        int last = first + 64 < n ? first + 64 : n;
+        float largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+        for (int i = first; i < last; i++)
+            largest = x[i] > largest ? x[i] : largest;
+        if (largest <= best[count - 1]) /* nearly always */
+            continue;
+        for (int i = first; i < last; i++)
+            if (x[i] > best[count - 1]) {
+                int c = count - 1;
+                for (; c > 0 && x[i] > best[c - 1]; c--) {
+                    best[c] = best[c - 1];
+                    place[c] = place[c - 1];
+                }
+                best[c] = x[i];
+                place[c] = i;
+            }
+    }
+    float largest = best[0], scale = 1 / temperature;
+#pragma omp simd reduction(+ : total)
+    for (int i = 0; i < n; i++)
+        total += exponential((x[i] - largest) * scale);
+    for (int c = 0; c < count; c++)
+        best[c] = exponential((best[c] - largest) * scale) / total;
+}
+
+/* For each row of n logits: probabilities (rows, count) and places (rows, count), as find_top() has them. */
 void top_probabilities(const float *logits, int rows, int n, int count, float temperature, float *probabilities,
                        int64_t *places)
 {
 #pragma omp parallel for if (rows > 8)
+    for (int r = 0; r < rows; r++)
+        find_top(logits + (size_t)r * n, n, count, temperature, probabilities + (size_t)r * count,
+                 places + (size_t)r * count);
+}
+
+/* p[i] /= their sum, for the first `count`. Sums as PyTorch has them: of doubles, each rounded to float. */
+static void normalise(float *p, int count)
+{
+    double total = 0;
+    for (int i = 0; i < count; i++)
+        total += p[i];
+    for (int i = 0; i < count; i++)
+        p[i] /= (float)total;
+}
+
+/* The next token of each row of n logits, drawn with its uniform number in [0, 1), from the `count` likeliest after
+   top-k (0: off), top-p and min-p; -1 if more may pass these filters. As filter_top() and draw() in generation.py. */
+void sample(const float *logits, int rows, int n, int count, float temperature, int top_k, float top_p, float min_p,
+            const float *uniforms, int64_t *tokens)
+{
+#pragma omp parallel for if (rows > 8)
     for (int r = 0; r < rows; r++) {
-        const float *x = logits + (size_t)r * n;
-        float *best = probabilities + (size_t)r * count, total = 0;
-        int64_t *place = places + (size_t)r * count;
-        for (int c = 0; c < count; c++) {
-            best[c] = -INFINITY;
-            place[c] = 0;
+        float p[count];
+        int64_t place[count];
+        int kept = top_k && top_k < count ? top_k : count;
+        find_top(logits + (size_t)r * n, n, count, temperature, p, place);
+        if (top_k)
+            normalise(p, kept);
+        double before = 0;
+        for (int i = 0; i < kept; i++) {
+            double sum = before + p[i];
+            if (i && ((top_p < 1 && (float)sum - p[i] >= top_p) || p[i] < min_p * p[0]))
+                kept = i;
+            before = sum;
         }
-        for (int first = 0; first < n; first += 64) {
-            int last = first + 64 < n ? first + 64 : n;
-            float largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
-            for (int i = first; i < last; i++)
-                largest = x[i] > largest ? x[i] : largest;
-            if (largest <= best[count - 1]) /* nearly always */
-                continue;
-            for (int i = first; i < last; i++)
-                if (x[i] > best[count - 1]) {
-                    int c = count - 1;
-                    for (; c > 0 && x[i] > best[c - 1]; c--) {
-                        best[c] = best[c - 1];
-                        place[c] = place[c - 1];
-                    }
-                    best[c] = x[i];
-                    place[c] = i;
-                }
+        if (kept == count && count != n && count != top_k) {
+            tokens[r] = -1;
+            continue;
         }
-        float largest = best[0], scale = 1 / temperature;
-#pragma omp simd reduction(+ : total)
-        for (int i = 0; i < n; i++)
-            total += exponential((x[i] - largest) * scale);
-        for (int c = 0; c < count; c++)
-            best[c] = exponential((best[c] - largest) * scale) / total;
+        normalise(p, kept);
+        double total = 0, sum = 0;
+        for (int i = 0; i < kept; i++)
+            total += p[i];
+        float most = 1 - 1 / 4194304.f, target = (uniforms[r] < most ? uniforms[r] : most) * (float)total;
+        int drawn = 0;
+        while (drawn < kept - 1 && (float)(sum += p[drawn]) <= target)
+            drawn++;
+        tokens[r] = place[drawn];
     }
 }

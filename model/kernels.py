@@ -5,10 +5,12 @@ its weights take to arrive from memory, or more.
 """
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
 import math
+import mmap
 import os
 import platform
 import shutil
@@ -36,6 +38,9 @@ CACHE = REPO / ".cache" / "kernels"
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 # First with threads: those of PyTorch, whose OpenMP library is loaded already. Where it is another, without.
 OPENMP = ("-fopenmp", "-fopenmp-simd")
+# Keys lie in blocks of so many positions, or half as many
+POSITIONS = 16
+CACHE_LINE = 64  # bytes
 # As in kernels.c
 PREPARATIONS = ("nothing", "rms_norm", "layer_norm", "swiglu", "gelu")
 
@@ -64,7 +69,9 @@ def load() -> Kernels:
             pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
             library.decode.argtypes = [pointer, integer, pointer, real, *[pointer] * 4, *[integer] * 3]
             library.top_probabilities.argtypes = [pointer, *[integer] * 3, real, *[pointer] * 2]
-            library.decode.restype = library.top_probabilities.restype = None
+            library.sample.argtypes = [pointer, *[integer] * 3, real, integer, real, real, pointer, pointer]
+            for function in (library.decode, library.top_probabilities, library.sample):
+                function.restype = None
             return Kernels(library, f"one thread only with {compiler[0]}" if openmp == OPENMP[1] else "")
     return Kernels(None, reason)
 
@@ -137,6 +144,14 @@ class PackedLinear(ctypes.Structure):
         self.tensors = weight.contiguous(), scales, bias  # the structure has their addresses only
         super().__init__(*map(address, self.tensors), rows, columns, PREPARATIONS.index(prepare))
 
+    def move(self, memory: Tensor) -> Tensor:
+        """Move the weights to the beginning of this memory (bytes); returns the rest."""
+        weights, scales, bias = self.tensors
+        place, rest = memory[: weights.nbytes], memory[whole(weights.nbytes, CACHE_LINE) :]
+        self.tensors = place.view(weights.dtype).view(weights.shape).copy_(weights), scales, bias
+        self.weights = place.data_ptr()
+        return rest
+
 
 class PackedBlock(ctypes.Structure):
     """decoder.DecoderBlock as kernels.c reads it."""
@@ -169,18 +184,22 @@ class Network:
     """
 
     FEW = 8
-    TRIAL, PERIOD = 4, 256  # steps with each number of threads, and steps until the next trial
+    TRIAL, PERIOD = 4, 128  # steps with each number of threads, and steps until the next trial
+    SLOWER = 1.1  # at most so much does one step raise what its number of threads is thought to take
 
     def __init__(self, blocks: "list[DecoderBlock]", head: PackedLinear, eps: float):
+        matrices = [part for block in blocks for part in block if isinstance(part, PackedLinear)]
+        memory = large_pages(sum(whole(matrix.tensors[0].nbytes, CACHE_LINE) for matrix in (*matrices, head)))
+        for matrix in (*matrices, head):
+            memory = matrix.move(memory)
         self.parts = blocks, head  # which keep the tensors
         self.blocks = (PackedBlock * len(blocks))(*map(PackedBlock, blocks))
         self.head, self.eps, turn = head, eps, blocks[0].turn
         self.positions = 0 if turn is None else turn.size(-2)
-        matrices = [part for block in blocks for part in block if isinstance(part, PackedLinear)]
         self.deepest = max(matrix.inputs for matrix in (*matrices, head))
         self.widest = max(matrix.outputs for matrix in matrices)
         self.scratch = torch.empty(0)
-        self.steps, self.fastest = 0, {}
+        self.steps, self.seconds = 0, {}  # seconds of a step, by the number of threads
 
     def __call__(self, x: Tensor, cache: "KVCache") -> Tensor:
         (batch, new, width), (sequences, heads, capacity, size) = x.shape, cache.k[0].shape
@@ -204,21 +223,22 @@ class Network:
             self.blocks, len(self.blocks), *pointers, ctypes.byref(shape), *scratch, threads
         )
         if timed:
-            self.fastest[threads] = min(time.perf_counter() - started, self.fastest.get(threads, math.inf))
+            seconds, before = time.perf_counter() - started, self.seconds.get(threads, math.inf)
+            self.seconds[threads] = min(seconds, self.SLOWER * before)
             self.steps += 1
         return logits
 
     def choose_threads(self) -> int:
-        """All threads, then one (once only, if that is much slower), then whichever had the fastest step."""
+        """All threads, then one (once only, if that is much slower), then whichever is faster."""
         step, every = self.steps % self.PERIOD, torch.get_num_threads()
-        if step == 0 or every not in self.fastest:
-            self.steps, self.fastest = 0, {}
+        if step == 0 or every not in self.seconds:
+            self.steps, self.seconds = 0, {}
             return every
         if step < self.TRIAL:
             return every
-        if step < 2 * self.TRIAL and self.fastest.get(1, 0) < 2 * self.fastest[every]:
+        if step < 2 * self.TRIAL and self.seconds.get(1, 0) < 2 * self.seconds[every]:
             return 1
-        return min(self.fastest, key=self.fastest.get)
+        return min(self.seconds, key=self.seconds.get)
 
 
 def top_probabilities(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -229,6 +249,41 @@ def top_probabilities(logits: Tensor, count: int, temperature: float) -> tuple[T
     pointers = probabilities.data_ptr(), ids.data_ptr()
     load().library.top_probabilities(logits.data_ptr(), *logits.shape, count, temperature, *pointers)
     return probabilities, ids
+
+
+def sample(
+    logits: Tensor,
+    count: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    uniforms: Tensor,
+) -> Tensor:
+    """The next tokens (B,) for logits (B, V), drawn from those of the `count` likeliest that pass the filters, with one
+    uniform number in [0, 1) per row; -1 in rows where more than these may pass."""
+    logits, uniforms = logits.contiguous(), uniforms.contiguous()
+    tokens = torch.empty(len(logits), dtype=torch.long)
+    filters = temperature, top_k, top_p, min_p
+    load().library.sample(
+        logits.data_ptr(), *logits.shape, count, *filters, uniforms.data_ptr(), tokens.data_ptr()
+    )
+    return tokens
+
+
+def large_pages(size: int) -> Tensor:
+    """Memory (size,) of zeros, uint8; in large pages where the system has them, in which a processor finds numbers
+    faster than in those of 4 KB, whose places it cannot all remember."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # Linux may be built without
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def whole(count: int, of: int) -> int:
+    """The next multiple of `of`."""
+    return -(-count // of) * of
 
 
 def address(tensor: Tensor | None) -> int | None:

@@ -20,7 +20,16 @@ from model import generation
 from model.config import GPTConfig
 from model.decoder import Decoder
 from model.errors import UserError
-from model.generation import Batch, Sampling, context_start, draw, generate, generate_all, next_distribution
+from model.generation import (
+    Batch,
+    Sampling,
+    context_start,
+    draw,
+    generate,
+    generate_all,
+    next_distribution,
+    sample,
+)
 from model.gpt import GPT
 from model.tokenizer import text_tokenizer
 
@@ -119,6 +128,29 @@ def test_a_distribution_has_the_same_bits_beside_flatter_ones(sampling):
         count = alone.size(1)
         assert torch.equal(together[row, :count], alone[0]) and not together[row, count:].any()
         assert torch.equal(ids[row, :count], alone_ids[0])
+
+
+@needs_kernels
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_p": 0.95},
+        {"top_k": 5, "top_p": 1.0},
+        {"top_p": 1.0, "min_p": 0.02},
+        {"top_k": 90, "top_p": 0.8, "min_p": 0.01},
+    ],
+)
+def test_the_kernel_draws_what_plain_operations_draw(filters, penalty, monkeypatch):
+    """Also where the likeliest 64 tokens do not suffice, which are about a third of the rows."""
+    torch.manual_seed(0)
+    sampling = Sampling(temperature=0.7, repetition_penalty=penalty, **filters)
+    logits = torch.randn(3_000, 500) * torch.tensor([9.0, 2.5, 0.5]).repeat(1_000)[:, None]
+    occurred, uniforms = torch.rand(3_000, 500) < 0.1, torch.rand(3_000)
+    uniforms[:6] = torch.tensor([0.0, 1 - 2**-24]).repeat(3)
+    found = sample(logits, occurred, sampling, uniforms)
+    monkeypatch.setattr(generation, "in_kernels", lambda logits, count: count <= 0)
+    assert (found == sample(logits, occurred, sampling, uniforms)).float().mean() > 0.999  # rounding
 
 
 @pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "penalised", "sampled", "filtered"])

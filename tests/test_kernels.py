@@ -98,6 +98,22 @@ def test_the_faster_number_of_threads_is_taken(monkeypatch, seconds, ones, faste
     assert used == [3] * trial + [1] * ones + [faster] * (period - trial - ones) + [3] * 3
 
 
+def test_threads_that_become_slow_are_left_before_the_next_trial(monkeypatch):
+    decoder, used, now = Decoder(make_model("modern")), [], [0.0]
+
+    def decode(*arguments):
+        used.append(arguments[-1])
+        slow = len(used) in (20, 22) or len(used) > 40  # a few steps, and all from one on
+        now[0] += 1.5 if used[-1] == 1 else 30.0 if slow else 1.0
+
+    monkeypatch.setattr(kernels, "load", lambda: kernels.Kernels(SimpleNamespace(decode=decode), ""))
+    monkeypatch.setattr(kernels.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for _ in range(60):
+        decoder(token_ids(rows=1, length=1), KVCache(decoder, 1, 32))
+    assert used == [2] * 4 + [1] * 4 + [2] * 37 + [1] * 15
+
+
 @torch.no_grad()
 def test_int8_numbers_are_the_nearest_multiples_of_a_rows_scale():
     """Those of weights and of inputs; and a row of zeros stays one."""

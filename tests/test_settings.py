@@ -329,6 +329,10 @@ run_script(main)
         ("PermissionError(13, 'Permission denied', 'mine.bin')", "mine.bin"),
         ("MemoryError('Unable to allocate 4.44 PiB for an array')", "not enough memory for 4.44 PiB at once"),
         ("MemoryError", "not enough memory: use smaller numbers"),
+        (
+            "RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 16 GiB')",
+            "not enough GPU memory for 2.00 GiB at once: use smaller numbers, or --device cpu",
+        ),
         ("__import__('torch').empty(2**52)", "not enough memory for 18014398509481984 bytes at once"),
     ],
 )

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from operator import attrgetter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,6 +35,7 @@ from model.processes import Processes, StopRequest, start_processes
 from model.run import Run, complete_settings
 from model.runtime import (
     Runtime,
+    choose_device,
     choose_runtime,
     peak_flops,
     ran_out_of_memory,
@@ -460,6 +463,38 @@ def test_three_processes_resume_exactly(packed, tmp_path):
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
 
 
+INTERRUPTED = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+from model.processes import start_processes, stop_processes
+from model.script import run_script
+
+
+def main():
+    start_processes("cpu")
+    try:
+        raise eval(sys.argv[2])
+    finally:
+        stop_processes()
+
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [("KeyboardInterrupt", 130), ("OSError(28, 'No space left', 'a.pt')", 2), ("KeyError('defect')", 1)],
+)
+def test_a_process_of_several_ends_with_the_status_of_its_error(tmp_path, error, status):
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    command += [str(tmp_path / "interrupted.py"), str(REPO), error]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert re.search(rf"exitcode +: {status} ", result.stderr), result.stderr
+
+
 LATE = """
 import os
 import sys
@@ -840,8 +875,19 @@ def test_the_micro_batch_of_another_device_is_not(train):
     folder, _ = train("run", *flags, "--max-steps", 2)
     path = folder / "ckpt_2.pt"
     save_checkpoint(path, {**load_checkpoint(path), "device": "cuda"})
-    train("run", "--max-steps", 4, tiny=[])
+    _, result = train("run", "--max-steps", 4, tiny=[])
+    assert "micro_batch 5 is now chosen anew" in result.out
     assert load_checkpoint(folder / "ckpt_4.pt")["settings"]["micro_batch"] == 16
+
+
+def test_a_gpu_that_this_pytorch_cannot_use_is_mentioned_unless_it_is_hidden(monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(Path, "exists", lambda self: True)  # /proc/driver/nvidia/version
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert choose_device("auto") == CPU and not capsys.readouterr().err
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert choose_device("auto") == CPU and "using the CPU" in capsys.readouterr().err
 
 
 def test_an_edited_micro_batch_holds_on_another_device(packed):
