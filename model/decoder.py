@@ -124,7 +124,7 @@ class KVCache:
 
     def keep(self, rows: list[int]) -> None:
         """Keep only these sequences (ascending), moved up in place."""
-        used = kernels.whole(self.length, kernels.POSITIONS)  # or all
+        used = kernels.whole(self.length, kernels.POSITIONS)  # whole blocks of keys, within the capacity
         for stored in (self.k, self.v):
             for layer, tensor in enumerate(stored):
                 for new, old in enumerate(rows):

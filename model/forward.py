@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import first_line, require, warn
-from model.gpt import GPT, MPS_TERMS, Attention, rotary_tables, story_mask
+from model.gpt import GPT, Attention, rotary_tables, story_mask
 from model.run import Run
 from model.runtime import Runtime, ran_out_of_memory
 
@@ -121,9 +121,6 @@ def prepare_forward(run: Run, model: GPT, windows: int) -> nn.Module:
     micro_batch = min(settings.micro_batch, most) or equal_parts(most, guess_micro_batch(model, runtime))
     model.flex = choose_flex(run)
     forward = compile_model(model) if runtime.compile else model
-    if runtime.device.type == "mps":
-        most_here = max(1, MPS_TERMS // run.config.block_size)
-        require(micro_batch <= most_here, f"--micro-batch {micro_batch}: at most {most_here} on this GPU")
     agreed = False
     while not agreed:
         last = windows % micro_batch or micro_batch  # the last of a step may be smaller

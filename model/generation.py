@@ -55,7 +55,11 @@ class Sampling:
 
 
 def next_distribution(
-    logits: Tensor, previous: Tensor | None, sampling: Sampling, short: Tensor | None = None
+    logits: Tensor,
+    previous: Tensor | None,
+    sampling: Sampling,
+    likeliest: int = LIKELIEST,
+    short: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Probabilities (B, K) of the next token after all filters, and the K tokens' ids (B, K), from logits (B, V).
 
@@ -63,8 +67,9 @@ def next_distribution(
     tokens not listed have probability 0, and so may some that are, even twice. `previous` (B, V) is True for tokens
     that have occurred; None: none have. Temperature 0 gives the most likely token probability 1.
 
-    With `short` (bool, a scalar), it never waits for a GPU: if more tokens may pass the filters than were looked at,
-    it sets `short` to True, and the result is to be discarded.
+    Without top-k, the `likeliest` tokens are looked at, and more where these do not suffice. With `short` (bool, a
+    scalar), that is not decided here, which would wait for a GPU: it is set to True if they may not suffice, and the
+    result is to be discarded.
     """
     logits = penalise(logits, previous, sampling)
     if sampling.temperature == 0:
@@ -72,8 +77,7 @@ def next_distribution(
         return torch.ones_like(first, dtype=logits.dtype), first
     if not sampling.filters:
         return softmax(logits, sampling.divisor), None
-    count = sampling.top_k or (LIKELIEST_ON_GPU if logits.is_cuda else LIKELIEST)
-    return filter_top(logits, sampling, count, short)
+    return filter_top(logits, sampling, sampling.top_k or likeliest, short)
 
 
 def penalise(logits: Tensor, previous: Tensor | None, sampling: Sampling) -> Tensor:
@@ -145,21 +149,21 @@ def sample(
     previous: Tensor | None,
     sampling: Sampling,
     uniforms: Tensor,
+    likeliest: int = LIKELIEST,
     short: Tensor | None = None,
 ) -> Tensor:
     """The next tokens (B,), drawn from next_distribution() with one uniform number in [0, 1) per row."""
-    count = min(sampling.top_k or LIKELIEST, logits.size(-1))
-    if (
-        sampling.filters and sampling.temperature and in_kernels(logits, count)
-    ):  # a fraction of the operations
+    count = min(sampling.top_k or likeliest, logits.size(-1))
+    if sampling.filters and sampling.temperature and in_kernels(logits, count):
+        # One call instead of 25 operations, which take as long as half of a small model
         logits = penalise(logits, previous, sampling)
-        filters = count, sampling.divisor, sampling.top_k, sampling.top_p, sampling.min_p
+        filters = count, sampling.divisor, min(sampling.top_k, count), sampling.top_p, sampling.min_p
         new = kernels.sample(logits, *filters, uniforms)
         if (rest := new < 0).any():
             probabilities, ids = filter_top(logits[rest], sampling, 8 * count, None)
             new[rest] = ids.gather(1, draw(probabilities, uniforms[rest])[:, None])[:, 0]
         return new
-    probabilities, ids = next_distribution(logits, previous, sampling, short)
+    probabilities, ids = next_distribution(logits, previous, sampling, likeliest, short)
     new = draw(probabilities, uniforms)
     return new if ids is None else ids.gather(1, new[:, None])[:, 0]
 
@@ -204,10 +208,9 @@ class Batch:
         self.tokens, self.uniforms = tokens.to(device), torch.stack(streams).to(device)
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.position = self.lengths.min()[None].clone()  # (1,), of the next tokens
-        self.replayed = 0  # steps by a graph since settle()
-        self.short = torch.zeros(
-            (), dtype=torch.bool, device=device
-        )  # whether tokens were too few in one of them
+        # Tokens that a step looks at first; steps by a graph since settle(), and whether in one that was too few
+        self.likeliest = LIKELIEST_ON_GPU if device.type == "cuda" else LIKELIEST
+        self.replayed, self.short = 0, torch.zeros((), dtype=torch.bool, device=device)
         self.occurred = None
         if sampling.repetition_penalty != 1:
             self.occurred = torch.zeros(count, decoder.config.vocab_size, dtype=torch.bool, device=device)
@@ -223,7 +226,7 @@ class Batch:
             self.occurred[:, self.eot_id] = False  # every story starts with it, and must still be able to end
         turn = (self.position - self.lengths).clamp(0, self.uniforms.size(1) - 1)[:, None]
         uniforms = self.uniforms.gather(1, turn)[:, 0]
-        new = sample(logits, self.occurred, self.sampling, uniforms, short)[:, None]
+        new = sample(logits, self.occurred, self.sampling, uniforms, self.likeliest, short)[:, None]
         given = self.tokens.index_select(1, self.position)
         new = torch.where(self.lengths[:, None] <= self.position, new, given)
         self.tokens.index_copy_(1, self.position, new)
@@ -273,6 +276,8 @@ class Batch:
             self.mark_occurred()
         for _ in range(steps):
             self.step(graph=True)
+        self.likeliest *= 8  # in the next graph
+        self.graph = None
 
     def capture(self, state: list[Tensor], before: list[Tensor], length: int) -> None:
         """Capture a step. The first replay overwrites whatever the warm-up steps wrote."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 # On M1 and M2, PyTorch 2.13 sums wrongly over 32,767 numbers or more, as in the gradient of a large output matrix
-# (pytorch#177116); so these are multiplied in parts
+# (pytorch#177116). So that is multiplied in parts, and micro-batches have fewer tokens.
 MPS_TERMS = 32_000
 # Longest context for which CPU training uses plain_attention
 PLAIN_UP_TO = 512

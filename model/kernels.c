@@ -418,7 +418,7 @@ static void attend(const Block *block, float eps, const float *qkv, float *out, 
     for (int b = 0; b < batch; b++)
         for (int h = 0; h < heads; h++) {
             const float *cos = block->cos, *sin = block->sin;
-            size_t head = ((size_t)b * heads + h) * capacity * size, next = head + (size_t)capacity * size;
+            size_t head = ((size_t)b * heads + h) * capacity * size;
             float query[size], key[size], share[capacity];
             for (int t = 0; t < new; t++) {
                 int here = shape->start + t;
@@ -433,6 +433,7 @@ static void attend(const Block *block, float eps, const float *qkv, float *out, 
                 store(k, size, block->keys, narrow, head + here / LANES * LANES * size + here % LANES, LANES);
                 store(v, size, block->values, narrow, head + here * size, 1);
                 float *y = out + (((size_t)b * new + t) * heads + h) * size;
+                size_t next = t + 1 < new ? head : head + (size_t)capacity * size;
                 look_up_any(size, narrow, q, block->keys, block->values, head, next, here + 1, share, y);
             }
         }

@@ -274,7 +274,10 @@ def sample(
 def large_pages(size: int) -> Tensor:
     """Memory (size,) of zeros, uint8; in large pages where the system has them, in which a processor finds numbers
     faster than in those of 4 KB, whose places it cannot all remember."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        raise MemoryError(f"cannot allocate {size} bytes") from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # Linux may be built without
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -116,10 +116,9 @@ def stop_processes() -> None:
     if error is None or isinstance(error, SystemExit):
         dist.destroy_process_group()
         status = error.code if error else 0
-    elif isinstance(error, KeyboardInterrupt):
-        status = 130
     else:
-        status = 2 if explanation(error) else 1
+        signalled = {KeyboardInterrupt: 130, BrokenPipeError: 141}.get(type(error))
+        status = signalled or (2 if explanation(error) else 1)
     atexit.register(end_at_once, status)
 
 

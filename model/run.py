@@ -16,7 +16,7 @@ from model.batches import Batches, number_stories, validation_windows
 from model.config import CONFIG_FIELDS, LEARNING_RATES, PRESETS, RECIPE_FIELDS, GPTConfig, Recipe
 from model.errors import UserError, require
 from model.files import command, shown
-from model.gpt import Shortlist
+from model.gpt import MPS_TERMS, Shortlist
 from model.huggingface import Pretrained, load_pretrained
 from model.packed_data import Data, fingerprints, load_data
 from model.processes import Processes
@@ -107,6 +107,11 @@ def plan_run(settings: SimpleNamespace, processes: Processes, checkpoint: dict |
     require(
         windows >= processes.count,
         f"a step has {windows} windows for {processes.count} processes: use fewer, or a larger --batch-tokens",
+    )
+    most = max(1, MPS_TERMS // config.block_size)
+    require(
+        device.type != "mps" or min(settings.micro_batch, windows) <= most,
+        f"--micro-batch {settings.micro_batch}: on this GPU, {most} is the most",
     )
     count = max(1, settings.eval_tokens // config.block_size)
     return Run(

@@ -60,7 +60,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") is not None  # on purpose, perhaps
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
         driver = Path("/proc/driver/nvidia/version").exists()
         if name == "cpu" and torch.version.cuda and driver and not hidden:
             warn(

@@ -485,7 +485,12 @@ run_script(main)
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [("KeyboardInterrupt", 130), ("OSError(28, 'No space left', 'a.pt')", 2), ("KeyError('defect')", 1)],
+    [
+        ("KeyboardInterrupt", 130),
+        ("BrokenPipeError", 141),
+        ("OSError(28, 'No space left', 'a.pt')", 2),
+        ("KeyError('defect')", 1),
+    ],
 )
 def test_a_process_of_several_ends_with_the_status_of_its_error(tmp_path, error, status):
     (tmp_path / "interrupted.py").write_text(INTERRUPTED)
@@ -886,7 +891,7 @@ def test_a_gpu_that_this_pytorch_cannot_use_is_mentioned_unless_it_is_hidden(mon
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert choose_device("auto") == CPU and not capsys.readouterr().err
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert choose_device("auto") == CPU and "using the CPU" in capsys.readouterr().err
 
 
