@@ -34,14 +34,13 @@ from model.checkpoint import (
 )
 from model.config import BLOCK_FAMILIES, OPTIMIZERS, PRESETS, SCHEDULES
 from model.console import ProgressBar, print_end, print_finished, print_plan, print_stop
-from model.errors import UserError, require
+from model.errors import UserError, ran_out_of_memory, require
 from model.files import shown
 from model.forward import prepare_forward
 from model.metrics import Metrics
 from model.optimizer import learning_rate, set_rates
 from model.processes import Processes, StopRequest, start_processes, stop_processes
 from model.run import Run, changed_settings, plan_run
-from model.runtime import ran_out_of_memory
 from model.settings import read_settings, require_within
 from model.training_state import TrainingState, initial_state, rewind
 from model.validation import validate, write_sample

@@ -156,9 +156,8 @@ def built_in(limit: int, seed: int) -> Iterator[str]:
     most = f"{MOST_SAMPLE_STORIES:,} stories, for training and validation together"
     require(count <= MOST_SAMPLE_STORIES, f"--source sample makes at most {most}")
     with Progress(total=count, desc="built-in stories", unit=" stories") as bar:
-        for story in sample_stories(
-            2 * count if limit else count, seed
-        ):  # other sources may have some of them
+        # other sources may have some of them
+        for story in sample_stories(2 * count if limit else count, seed):
             bar.update()
             yield story
 

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import re
 import sys
 import textwrap
 from types import ModuleType
@@ -44,6 +45,13 @@ def first_line(error: Exception) -> str:
 def is_file_error(error: BaseException) -> bool:
     """Whether it is one of FILE_ERRORS, which run_script reports in one line."""
     return isinstance(error, OSError) and errno.errorcode.get(error.errno) in FILE_ERRORS
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU ran out of memory; the compiler and cuBLAS report this as other errors."""
+    signs = r"(CUDA|HIP|MPS)\b.*out of memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+    # torch.OutOfMemoryError by its name: this module is imported before torch
+    return type(error).__name__ == "OutOfMemoryError" or re.search(signs, str(error)) is not None
 
 
 def warn(message: str) -> None:

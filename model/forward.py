@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from model.errors import first_line, require, warn
+from model.errors import first_line, ran_out_of_memory, require, warn
 from model.gpt import GPT, Attention, rotary_tables, story_mask
 from model.run import Run
-from model.runtime import Runtime, ran_out_of_memory
+from model.runtime import Runtime
 
 FLEX_FROM = 512  # shortest context for flex_attention
 

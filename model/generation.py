@@ -160,8 +160,7 @@ def sample(
         filters = count, sampling.divisor, min(sampling.top_k, count), sampling.top_p, sampling.min_p
         new = kernels.sample(logits, *filters, uniforms)
         if (rest := new < 0).any():
-            probabilities, ids = filter_top(logits[rest], sampling, 8 * count, None)
-            new[rest] = ids.gather(1, draw(probabilities, uniforms[rest])[:, None])[:, 0]
+            new[rest] = sample(logits[rest], None, sampling, uniforms[rest], 8 * likeliest)
         return new
     probabilities, ids = next_distribution(logits, previous, sampling, likeliest, short)
     new = draw(probabilities, uniforms)

@@ -35,10 +35,6 @@ FIXED = {
     "batch_tokens",
     "optimizer",
 }
-STARTED_EARLIER = (
-    "this run was started by an earlier version of this repository: resume it with that version, or start a new "
-    "run with --fresh (it moves the old one aside)"
-)
 # The run's length: the limit that is reached first ends it
 LIMITS = {"max_steps", "max_minutes"}
 # Settings that a checkpoint does not remember: where and how a run is resumed
@@ -48,6 +44,10 @@ NOT_KEPT = {"device", "data_dir", "checkpoint_dir", "keep", "verify", "fresh"}
 CONTEXT_LIMIT = 1_024
 # Fraction of the preset's learning rate used for a pretrained model, which should change gently
 PRETRAINED_SHARE = 0.1
+STARTED_EARLIER = (
+    "this run was started by an earlier version of this repository: resume it with that version, or start a new "
+    "run with --fresh (it moves the old one aside)"
+)
 
 
 @dataclass(frozen=True)

@@ -239,9 +239,3 @@ def peak_flops(device: torch.device) -> float | None:
 def tokens_at_once(device: torch.device, logits_per_token: int) -> int:
     """Tokens in one forward pass of an evaluation that keeps so many logits for each."""
     return CPU_TOKENS if device.type == "cpu" else min(GPU_TOKENS, GPU_LOGITS // logits_per_token)
-
-
-def ran_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU ran out of memory; the compiler and cuBLAS report this as other errors."""
-    signs = r"(CUDA|HIP|MPS)\b.*out of memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
-    return isinstance(error, torch.OutOfMemoryError) or re.search(signs, str(error)) is not None

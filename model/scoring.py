@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from model.batches import to_device
 from model.candidates import Candidate
-from model.errors import UserError, require
-from model.runtime import GPU_LOGITS, Runtime, ran_out_of_memory, tokens_at_once
+from model.errors import UserError, ran_out_of_memory, require
+from model.runtime import GPU_LOGITS, Runtime, tokens_at_once
 
 # Logits computed at once. A CPU is fastest while they fit in its caches.
 CPU_LOGITS = 256 * 10_000

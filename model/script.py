@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from model.errors import UserError, is_file_error
+from model.errors import UserError, is_file_error, ran_out_of_memory
 from model.settings import REPO
 
 # Keep idle OpenMP threads from spinning for long, so that a shared CPU stays usable; torch reads it when imported.
@@ -79,7 +79,7 @@ def explanation(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, UserError):
         return text
-    on_gpu = isinstance(error, RuntimeError) and "out of memory" in text
+    on_gpu = ran_out_of_memory(error)
     if on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in text:
         asked = re.search(r"allocate ([\d.]+ \w+)", text)  # as PyTorch and numpy say it
         where, instead = ("GPU memory", ", or --device cpu") if on_gpu else ("memory", "")

@@ -24,13 +24,12 @@ from model.checkpoint import (
     step_of,
 )
 from model.config import RECIPE_FIELDS, Recipe
-from model.errors import UserError, first_line, require, warn
+from model.errors import UserError, first_line, ran_out_of_memory, require, warn
 from model.files import atomic_write, shown
 from model.gpt import GPT
 from model.optimizer import make_optimizers
 from model.packed_data import fingerprints
 from model.run import STARTED_EARLIER, Run, remembered
-from model.runtime import ran_out_of_memory
 
 
 @dataclass

@@ -26,7 +26,7 @@ from model.bigrams import begin_as_bigrams
 from model.checkpoint import list_checkpoints, load_checkpoint, load_latest, save_checkpoint
 from model.config import PRESETS, GPTConfig, Recipe
 from model.console import ProgressBar, print_plan, print_stop
-from model.errors import UserError
+from model.errors import UserError, ran_out_of_memory
 from model.forward import choose_flex, prepare_forward
 from model.gpt import GPT, story_mask
 from model.metrics import Metrics, read_history, smooth, write_samples
@@ -38,7 +38,6 @@ from model.runtime import (
     choose_device,
     choose_runtime,
     peak_flops,
-    ran_out_of_memory,
 )
 from model.sampled_softmax import Shortlists
 from model.settings import read_settings
