@@ -1,5 +1,6 @@
 """The forward pass of training: compiled if possible, with a micro-batch that fits in memory."""
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,8 @@ from model.gpt import GPT, Attention, rotary_tables, story_mask
 from model.run import Run
 from model.runtime import Runtime
 
-FLEX_FROM = 512  # shortest context for flex_attention
+FLEX_BLOCK = 128  # flex_attention skips blocks of so many queries and keys, so a longer context can gain
+FLEX_TOKENS = 65_536  # in the trial of flex_attention, at most
 
 
 def guess_micro_batch(model: GPT, runtime: Runtime) -> int:
@@ -31,19 +33,21 @@ def equal_parts(windows: int, most: int) -> int:
     return -(-windows // count)
 
 
-def flex_pays(run: Run) -> bool:
-    """Whether flex_attention should be tried: it skips what the story mask hides, half of a context of 512 or more.
+def flex_may_pay(run: Run) -> bool:
+    """Whether flex_attention should be tried: it skips what the story mask hides, a quarter of a context of 256 and
+    half or more of a longer one.
 
     It has no dropout, and its kernels for older GPUs are slow.
     """
     device, config = run.runtime.device, run.config
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     fits = run.runtime.compile and run.runtime.dtype == torch.bfloat16 and not config.dropout
-    return able and fits and run.recipe.mask_stories and config.block_size >= FLEX_FROM
+    return able and fits and run.recipe.mask_stories and config.block_size > FLEX_BLOCK
 
 
-def flex_is_right(run: Run) -> bool:
-    """Whether flex_attention, compiled, gives the output and gradients of plain attention here, in one random layer.
+def try_flex(run: Run, windows: int) -> tuple[bool, float]:
+    """Whether flex_attention gives the output and gradients of plain attention here, in one random layer, and how many
+    times as fast it is, both compiled.
 
     Some versions of PyTorch computed wrong gradients for some shapes and GPUs without a word.
     """
@@ -51,7 +55,7 @@ def flex_is_right(run: Run) -> bool:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         layer = Attention(config).to(device).eval()
-        x = torch.randn(2, config.block_size, config.n_embd, device=device, requires_grad=True)
+        x = torch.randn(windows, config.block_size, config.n_embd, device=device, requires_grad=True)
         stories = (torch.rand(x.shape[:2], device=device) < 0.01).cumsum(1, dtype=torch.int32)
         upstream = torch.randn(x.shape, device=device, dtype=runtime.dtype)
         rotary = None
@@ -61,24 +65,37 @@ def flex_is_right(run: Run) -> bool:
         def attend(x: Tensor, blocks: bool) -> Tensor:
             return layer(x, rotary, story_mask(stories, blocks))
 
-        results = []
-        for function, blocks in ((compile_whole(attend), True), (attend, False)):
+        compiled = compile_whole(attend)
+
+        def output_and_gradients(blocks: bool) -> list[Tensor]:
             with runtime.autocast():
-                y = function(x, blocks)
-            gradients = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
-            results.append([y.float(), *(gradient.float() for gradient in gradients)])
-    return all((a - b).norm() <= 0.05 * b.norm() for a, b in zip(*results, strict=True))
+                y = compiled(x, blocks)
+            return [y, *torch.autograd.grad(y, [x, *layer.parameters()], upstream)]
+
+        def seconds(blocks: bool) -> float:
+            started = time.perf_counter()
+            for _ in range(10):
+                last = output_and_gradients(blocks)[-1]
+            last.sum().item()  # waits for the GPU
+            return time.perf_counter() - started
+
+        results = [[tensor.float() for tensor in output_and_gradients(blocks)] for blocks in (True, False)]
+        right = all((a - b).norm() <= 0.05 * b.norm() for a, b in zip(*results, strict=True))
+        rounds = [(seconds(True), seconds(False)) for _ in range(3)]
+    flex, plain = map(min, zip(*rounds, strict=True))
+    return right, plain / flex
 
 
-def choose_flex(run: Run) -> bool:
+def choose_flex(run: Run, micro_batch: int) -> bool:
     """Whether compiled code should mask stories by flex_attention."""
-    if not flex_pays(run):
+    if not flex_may_pay(run):
         return False
     try:
         with run.runtime.compiling():
-            right = flex_is_right(run)
+            right, speedup = try_flex(run, max(1, min(micro_batch, FLEX_TOKENS // run.config.block_size)))
         if right:
-            return True
+            # a deterministic run must not depend on a measurement
+            return speedup > 1 or torch.are_deterministic_algorithms_enabled()
         reason = "its results are wrong here"
     except torch.AcceleratorError:  # after that, nothing works
         raise
@@ -119,7 +136,8 @@ def prepare_forward(run: Run, model: GPT, windows: int) -> nn.Module:
     settings, runtime, processes = run.settings, run.runtime, run.processes
     _, most = processes.extremes(windows)
     micro_batch = min(settings.micro_batch, most) or equal_parts(most, guess_micro_batch(model, runtime))
-    model.flex = choose_flex(run)
+    if model.flex is None:
+        model.flex = choose_flex(run, micro_batch)
     forward = compile_model(model) if runtime.compile else model
     agreed = False
     while not agreed:

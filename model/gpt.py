@@ -215,7 +215,8 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.depth = config.n_layer  # blocks in use: see set_depth()
-        self.flex = False  # whether compiled code masks stories by flex_attention: see model/forward.py
+        # whether compiled code masks stories by flex_attention: chosen in model/forward.py
+        self.flex: bool | None = None
         self.norm = make_norm(config)
         if not config.tie_weights:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)

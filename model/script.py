@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from model.errors import UserError, is_file_error, ran_out_of_memory
-from model.settings import REPO
+from model.settings import REPO, read_constants
 
 # Keep idle OpenMP threads from spinning for long, so that a shared CPU stays usable; torch reads it when imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -19,11 +19,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # It would warn of a home that cannot be written, where it only has to look for fonts again.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
-# Until run_script() takes over, let Ctrl-C end a script of ours without a traceback.
+# Until run_script() takes over, let Ctrl-C end a script of ours without a traceback, and likewise settings that Python
+# itself would stumble over, such as a word without quotes.
 started = getattr(sys.modules["__main__"], "__file__", None)  # None in an interactive session
 if started and Path(started).resolve().parent in (REPO, REPO / "data"):
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        read_constants(started)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def stop_again(failure: object) -> None:

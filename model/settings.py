@@ -71,7 +71,7 @@ class Constant:
 
     def type_name(self) -> str:
         """The type in words: "a list of numbers or None"."""
-        name = TYPE_NAMES[self.kind]
+        name = "True or False" if self.kind is bool else TYPE_NAMES[self.kind]
         return (f"a list of {name.removeprefix('a ')}s" if self.many else name) + " or None" * self.optional
 
 
@@ -103,7 +103,9 @@ def read_constants(script: str | Path) -> list[Constant]:
         )
         require(target.id.lower() not in constants, f"{place} is set twice: delete one of the lines")
         value, given = literal(node.value), ast.unparse(node.value)
-        require(value is not ..., f"{place} needs a literal value, not {given}")
+        word = isinstance(node.value, ast.Name)
+        require(not word or kind is not str, f'{place} needs quotes around its value: "{given}"')
+        require(word or value is not ..., f"{place} needs a literal value, not {given}")
         optional, many = "None" in words, "list" in words
         constant = Constant(target.id.lower(), value, kind, optional, many, comments[node.end_lineno])
         require(constant.accepts(value), f"{place} takes {constant.type_name()}, not {given}")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,6 +225,8 @@ def test_a_bad_flag_ends_in_one_line_and_status_2(script, tmp_path):
         ("PROMPT: list[str] = []", 'PROMPT: list[str] = ["a", 1]', ["PROMPT takes a list of strings"]),
         ('NAME: str = "cat"', "NAME: str = NAMES[1]", ["NAME needs a literal value, not NAMES[1]"]),
         ('NAME: str = "cat"', 'NAME: str = "c" * 3', None),
+        ('NAME: str = "cat"', "NAME: str = cat", ['NAME needs quotes around its value: "cat"']),
+        ("FRESH: bool = False  #", "FRESH: bool = false  #", ["FRESH takes True or False, not false"]),
         ("STEPS: int = 65_536  #", "STEPS: int = 1 // 0  #", ["STEPS needs a literal value, not 1 // 0"]),
         (
             "int = 65_536  # optimizer steps, 100 % of them",
@@ -234,7 +237,7 @@ def test_a_bad_flag_ends_in_one_line_and_status_2(script, tmp_path):
         ("STEPS: int = 65_536  #", "STEPS: int  #", ["STEPS needs a type, a value"]),
         ("STEPS: int = 65_536  #", "STEPS: int = None  #", ["STEPS takes a whole number, not None"]),
         ("STEPS: int = 65_536  #", "STEPS: int = 1e3  #", ["STEPS takes a whole number, not 1000.0"]),
-        ("FRESH: bool = False  #", 'FRESH: bool = "no"  #', ["FRESH takes true or false, not 'no'"]),
+        ("FRESH: bool = False  #", 'FRESH: bool = "no"  #', ["FRESH takes True or False, not 'no'"]),
         ('NAME: str = "cat"', "NAME: str = True", ["NAME takes a string, not True"]),
         (
             "PROMPT: list[str] = []",
@@ -440,3 +443,13 @@ run_script(main)
     )
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=20)
     assert result.returncode == status and result.stdout == "" and "Exception" not in result.stderr
+
+
+def test_an_unquoted_word_in_a_script_ends_in_one_line(tmp_path):
+    """Python itself would end in a NameError before the settings are read."""
+    shutil.copytree(REPO / "model", tmp_path / "model", ignore=shutil.ignore_patterns("__pycache__"))
+    text = (REPO / "train.py").read_text()
+    (tmp_path / "train.py").write_text(text.replace('DTYPE: str = "auto"', "DTYPE: str = bfloat16"))
+    command = [sys.executable, tmp_path / "train.py"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert_one_line_error(result, "train.py line ", 'DTYPE needs quotes around its value: "bfloat16"')

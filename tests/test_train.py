@@ -1,6 +1,7 @@
 """train.py as its users run it: a tiny model, some steps, on the built-in stories."""
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -1164,23 +1165,30 @@ def test_all_processes_take_the_smallest_micro_batch(monkeypatch):
 
 
 @pytest.mark.parametrize("blocks", ["modern", "gpt2"])
-def test_flex_attention_is_used_only_if_it_is_right(monkeypatch, capsys, blocks):
+def test_flex_attention_is_used_only_if_it_is_right_and_faster(monkeypatch, capsys, blocks):
     """On a CPU it has no gradients, so plain attention takes its place here: with the right mask, then a wrong one."""
     config = GPTConfig(vocab_size=16, block_size=64, n_layer=1, n_head=2, n_embd=16, blocks=blocks)
     run = make_run(
         config=config, runtime=Runtime(torch.device("cpu"), torch.float32, True, ""), recipe=Recipe()
     )
-    assert not choose_flex(run)  # not even tried
-    monkeypatch.setattr("model.forward.flex_pays", lambda run: True)
+    assert not choose_flex(run, 2)  # not even tried
+    monkeypatch.setattr("model.forward.flex_may_pay", lambda run: True)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    clock = itertools.accumulate(itertools.cycle([0, 1, 0, 2]))  # flex 1 s, plain 2 s, and so on
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     mask = {"right": lambda stories, blocks: story_mask(stories)}
     mask["wrong"] = lambda stories, blocks: story_mask(torch.zeros_like(stories) if blocks else stories)
     for name in mask:
         monkeypatch.setattr("model.forward.story_mask", mask[name])
-        assert choose_flex(run) == (name == "right")
+        assert choose_flex(run, 2) == (name == "right")
     assert "FlexAttention does not work here (its results are wrong here)" in capsys.readouterr().err
+    monkeypatch.setattr("model.forward.story_mask", mask["right"])
+    clock = itertools.accumulate(itertools.cycle([0, 2, 0, 1]))
+    assert not choose_flex(run, 2)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert choose_flex(run, 2)  # a measurement must not decide
     monkeypatch.setattr("model.forward.story_mask", story_mask)
-    assert not choose_flex(run)
+    assert not choose_flex(run, 2)
     assert "does not support backward on CPU" in capsys.readouterr().err
 
 
