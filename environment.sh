@@ -4,7 +4,7 @@
 fail() { echo "error: $*" >&2; exit 2; }
 
 find_python() {
-  for candidate in "${PYTHON:-}" python3 python python3.13 python3.12 python3.11 python3.10; do
+  for candidate in "${PYTHON:-}" python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do
     [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 || continue
     "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || continue
     echo "$candidate"

@@ -48,7 +48,7 @@ TEXT_COLUMN: str = "text"  # column or key of the story in .csv, .json, .jsonl a
 STORY_PER_FILE: bool = False  # each .txt file is one story
 MAX_SAMPLES: int = 0  # stories to score, evenly spread; 0 is all
 BATCH_SIZE: int = 0  # windows per forward pass; 0 packs as many tokens as suit the device
-NUM_STORIES: int | None = None  # stories that each writes; None: 100 for a report, else one per --prompt
+NUM_STORIES: int | None = None  # stories each model writes; None: 100 for a report, one per --prompt
 STORIES: list[str] = []  # .jsonl files written by generate.py, whose stories are judged too
 PROMPT: list[str] = [
     "Once upon a time, there was a little",
@@ -61,7 +61,7 @@ PROMPT: list[str] = [
     "It was raining, and Sara",
     "There once was an old",
     "Ben wanted to be brave, but",
-]  # prompts for the written stories; if given on the command line, the stories are printed
+]  # prompts for the written stories; if given on the command line, the first story of each is printed
 OUTPUT: str | None = None  # write the results to this .json file
 REPORT: str | None = None  # write a page of tables, curves and stories to this .html file
 SEED: int = 1337  # for the stories and the bootstrap
@@ -282,7 +282,7 @@ def describe_run(
         "command": readable(shlex.join(["python", *sys.argv])),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **versions},
-        "device": runtime.reasons,
+        "device": runtime.description,
         "seed": settings.seed,
         "source": source,
         "stories_sha256": digest.hexdigest(),

@@ -161,7 +161,7 @@ def write_stories(writer: "Writer", prompts: list[str], seed: int, output: Path 
         write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"wrote {count_text(len(rows), 'story', 'stories')} to {shown(output)}")
     if stopped:
-        remark(f"stopped after {len(rows):,} of {len(prompts):,} stories; each has its own seed")
+        remark(f"stopped: {len(rows):,} of {len(prompts):,} stories are complete")
         sys.exit(130)
     cut = sum(row["finish_reason"] == "length" for row in rows)
     unended = f"; {cut} cut at --max-tokens" if cut else ""
@@ -241,11 +241,11 @@ class Writer:
         model one by one while the shortest is continued.
         """
         config, part = self.decoder.config, []
-        numbers = 2 * config.n_layer * config.n_head * config.head_dim
-        position = numbers * self.decoder.cache_dtype.itemsize  # bytes
+        numbers = 2 * config.n_layer * config.n_head * config.head_dim  # keys and values of a position
+        bytes_per_position = numbers * self.decoder.cache_dtype.itemsize
         for place in sorted(range(len(encoded)), key=lambda place: len(encoded[place])):
             longest = min(config.block_size, len(encoded[place]) + self.max_tokens)
-            full = (len(part) + 1) * longest * position > CACHE_BYTES
+            full = (len(part) + 1) * longest * bytes_per_position > CACHE_BYTES
             if part and (full or len(encoded[place]) > 2 * len(encoded[part[0]]) + SIMILAR):
                 yield part
                 part = []

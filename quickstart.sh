@@ -54,7 +54,7 @@ run 3 "tokenize the stories" data/prepare_data.py ${packing[@]+"${packing[@]}"}
 if [ -f checkpoints/meta.json ] && ! cmp -s data/processed/meta.json checkpoints/meta.json; then
   kept="checkpoints-before-$(date +%Y%m%d-%H%M%S)"
   mv checkpoints "$kept"
-  printf '\nthe stories have changed: moved the earlier checkpoints to %s\n' "$kept"
+  printf '\nthe stories or the tokenizer have changed: moved the earlier checkpoints to %s\n' "$kept"
 fi
 mkdir -p checkpoints
 cp data/processed/meta.json checkpoints/meta.json

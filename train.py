@@ -27,7 +27,7 @@ from model.checkpoint import (
     BEFORE_DECAY,
     keep_other_best,
     load_latest,
-    only_one,
+    locked,
     prune,
     save_checkpoint,
     set_aside,
@@ -125,12 +125,18 @@ def main() -> None:
             "batch-size": "a step takes --batch-tokens, a forward pass --micro-batch windows",
             "gradient-accumulation-steps": "a step takes --batch-tokens, a forward pass --micro-batch windows",
             "epochs": "--max-steps or --max-minutes limits a run, and it prints how many epochs that is",
+            "eval-iters": "--eval-tokens sets how much is evaluated, --eval-interval how often",
+            "lr-decay-iters": "the learning rate always decays to the end of the run",
             "min-lr": "--final-learning-rate is a fraction of the peak",
             "resume": "it resumes by itself, unless --fresh starts a new run",
         },
     )
     require_within(settings, keep="[1, inf)", log_interval="[1, inf)", eval_tokens="[1, inf)")
     require_within(settings, save_interval="[1, inf)", micro_batch="[0, inf)", sample_tokens="[0, inf)")
+    require(
+        settings.init_from not in ("scratch", "resume") or Path(settings.init_from).exists(),
+        "--init-from names a model to fine-tune: without it, a run resumes, or starts from scratch, by itself",
+    )
     processes = start_processes(settings.device)
     try:
         start(settings, processes)
@@ -147,15 +153,15 @@ def main() -> None:
 def start(settings: SimpleNamespace, processes: Processes) -> None:
     """Start a new run, or resume the one in the folder."""
     # After torchrun's restart, the run that it began is resumed
-    folder, fresh = settings.checkpoint_dir, settings.fresh and not processes.remembers("fresh")
-    with only_one(folder) if processes.first else contextlib.nullcontext():
+    folder, fresh = settings.checkpoint_dir, settings.fresh and not processes.remembers("begun")
+    with locked(folder) if processes.first else contextlib.nullcontext():
         processes.wait()
         path, checkpoint = (None if fresh else load_latest(folder)) or (None, None)
         run = plan_run(settings, processes, checkpoint)
         processes.wait()  # all have read, so the first may move files
         if processes.first and not checkpoint and (moved := set_aside(folder)):
             print(f"moved the earlier run to {shown(moved)}")
-        processes.remember("fresh")
+        processes.remember("begun")
         if checkpoint:
             if processes.first and (changes := changed_settings(settings, checkpoint)):
                 print(f"changed      {'; '.join(changes.values())}")
@@ -230,7 +236,6 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
             )
             state.model.set_depth(run.config.n_layer)
             loss_of = prepare_forward(run, state.model, len(mine))
-            progress_bar.bar.unpause()
 
         started = time.perf_counter()
         rate = learning_rate(recipe, state.step, progress)
@@ -268,8 +273,10 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
 
 
 def evaluate_and_keep_best(run: Run, state: TrainingState, metrics: Metrics) -> str:
-    """Evaluate the model, add the result to the metrics, and save a model that is the best so far as best.pt; in one
-    line, how good it is."""
+    """Evaluate the model, add the result to the metrics, and save a model that is the best so far as best.pt.
+
+    Returns one line that says how good it is.
+    """
     row = {"step": state.step, "tokens": state.step * run.tokens_per_step, **validate(run, state.model)}
     loss, mark = row["validation_loss"], ""
     require(
@@ -281,7 +288,7 @@ def evaluate_and_keep_best(run: Run, state: TrainingState, metrics: Metrics) -> 
     metrics.draw()
     state.last_evaluation = state.step
     if loss < state.best_loss:
-        if state.best_loss == math.inf:  # the one there, if any, was evaluated otherwise
+        if state.best_loss == math.inf:  # a best.pt that is there was evaluated on other tokens
             keep_other_best(run.folder)
         state.best_loss, mark = loss, "; best so far"
         save_checkpoint(run.folder / "best.pt", state.snapshot(run))
@@ -320,7 +327,7 @@ def take_step(
     loss = torch.zeros((), device=device)
     for first in range(0, len(mine), settings.micro_batch):
         chosen = starts[first : first + settings.micro_batch]
-        inputs, targets, story_ids = run.split(batches.tensor(chosen, device))
+        inputs, targets, story_ids = run.inputs_and_targets(batches.tensor(chosen, device))
         if run.config.dropout:  # seeded per step and window, so that resumed runs drop the same activations
             torch.manual_seed(dropout_seed(settings.seed, state.step, int(mine[first])))
         share = len(chosen) / batches.windows_per_step

@@ -12,16 +12,18 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.script import run_script  # first: see there
+
+# isort: split
+import torch
 
 from model.candidates import OwnModel
 from model.checkpoint import find_checkpoint
 from model.packed_data import load_data, real_stories
 from model.runtime import Runtime, choose_device, choose_runtime, tokens_at_once
 from model.scoring import score_stories
-from model.script import run_script
 from model.settings import read_settings
 
 CHECKPOINT: str | None = None  # as for evaluate.py
@@ -40,7 +42,7 @@ def main() -> None:
     candidate = OwnModel(path, runtime.device)
     data = load_data(settings.data_dir)
     stories = real_stories([data.validation], data, settings.max_samples)
-    print(f"{len(stories):,} stories; {candidate.facts['parameters']:,} parameters; {runtime.reasons}")
+    print(f"{len(stories):,} stories; {candidate.facts['parameters']:,} parameters; {runtime.description}")
     sizes = [tokens_at_once(runtime.device, 1) * factor // 2 for factor in (1, 2, 4, 16)]
     speeds = {f"forward, {size:,} tokens at once": [] for size in sizes} | {"scoring": []}
     for turn in range(settings.rounds + 1):

@@ -62,6 +62,9 @@ FINAL_NORM = 18.0
 def main() -> None:
     settings = read_settings(__file__, choices={"preset": MODERN})
     device, config = choose_device(settings.device), PRESETS[settings.preset].config
+    if settings.checkpoint is not None:
+        path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="best")
+        data = load_data(settings.data_dir)
     print(f"{settings.preset}: {device_name(device)}; torch {torch.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         contenders = list_contenders(settings, config, device, Path(folder))
@@ -74,10 +77,8 @@ def main() -> None:
             f"{name:<44} {statistics.median(values):>9,.0f} tokens/s  ({min(values):,.0f} to {max(values):,.0f})"
         )
     if settings.checkpoint is not None:
-        path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="best")
         waits = [first_word(path) for _ in range(settings.rounds)]
         print(f"{'from the command to the first word':<44} {statistics.median(waits):>9.2f} s")
-        data = load_data(settings.data_dir)
         print_cost(path, device, real_stories([data.validation], data, settings.max_samples))
 
 

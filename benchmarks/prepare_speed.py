@@ -41,6 +41,7 @@ FOLDER: str | None = None  # working folder, kept and reused; None: a temporary 
 PARTS: list[str] = ["ingestion", "tokenizer", "packing"]  # what to measure
 USUAL: str | None = None  # "tokenizer" or "packing": run only the usual way (the script calls itself so)
 
+KNOWN = "ingestion", "tokenizer", "packing"
 LETTERS = "bdfgklmnprstvz"
 
 
@@ -49,6 +50,8 @@ def main() -> None:
     if settings.usual:
         usual = {"tokenizer": train_the_usual_way, "packing": pack_the_usual_way}[settings.usual]
         return usual(Path(settings.folder), settings.workers or available_cores())
+    for part in settings.parts:
+        require(part in KNOWN, f"--parts takes {', '.join(KNOWN)}, not {part!r}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(settings.folder or temporary)
         corpus, data = folder / "corpus.txt", folder / "data"
@@ -66,7 +69,6 @@ def main() -> None:
             "packing": ["data/prepare_data.py", "--workers", settings.workers],
         }
         for part in settings.parts:
-            require(part in scripts, f"--parts takes {', '.join(scripts)}, not {part!r}")
             ours, theirs, usual_file = [], [], folder / f"usual_{part}"
             alone = part == "ingestion" or settings.rounds == 0
             for _ in range(1 if alone else settings.rounds):

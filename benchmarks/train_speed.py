@@ -11,7 +11,6 @@ and gradient clipping. The first round fills the compile caches. Needs requireme
 import dataclasses
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -85,7 +84,11 @@ def main() -> None:
 
 def run_arm(arm: str, settings: SimpleNamespace, block_size: int) -> dict[str, float]:
     """Run one arm in its own process: median tokens/s, seconds to the first step, peak memory in GB."""
-    folder = Path(tempfile.mkdtemp())
+    with tempfile.TemporaryDirectory() as folder:
+        return run_arm_in(Path(folder), arm, settings, block_size)
+
+
+def run_arm_in(folder: Path, arm: str, settings: SimpleNamespace, block_size: int) -> dict[str, float]:
     common = [
         "--device",
         settings.device,
@@ -125,7 +128,6 @@ def run_arm(arm: str, settings: SimpleNamespace, block_size: int) -> dict[str, f
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     ends = [row["seconds"] for row in rows if "train_loss" in row]
     gpu = max((row.get("gpu_bytes", 0) for row in rows), default=0)
-    shutil.rmtree(folder)
     if len(ends) < 4:
         raise UserError(f"{arm} did only {len(ends)} steps in {settings.seconds:g} s: increase --seconds")
     step = statistics.median(np.diff(ends[1:]))

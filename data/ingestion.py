@@ -156,7 +156,7 @@ def built_in(limit: int, seed: int) -> Iterator[str]:
     most = f"{MOST_SAMPLE_STORIES:,} stories, for training and validation together"
     require(count <= MOST_SAMPLE_STORIES, f"--source sample makes at most {most}")
     with Progress(total=count, desc="built-in stories", unit=" stories") as bar:
-        # other sources may have some of them
+        # with a limit twice as many, since other sources may have some of them; not all are made
         for story in sample_stories(2 * count if limit else count, seed):
             bar.update()
             yield story
@@ -263,7 +263,8 @@ def split_at_random(
     everything = folder / "everything.arrow"
     total = write_arrow(everything, stories, bar)["stories"]
     require(total > 0, f"no stories found in {' '.join(settings.source)}; dropped: {listed(dropped)}")
-    require(total > 1, "only one story found: training and validation need one each")
+    one = "only one story found, but training and validation need one each"
+    require(total > 1, f"{one}: --validation-source names files for the latter")
     count = min(total - 1, validation_count(total, settings.validation_fraction))
     chosen = set(random.Random(settings.seed).sample(range(total), count))
     splits, whole = {}, Dataset.from_file(str(everything))

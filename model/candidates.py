@@ -67,7 +67,7 @@ class Candidate:
         """Determine from real stories what the model leaves open. Raises UserError if it cannot encode them."""
 
     def write(self, prompts: list[str], seed: int) -> list[Story]:
-        """Generate a story for each prompt, the k-th with seed + k."""
+        """Generate a story for each prompt, the k-th with seed + k (a transformers model seeds a batch as a whole)."""
         encoded = self.tokenizer.encode_batch_fast(prompts, add_special_tokens=False)
         ids = [[self.start_id, *encoding.ids] for encoding in encoded]
         seeds = [seed + k for k in range(len(prompts))]
@@ -178,9 +178,8 @@ class TransformersModel(Candidate):
             f"the tokenizer of {self.name} does not reproduce stories: bits per byte would be wrong",
         )
         if changed:
-            warn(
-                f"the tokenizer of {self.name} alters {changed} of {len(decoded)} stories, which lowers its score"
-            )
+            altered = f"{changed} of {len(decoded)} stories"
+            warn(f"the tokenizer of {self.name} alters {altered}, so its bits per byte are not exact")
         ends = torch.tensor([self.end_id, self.start_id])
         total = torch.zeros(2)
         for encoding in encoded[: CHECKED // 8]:

@@ -173,6 +173,10 @@ def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
     for path in candidates:
         if path.is_file():
             return path
+    if name == "best" and latest:
+        raise UserError(
+            f"no best.pt in {shown(folder)} yet, it comes with the first evaluation: use --checkpoint latest"
+        )
     if name is None or name in known:
         raise UserError(
             f"no checkpoint in {shown(folder)} yet: run {command('train.py', checkpoint_dir=folder)}"
@@ -183,7 +187,7 @@ def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
 
 
 @contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Lock a checkpoint folder for this process; create it if missing, remove it if it stays empty.
 
     Raises UserError if another process holds the lock. The system releases it when a process ends, however it
@@ -217,7 +221,7 @@ def only_one(folder: Path) -> Iterator[None]:
 def set_aside(folder: Path) -> Path | None:
     """Move an earlier run's files into a new folder in theirs; return that, or None if there are none.
 
-    To be called within only_one(). Nothing else in the folder moves, and the folder itself may be a link, or a disk of
+    To be called within locked(). Nothing else in the folder moves, and the folder itself may be a link, or a disk of
     its own.
     """
     if not any(file.stat().st_size for pattern in RUN_FILES for file in folder.glob(pattern)):

@@ -29,7 +29,8 @@ def print_finished(run: Run, state: TrainingState, checkpoint: dict) -> None:
     """Say that the run had ended already, and what would extend it."""
     limit = "max_steps" if run.recipe.max_steps and state.step >= run.recipe.max_steps else "max_minutes"
     if limit in changed_settings(run.settings, checkpoint):
-        print(f"step {state.step:,} is beyond this {flag_name(limit)}: nothing is done, and nothing changed")
+        beyond = f"step {state.step:,} is already beyond this {flag_name(limit)}"
+        print(f"{beyond}: nothing is left to train, and the saved run keeps its own limit")
     else:
         print(f"already finished: a larger {flag_name(limit)} extends this run, --fresh starts a new one")
 
@@ -54,7 +55,7 @@ def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> Non
         f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, "
         f"context {config.block_size}, vocabulary {config.vocab_size:,}, {config.blocks} blocks; "
         f"{state.model.count_parameters():,} parameters\n"
-        f"device       {run.runtime.reasons}{where}\n"
+        f"device       {run.runtime.description}{where}\n"
         f"run          {' or '.join(filter(None, (steps, minutes)))}, {run.tokens_per_step:,} tokens per step"
         f"{f' (at most {max(epochs, 0.1):.1f} epochs)' if steps else ''}; {recipe.optimizer}, "
         f"learning rate {recipe.learning_rate:g}, {recipe.schedule} decay{softmax}{growth}\n"
@@ -83,7 +84,7 @@ class ProgressBar:
         self.step, self.seconds, self.printed = state.step, state.seconds, time.monotonic()
         self.speed = 0.0  # tokens per second
         self.bar = tqdm(
-            total=run.recipe.max_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.05,
+            total=run.recipe.max_steps, initial=state.step, unit="step", dynamic_ncols=True,
             disable=None if self.shows else True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )  # fmt: skip
 

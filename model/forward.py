@@ -174,7 +174,7 @@ def try_out(run: Run, forward: nn.Module, size: int) -> None:
     """A forward and a backward pass over a micro-batch of so many windows."""
     # sliced from longer rows like the windows of a step: other strides would trigger a recompilation
     rows = torch.zeros(size, run.config.block_size + 1, dtype=torch.long, device=run.runtime.device)
-    inputs, targets, story_ids = run.split(rows)
+    inputs, targets, story_ids = run.inputs_and_targets(rows)
     with run.runtime.autocast():
         loss = forward(inputs, targets, story_ids, run.shortlist(0))  # any step's shortlist would do
     loss.backward()

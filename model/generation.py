@@ -132,14 +132,12 @@ def softmax(logits: Tensor, temperature: float) -> Tensor:
 
 def top_probabilities(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
     """The probabilities (B, count) of the likeliest tokens, in descending order, and their ids."""
-    if in_kernels(logits, count):
-        return kernels.top_probabilities(logits, count, temperature)
     probabilities = softmax(logits, temperature)
     return probabilities.sort(descending=True) if count == logits.size(-1) else probabilities.topk(count)
 
 
 def in_kernels(logits: Tensor, count: int) -> bool:
-    """Whether kernels.c is to find the `count` likeliest tokens."""
+    """Whether kernels.c is to draw from the `count` likeliest tokens."""
     here = logits.device.type == "cpu" and logits.dtype == torch.float32 and count <= 512
     return here and kernels.load().library is not None
 
@@ -343,37 +341,38 @@ def generate(
     block_size, lengths = decoder.config.block_size, [len(prompt) for prompt in prompts]
     batch = Batch(decoder, prompts, max_tokens, eot_id, sampling, seeds)
     ahead = AHEAD if decoder.graphs else 1  # positions decoded between checks
-    rows = list(range(len(prompts)))  # the sequence in each row of the batch
+    sequences = list(range(len(prompts)))  # in each row of the batch
     ended: set[int] = set()
-    shown = min(lengths)  # positions yielded
-    for position in range(shown, batch.total):
+    done = min(lengths)  # positions yielded
+    for position in range(done, batch.total):
         begin = context_start(position, block_size)
         if position == min(lengths) or begin != context_start(position - 1, block_size):
             batch.settle()
             batch.refill(begin, position)
         else:
             batch.advance()
-        if position + 1 - shown < ahead and position + 1 < batch.total:
+        if position + 1 - done < ahead and position + 1 < batch.total:
             continue
         batch.settle()
-        for place, tokens in enumerate(batch.tokens[:, shown : position + 1].T.tolist(), start=shown):
-            yielded: list[int | None] = [None] * len(prompts)
-            for row, token in zip(rows, tokens, strict=True):
-                if row in ended or place < lengths[row]:
+        for place, tokens in enumerate(batch.tokens[:, done : position + 1].T.tolist(), start=done):
+            new: list[int | None] = [None] * len(prompts)
+            for sequence, token in zip(sequences, tokens, strict=True):
+                if sequence in ended or place < lengths[sequence]:
                     continue
                 if token != eot_id:
-                    yielded[row] = token
-                if token == eot_id or place + 1 - lengths[row] >= max_tokens:
-                    ended.add(row)
-            yield yielded
+                    new[sequence] = token
+                if token == eot_id or place + 1 - lengths[sequence] >= max_tokens:
+                    ended.add(sequence)
+            yield new
             if len(ended) == len(prompts):
                 return
-        shown = position + 1
-        going = [k for k, row in enumerate(rows) if row not in ended]
+        done = position + 1
+        going = [row for row, sequence in enumerate(sequences) if sequence not in ended]
         # dropping only a few costs more than it saves, especially if a new graph must be captured
-        if len(going) <= len(rows) // 2 or (len(going) <= 3 * len(rows) // 4 and not decoder.graphs):
+        fewer = len(going) <= len(sequences) // 2
+        if fewer or (len(going) <= 3 * len(sequences) // 4 and not decoder.graphs):
             batch.keep(going)
-            rows = [rows[k] for k in going]
+            sequences = [sequences[row] for row in going]
 
 
 def generate_all(
@@ -386,8 +385,8 @@ def generate_all(
 ) -> list[list[int]]:
     """generate(), collected: the new tokens of each sequence."""
     written: list[list[int]] = [[] for _ in prompts]
-    for row_tokens in generate(decoder, prompts, max_tokens, eot_id, sampling, seeds):
-        for row, token in enumerate(row_tokens):
+    for new in generate(decoder, prompts, max_tokens, eot_id, sampling, seeds):
+        for tokens, token in zip(written, new, strict=True):
             if token is not None:
-                written[row].append(token)
+                tokens.append(token)
     return written

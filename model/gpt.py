@@ -123,7 +123,7 @@ class Attention(nn.Module):
         if not (mask is None or isinstance(mask, Tensor)):
             from torch.nn.attention.flex_attention import flex_attention
 
-            # its kernel on a CPU reads v wrongly where it is not contiguous, so none is trusted to
+            # its kernel on a CPU misreads a v that is not contiguous, so no other is given one
             y = flex_attention(q, k, v.contiguous(), block_mask=mask)
         elif self.training and x.device.type == "cpu" and T <= PLAIN_UP_TO:
             y = plain_attention(q, k, v, mask, dropout)

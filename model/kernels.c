@@ -498,16 +498,6 @@ static void find_top(const float *x, int n, int count, float temperature, float 
         best[c] = exponential((best[c] - largest) * scale) / total;
 }
 
-/* For each row of n logits: probabilities (rows, count) and places (rows, count), as find_top() has them. */
-void top_probabilities(const float *logits, int rows, int n, int count, float temperature, float *probabilities,
-                       int64_t *places)
-{
-#pragma omp parallel for if (rows > 8)
-    for (int r = 0; r < rows; r++)
-        find_top(logits + (size_t)r * n, n, count, temperature, probabilities + (size_t)r * count,
-                 places + (size_t)r * count);
-}
-
 /* p[i] /= their sum, for the first `count`. Sums as PyTorch has them: of doubles, each rounded to float. */
 static void normalise(float *p, int count)
 {

@@ -68,10 +68,8 @@ def load() -> Kernels:
         else:
             pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
             library.decode.argtypes = [pointer, integer, pointer, real, *[pointer] * 4, *[integer] * 3]
-            library.top_probabilities.argtypes = [pointer, *[integer] * 3, real, *[pointer] * 2]
             library.sample.argtypes = [pointer, *[integer] * 3, real, integer, real, real, pointer, pointer]
-            for function in (library.decode, library.top_probabilities, library.sample):
-                function.restype = None
+            library.decode.restype = library.sample.restype = None
             return Kernels(library, f"one thread only with {compiler[0]}" if openmp == OPENMP[1] else "")
     return Kernels(None, reason)
 
@@ -239,16 +237,6 @@ class Network:
         if step < 2 * self.TRIAL and self.seconds.get(1, 0) < 2 * self.seconds[every]:
             return 1
         return min(self.seconds, key=self.seconds.get)
-
-
-def top_probabilities(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """The probabilities (B, count) of the likeliest tokens, in descending order, and their ids, for logits (B, V)."""
-    logits = logits.contiguous()
-    probabilities = logits.new_empty(len(logits), count)
-    ids = torch.empty(len(logits), count, dtype=torch.long)
-    pointers = probabilities.data_ptr(), ids.data_ptr()
-    load().library.top_probabilities(logits.data_ptr(), *logits.shape, count, temperature, *pointers)
-    return probabilities, ids
 
 
 def sample(

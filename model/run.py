@@ -75,7 +75,7 @@ class Run:
         """Of a sampled softmax; None if the softmax is over the whole vocabulary."""
         return make_shortlists(self.batches, self.config.vocab_size) if self.recipe.sampled_softmax else None
 
-    def split(self, windows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def inputs_and_targets(self, windows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Windows (B, block_size + 1) as inputs, targets and, if attention is within stories, story ids, all
         (B, block_size)."""
         inputs, targets = windows[:, :-1], windows[:, 1:]

@@ -38,7 +38,7 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype
     compile: bool  # becomes False if compilation fails
-    reasons: str  # one line for people
+    description: str  # device, dtype and compilation, with the reasons
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -171,11 +171,11 @@ def choose_runtime(
     dtype, dtype_reason = choose_dtype(device, dtype_setting)
     compiled, compile_reason = choose_compile(device, compile_setting)
     configure_torch(device, deterministic)
-    reasons = (
+    description = (
         f"{device_name(device)}; {str(dtype).removeprefix('torch.')} ({dtype_reason}); "
         f"torch.compile {'on' if compiled else 'off'} ({compile_reason})"
     )
-    return Runtime(device, dtype, compiled, reasons)
+    return Runtime(device, dtype, compiled, description)
 
 
 def configure_torch(device: torch.device, deterministic: bool) -> None:

@@ -13,6 +13,10 @@ from pathlib import Path
 from model.errors import UserError, is_file_error, ran_out_of_memory
 from model.settings import REPO, read_constants
 
+if os.name == "nt":
+    print("error: on Windows, use WSL: run wsl --install, and this repository in there", file=sys.stderr)
+    sys.exit(2)
+
 # Keep idle OpenMP threads from spinning for long, so that a shared CPU stays usable; torch reads it when imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -80,6 +84,9 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+LESS = "ask for less (a smaller batch or model, fewer or shorter stories)"
+
+
 def explanation(error: BaseException) -> str:
     """What to print about an error that the user can fix; "" for any other."""
     text = str(error)
@@ -89,9 +96,8 @@ def explanation(error: BaseException) -> str:
     if on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in text:
         asked = re.search(r"allocate ([\d.]+ \w+)", text)  # as PyTorch and numpy say it
         where, instead = ("GPU memory", ", or --device cpu") if on_gpu else ("memory", "")
-        return (
-            f"not enough {where}{f' for {asked[1]} at once' if asked else ''}: use smaller numbers{instead}"
-        )
+        at_once = f" for {asked[1]} at once" if asked else ""
+        return f"not enough {where}{at_once}: {LESS}{instead}"
     if is_file_error(error):
         return f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
     return ""

@@ -145,7 +145,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def make_parser(constants: list[Constant], aliases: dict[str, str], prog: str, description: str) -> Parser:
+def make_parser(
+    constants: list[Constant],
+    choices: dict[str, tuple[str, ...]],
+    aliases: dict[str, str],
+    prog: str,
+    description: str,
+) -> Parser:
     plain = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of the script's docstring
     parser = Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=plain)
     for constant in constants:
@@ -168,9 +174,11 @@ def make_parser(constants: list[Constant], aliases: dict[str, str], prog: str, d
             options |= {"nargs": "+", "action": "extend"}
         default = " ".join(map(str, constant.value)) if constant.many else constant.value
         default = "" if default in (None, "") else f" [{default}]"
+        words = choices.get(constant.name, ())
+        listed = "" if all(word in constant.help for word in words) else f" ({', '.join(words)})"
         others = [f"--{alias}" for alias, name in aliases.items() if flag_name(constant.name) == f"--{name}"]
         also = f" (also {', '.join(others)})" if others else ""
-        text = (constant.help + default + also).replace("%", "%%")
+        text = (constant.help + default + listed + also).replace("%", "%%")
         parser.add_argument(flag_name(constant.name), help=text, **options)
     return parser
 
@@ -207,10 +215,10 @@ def read_settings(
     relative to the repository, a flag to the current directory.
     Raises UserError for an unknown flag or bad value.
     """
-    constants, aliases = read_constants(script), aliases or {}
+    constants, choices, aliases = read_constants(script), choices or {}, aliases or {}
     prog = os.path.relpath(script, REPO)
     docstring = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8"))) or ""
-    parser = make_parser(constants, aliases, prog, docstring)
+    parser = make_parser(constants, choices, aliases, prog, docstring)
     kinds = {flag_name(constant.name)[2:]: constant.kind for constant in constants}
     argv = sys.argv[1:] if argv is None else argv
     parsed, unknown = parser.parse_known_args([normalise(word, kinds, aliases) for word in argv])
@@ -227,7 +235,7 @@ def read_settings(
     settings = Settings(given=set(given), defaults={c.name: c.value for c in constants})
     for constant in constants:
         value = given.get(constant.name, constant.value)
-        allowed = (choices or {}).get(constant.name)
+        allowed = choices.get(constant.name)
         if allowed and isinstance(value, str) and value not in allowed:
             value = SPELLINGS.get(value.lower(), value.lower())
         if allowed and value not in allowed and not (value is None and constant.optional):

@@ -21,7 +21,7 @@ def validate(run: Run, model: GPT) -> dict[str, float]:
     chunk = max(1, tokens_at_once(runtime.device, config.vocab_size) // config.block_size)
     for first in range(0, len(run.validation), chunk):
         windows = to_device(run.validation[first : first + chunk], runtime.device)
-        inputs, targets, story_ids = run.split(windows)
+        inputs, targets, story_ids = run.inputs_and_targets(windows)
         with runtime.autocast(), runtime.eager():
             total += model(inputs, targets, story_ids).item() * len(windows)
     model.train()

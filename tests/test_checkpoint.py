@@ -389,6 +389,8 @@ def test_without_a_best_the_latest_does_and_the_other_way_round(tmp_path):
     touch(tmp_path / "a", "ckpt_1.pt", "ckpt_2.pt")
     touch(tmp_path / "b", "best.pt")
     assert find_checkpoint(tmp_path / "a", None, "best").name == "ckpt_2.pt"
+    with pytest.raises(UserError, match="no best.pt in .* yet, .* use --checkpoint latest"):
+        find_checkpoint(tmp_path / "a", "best", "best")
     assert find_checkpoint(tmp_path / "b", None, "latest").name == "best.pt"
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import REPO
 
 from model import files
-from model.checkpoint import only_one
+from model.checkpoint import locked
 from model.errors import UserError
 from model.files import atomic_folder, atomic_write, command, file_to_write, naming, remove_leftovers
 from model.runtime import discard_unfinished, marking
@@ -73,7 +73,7 @@ def test_a_run_tidies_up_what_is_dead_and_nothing_else(tmp_path):
     alive = {f".best.pt.{os.getppid()}.tmp", "best.pt", ".hidden", ".notes.old", f".draft.{DEAD}.tmp"}
     for name in alive:
         (tmp_path / name).write_text("whole")
-    with only_one(tmp_path):
+    with locked(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == alive
 
 
@@ -105,10 +105,10 @@ def test_a_command_has_the_folders_that_the_script_would_not_take_by_itself(monk
 
 def test_only_the_lock_is_taken_for_another_run(tmp_path):
     with pytest.raises(BlockingIOError):
-        with only_one(tmp_path):
+        with locked(tmp_path):
             raise BlockingIOError("something else")
-    with only_one(tmp_path / "new"):
-        with pytest.raises(UserError, match="another train.py"), only_one(tmp_path / "new"):
+    with locked(tmp_path / "new"):
+        with pytest.raises(UserError, match="another train.py"), locked(tmp_path / "new"):
             pass
         assert (tmp_path / "new").exists()  # with it, the lock of the first
     assert not (tmp_path / "new").exists()

@@ -358,7 +358,7 @@ def test_stories_that_have_ended_survive_ctrl_c(trained, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit) as stopped:
         script.main()
     assert stopped.value.code == 130
-    assert "stopped after 2 of 3 stories" in capsys.readouterr().err
+    assert "stopped: 2 of 3 stories are complete" in capsys.readouterr().err
     assert [(row["seed"], row["tokens"]) for row in read_rows(output)] == [(1, 1), (3, 1)]
 
 

@@ -152,18 +152,21 @@ def rounded_rows(x):
 
 @pytest.mark.parametrize("count", [1, 7, 64, 100])
 @pytest.mark.parametrize("temperature", [1e-30, 0.7, 1.0, 50.0])
-def test_the_likeliest_tokens_are_those_of_a_sort(count, temperature):
-    logits = 5 * torch.randn(9, 100, generator=torch.Generator().manual_seed(0))
-    probabilities, ids = kernels.top_probabilities(logits, count, temperature)
+def test_tokens_are_drawn_from_the_likeliest_in_descending_order(count, temperature):
+    generator = torch.Generator().manual_seed(0)
+    logits, uniforms = 5 * torch.randn(300, 100, generator=generator), torch.rand(300, generator=generator)
     exact = ((logits.double() - logits.amax(1, keepdim=True)) / temperature).softmax(-1)
-    torch.testing.assert_close(probabilities.double(), exact.topk(count)[0], atol=1e-7, rtol=1e-5)
-    assert torch.equal(ids, logits.topk(count)[1])
+    likeliest, ids = exact.topk(count)
+    cumulative = likeliest.cumsum(1)
+    drawn = torch.searchsorted(cumulative, uniforms.double()[:, None] * cumulative[:, -1:], right=True)
+    found = kernels.sample(logits, count, temperature, count, 1.0, 0.0, uniforms)
+    assert torch.equal(found, ids.gather(1, drawn)[:, 0])
 
 
-def test_equal_and_missing_logits_have_places_too():
-    tied = torch.zeros(2, 40)
-    assert torch.equal(kernels.top_probabilities(tied, 5, 1.0)[1], torch.arange(5).expand(2, 5))
-    _, ids = kernels.top_probabilities(torch.full((2, 40), torch.nan), 5, 1.0)
+def test_equal_and_missing_logits_are_drawn_too():
+    uniforms = torch.arange(0.1, 1.0, 0.2)
+    assert kernels.sample(torch.zeros(5, 40), 5, 1.0, 5, 1.0, 0.0, uniforms).tolist() == [0, 1, 2, 3, 4]
+    ids = kernels.sample(torch.full((5, 40), torch.nan), 5, 1.0, 5, 1.0, 0.0, uniforms)
     assert (ids >= 0).all() and (ids < 40).all()
 
 

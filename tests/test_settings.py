@@ -12,6 +12,7 @@ import pytest
 from conftest import REPO, assert_one_line_error
 
 from model.errors import UserError
+from model.script import LESS
 from model.settings import read_constants, read_settings
 
 SCRIPT = '''"""A script of one page."""
@@ -331,10 +332,10 @@ run_script(main)
         ("OSError(28, 'No space left on device', 'big.bin')", "big.bin"),
         ("PermissionError(13, 'Permission denied', 'mine.bin')", "mine.bin"),
         ("MemoryError('Unable to allocate 4.44 PiB for an array')", "not enough memory for 4.44 PiB at once"),
-        ("MemoryError", "not enough memory: use smaller numbers"),
+        ("MemoryError", f"not enough memory: {LESS}"),
         (
             "RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 16 GiB')",
-            "not enough GPU memory for 2.00 GiB at once: use smaller numbers, or --device cpu",
+            f"not enough GPU memory for 2.00 GiB at once: {LESS}, or --device cpu",
         ),
         ("__import__('torch').empty(2**52)", "not enough memory for 18014398509481984 bytes at once"),
     ],

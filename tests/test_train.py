@@ -603,7 +603,7 @@ def test_a_finished_run_says_so(train):
     _, result = train("run")
     assert "already finished" in result.out and metrics(folder) == before
     _, result = train("run", "--max-steps", 8)
-    assert "step 12 is beyond this --max-steps: nothing is done, and nothing changed" in result.out
+    assert "step 12 is already beyond this --max-steps: nothing is left to train" in result.out
 
 
 def test_a_finished_run_made_longer_is_the_longer_run(train):
