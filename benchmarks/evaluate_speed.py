@@ -22,7 +22,7 @@ import torch
 from model.candidates import OwnModel
 from model.checkpoint import find_checkpoint
 from model.packed_data import load_data, real_stories
-from model.runtime import Runtime, choose_device, choose_runtime, tokens_at_once
+from model.runtime import GPU_LOGITS, Runtime, choose_device, choose_runtime, tokens_at_once
 from model.scoring import score_stories
 from model.settings import read_settings
 
@@ -44,6 +44,8 @@ def main() -> None:
     stories = real_stories([data.validation], data, settings.max_samples)
     print(f"{len(stories):,} stories; {candidate.facts['parameters']:,} parameters; {runtime.description}")
     sizes = [tokens_at_once(runtime.device, 1) * factor // 2 for factor in (1, 2, 4, 16)]
+    if runtime.device.type != "cpu":  # all logits of a forward pass exist at once
+        sizes = [size for size in sizes if size * candidate.vocab_size <= 8 * GPU_LOGITS] or sizes[:1]
     speeds = {f"forward, {size:,} tokens at once": [] for size in sizes} | {"scoring": []}
     for turn in range(settings.rounds + 1):
         for name, size in zip(speeds, [*sizes, 0], strict=True):

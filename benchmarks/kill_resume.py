@@ -33,7 +33,8 @@ COMPILE: str = "off"  # on or off: torch.compile
 LONGEST: float = 1.5  # maximum seconds of training before a kill
 
 TINY = """--preset quickstart --n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --vocab-size 2000 --batch-tokens 512
---dropout 0.1 --eval-interval 4 --save-interval 3 --eval-tokens 512 --log-interval 1 --sample-tokens 4""".split()
+--dropout 0.1 --eval-interval 4 --save-interval 3 --eval-tokens 512 --log-interval 1 --sample-tokens 4
+--deterministic""".split()
 
 
 def main() -> None:
@@ -97,10 +98,10 @@ def what_it_was_doing(folder: Path) -> tuple[str, int]:
 
 
 def compare(whole: Path, killed: Path, step: int) -> bool:
-    """Whether both runs left the same metrics, except timings, and the same weights."""
+    """Whether both runs left the same metrics, except timings and memory, and the same weights."""
 
     def rows(folder: Path) -> list[str]:
-        clock = ("seconds", "tokens_per_second")
+        clock = ("seconds", "tokens_per_second", "gpu_bytes")
         kept = [
             {k: v for k, v in row.items() if k not in clock} for row in read_rows(folder / "metrics.jsonl")
         ]

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from model.config import PRESETS
 from model.errors import UserError, needs
@@ -158,17 +159,24 @@ def run_peer(name: str, settings: SimpleNamespace, config, device: torch.device,
     model.to(device).train()
     forward = torch.compile(model) if name.endswith("compiled") else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    generator, seconds, step = np.random.default_rng(0), 0.0, 0
+    generator, seconds, step, micro_batch = np.random.default_rng(0), 0.0, 0, settings.micro_batch
     while seconds < settings.seconds:
         started = time.perf_counter()
         starts = generator.integers(len(tokens) - config.block_size, size=settings.windows)
-        for first in range(0, settings.windows, settings.micro_batch):
-            chosen = starts[first : first + settings.micro_batch, None] + np.arange(config.block_size + 1)
-            ids = torch.from_numpy(tokens[chosen].astype(np.int64)).to(device, non_blocking=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled="bfloat16" in name):
-                logits = forward(input_ids=ids[:, :-1]).logits
-                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-            (loss * len(chosen) / settings.windows).backward()
+        try:
+            for first in range(0, settings.windows, micro_batch):
+                chosen = starts[first : first + micro_batch, None] + np.arange(config.block_size + 1)
+                ids = torch.from_numpy(tokens[chosen].astype(np.int64)).to(device, non_blocking=True)
+                with torch.autocast(device.type, torch.bfloat16, enabled="bfloat16" in name):
+                    logits = forward(input_ids=ids[:, :-1]).logits
+                    loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+                (loss * len(chosen) / settings.windows).backward()
+        except torch.OutOfMemoryError:  # a small GPU
+            if micro_batch == 1:
+                raise
+            micro_batch //= 2
+            optimizer.zero_grad(set_to_none=True)
+            continue
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -123,10 +123,13 @@ class KVCache:
         self.next.zero_()
 
     def keep(self, rows: list[int]) -> None:
-        """Keep only these sequences (ascending), moved up in place."""
+        """Keep only these sequences (ascending), on a CPU moved up in place."""
         used = kernels.whole(self.length, kernels.POSITIONS)  # whole blocks of keys, within the capacity
         for stored in (self.k, self.v):
             for layer, tensor in enumerate(stored):
+                if tensor.device.type != "cpu":  # one copy, not one for each sequence
+                    stored[layer] = tensor[rows]
+                    continue
                 for new, old in enumerate(rows):
                     if new != old:
                         tensor[new, :, :used] = tensor[old, :, :used]

@@ -131,20 +131,20 @@ SAMPLINGS = [
 @pytest.mark.parametrize("blocks", ["modern", "gpt2"])
 def test_a_graph_writes_what_plain_steps_write(blocks, sampling, weights, monkeypatch):
     """And greedily, in float32, what a CPU writes."""
-    torch.manual_seed(1)
+    torch.manual_seed(0)  # the two likeliest tokens then differ by 6e-4 at least, in float32
     model = GPT(GPTConfig(vocab_size=97, block_size=32, n_layer=2, n_head=2, n_embd=64, blocks=blocks)).eval()
-    for parameter in model.parameters():  # weights large enough that no two tokens are nearly as likely
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     prompts = [[0], [0, 5, 9], [0, *range(1, 20)], [0, *range(1, 60)]]
     arguments = (prompts, 50, 0, sampling, list(range(4)))
     reference = generate_all(Decoder(model), *arguments)
     model = model.to(DEVICE)
     with monkeypatch.context() as patch:
-        if (
-            weights == "float16"
-        ):  # a step with a mask over the whole cache rounds differently: compare with that
+        # Without a mask over the whole cache, or with fewer sequences, a step rounds differently in float16
+        half = weights == "float16"
+        if half:
             patch.setattr(Batch, "advance", lambda self: self.step(graph=True))
-        plain = generate_all(Decoder(model, weights), *arguments)
+        plain = generate_all(Decoder(model, weights, graphs=half), *arguments)
     captures = []
     capture = Batch.capture
     monkeypatch.setattr(Batch, "capture", lambda self, *state: captures.append(capture(self, *state)))
@@ -165,7 +165,8 @@ def test_scores_are_those_of_the_cpu(run, packed, tmp_path, train):
     assert bits[1] == pytest.approx(bits[0], rel=1e-5)
 
 
-def test_no_step_between_two_logged_ones_waits_for_the_gpu(packed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("block_size", [64, 256])
+def test_no_step_between_two_logged_ones_waits_for_the_gpu(packed, tmp_path, monkeypatch, block_size):
     """PyTorch raises an error at whatever synchronises."""
 
     steps = itertools.count()
@@ -179,6 +180,8 @@ def test_no_step_between_two_logged_ones_waits_for_the_gpu(packed, tmp_path, mon
         *TINY,
         "--device",
         DEVICE,
+        "--block-size",
+        block_size,
         "--max-steps",
         20,
         "--grow-at",  # after the steps in question, as what comes before the decay is saved after step 8

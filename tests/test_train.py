@@ -1158,6 +1158,7 @@ def test_all_processes_take_the_smallest_micro_batch(monkeypatch):
     tried = []
     monkeypatch.setattr("model.forward.try_out", lambda run, forward, size: tried.append(size))
     model = GPT(GPTConfig(vocab_size=16, block_size=4, n_layer=1, n_head=1, n_embd=4))
+    model.flex = False  # chosen already
     settings, runtime = SimpleNamespace(micro_batch=0), Runtime(CPU, torch.float32, False, "")
     run = make_run(settings=settings, config=model.config, runtime=runtime, processes=Processes(count=2))
     prepare_forward(run, model, 35)
@@ -1175,7 +1176,7 @@ def test_flex_attention_is_used_only_if_it_is_right_and_faster(monkeypatch, caps
     monkeypatch.setattr("model.forward.flex_may_pay", lambda run: True)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     clock = itertools.accumulate(itertools.cycle([0, 1, 0, 2]))  # flex 1 s, plain 2 s, and so on
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr("model.forward.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     mask = {"right": lambda stories, blocks: story_mask(stories)}
     mask["wrong"] = lambda stories, blocks: story_mask(torch.zeros_like(stories) if blocks else stories)
     for name in mask:
