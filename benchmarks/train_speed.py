@@ -118,11 +118,12 @@ def run_arm_in(folder: Path, arm: str, settings: SimpleNamespace, block_size: in
     with open(folder / "steps.jsonl", "w+", encoding="utf-8") as output, open(folder / "log", "w+") as log:
         process = subprocess.Popen([sys.executable, *map(str, command)], stdout=output, stderr=log, cwd=REPO)
         file, first = folder / ("metrics.jsonl" if arm in OURS else "steps.jsonl"), None
-        while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        ended = 0
+        while not ended:
+            time.sleep(0.02)
             if first is None and file.exists() and file.stat().st_size:
                 first = time.perf_counter() - started
-            time.sleep(0.02)
-        _, status, usage = os.wait4(process.pid, 0)
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
         if status or first is None:
             log.seek(0)
             raise UserError(f"{arm} failed: {(log.read().strip().splitlines() or ['no message'])[-1]}")

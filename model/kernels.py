@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_suffix(".c")
 CACHE = REPO / ".cache" / "kernels"
-# The numbers stay those of the standard with these; compilers vectorise less without.
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+# For this processor; clang before version 16 takes -march=native on x86 only
+NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+# The numbers stay those of the standard with the latter two; compilers vectorise less without.
+FLAGS = ("-O3", NATIVE, "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 # First with threads: those of PyTorch, whose OpenMP library is loaded already. Where it is another, without.
 OPENMP = ("-fopenmp", "-fopenmp-simd")
 # Keys lie in blocks of so many positions, or half as many
