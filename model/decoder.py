@@ -122,6 +122,11 @@ class KVCache:
         self.length = 0
         self.next.zero_()
 
+    def extend(self, count: int) -> None:
+        """Count so many more positions as stored."""
+        self.length += count
+        self.next += count
+
     def keep(self, rows: list[int]) -> None:
         """Keep only these sequences (ascending), on a CPU moved up in place."""
         used = kernels.whole(self.length, kernels.POSITIONS)  # whole blocks of keys, within the capacity
@@ -164,7 +169,10 @@ class Decoder:
             self.turns = torch.stack([self.turn(block, model) for block in model.blocks])
         self.blocks = [self.arrange(*parts) for parts in zip(model.blocks, self.turns, strict=True)]
         self.head = self.linear(model.head_weight, None, model.norm)
-        self.network = kernels.Network(self.blocks, self.head, self.eps) if self.native else None
+        self.network = None
+        if self.native:
+            tables = self.embedding, self.position_embedding
+            self.network = kernels.Network(self.blocks, self.head, self.eps, *tables)
 
     def linear(
         self, weight: Tensor, bias: Tensor | None, prepare: nn.Module | str = "nothing"
@@ -217,8 +225,7 @@ class Decoder:
         if self.position_embedding is not None:
             x = x + self.position_embedding[cache.next if graph else slice(start, end)]
         logits = self.network(x, cache) if self.network else self.plain(x, cache, graph)
-        cache.length = end
-        cache.next += ids.size(1)
+        cache.extend(ids.size(1))
         return logits.float() if logits.dtype == torch.float16 else logits
 
     def plain(self, x: Tensor, cache: KVCache, graph: bool) -> Tensor:

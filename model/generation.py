@@ -49,6 +49,12 @@ class Sampling:
         """The temperature, if it is not 0; float32 flushes smaller ones to 0."""
         return max(self.temperature, 1e-30)
 
+    def for_kernels(self, count: int) -> kernels.Filters:
+        """As kernels.c takes it, which is to look at the `count` likeliest tokens."""
+        if self.temperature == 0:
+            return kernels.Filters(1, 1, 1.0, 1.0, 0.0)
+        return kernels.Filters(count, min(self.top_k, count), self.divisor, self.top_p, self.min_p)
+
     def for_transformers(self) -> dict[str, object]:
         """As arguments of transformers' generate(). Without top_k, it would take 50."""
         return {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
@@ -138,7 +144,7 @@ def top_probabilities(logits: Tensor, count: int, temperature: float) -> tuple[T
 
 def in_kernels(logits: Tensor, count: int) -> bool:
     """Whether kernels.c is to draw from the `count` likeliest tokens."""
-    here = logits.device.type == "cpu" and logits.dtype == torch.float32 and count <= 512
+    here = logits.device.type == "cpu" and logits.dtype == torch.float32 and count <= kernels.Filters.MOST
     return here and kernels.load().library is not None
 
 
@@ -155,8 +161,7 @@ def sample(
     if sampling.filters and sampling.temperature and in_kernels(logits, count):
         # One call instead of 25 operations, which take as long as half of a small model
         logits = penalise(logits, previous, sampling)
-        filters = count, sampling.divisor, min(sampling.top_k, count), sampling.top_p, sampling.min_p
-        new = kernels.sample(logits, *filters, uniforms)
+        new = kernels.sample(logits, sampling.for_kernels(count), uniforms)
         if (rest := new < 0).any():
             new[rest] = sample(logits[rest], None, sampling, uniforms[rest], 8 * likeliest)
         return new
@@ -213,6 +218,11 @@ class Batch:
             self.occurred = torch.zeros(count, decoder.config.vocab_size, dtype=torch.bool, device=device)
             self.mark_occurred()
         self.cache = KVCache(decoder, count, min(decoder.config.block_size, self.total))
+        self.filters = None  # for write_ahead(), if kernels.c can draw the tokens
+        few = min(sampling.top_k or LIKELIEST, decoder.config.vocab_size)
+        drawn_there = self.occurred is None and (sampling.filters or sampling.temperature == 0)
+        if decoder.network and drawn_there and few <= kernels.Filters.MOST:
+            self.filters = sampling.for_kernels(few)
 
     def mark_occurred(self) -> None:
         self.occurred.zero_().scatter_(1, self.tokens[:, : int(self.position)], True)
@@ -243,8 +253,13 @@ class Batch:
         latest = self.tokens.index_select(1, self.position - 1)
         self.write(self.decoder(latest, self.cache, graph), short)
 
-    def advance(self) -> None:
-        """step(), as a single CUDA graph if the decoder allows it, to remove launch overhead."""
+    def advance(self, most: int) -> int:
+        """One step, or up to `most` at once; returns how many.
+
+        If the decoder allows it, a step is a single CUDA graph, to remove launch overhead.
+        """
+        if self.filters:
+            return self.write_ahead(most)
         if self.decoder.graphs and self.graph is None:
             state = [t for t in (self.position, self.cache.next, self.tokens, self.occurred) if t is not None]
             before, length = [t.clone() for t in state], self.cache.length
@@ -255,10 +270,26 @@ class Batch:
                 self.decoder.graphs, self.graph = False, None
                 self.restore(state, before, length)
         if self.graph is None:
-            return self.step()
-        self.graph.replay()
-        self.cache.length += 1
-        self.replayed += 1
+            self.step()
+        else:
+            self.graph.replay()
+            self.cache.length += 1
+            self.replayed += 1
+        return 1
+
+    def write_ahead(self, most: int) -> int:
+        """Up to `most` steps in one call of kernels.c, since the Python between two takes as long as a small network;
+        returns how many."""
+        streams = self.tokens, self.lengths, self.uniforms
+        write = self.decoder.network.write
+        done, logits = write(self.cache, *streams, int(self.position), most, self.filters)
+        self.position += done
+        self.cache.extend(done)
+        if logits is not None:  # to draw the next tokens takes more than the likeliest
+            self.cache.extend(1)
+            self.write(logits)
+            done += 1
+        return done
 
     def settle(self) -> None:
         """After this, all tokens are final: repeat the latest steps if the graph looked at too few in one of them."""
@@ -343,18 +374,19 @@ def generate(
     ahead = AHEAD if decoder.graphs else 1  # positions decoded between checks
     sequences = list(range(len(prompts)))  # in each row of the batch
     ended: set[int] = set()
-    done = min(lengths)  # positions yielded
-    for position in range(done, batch.total):
+    position = done = min(lengths)  # positions written and yielded
+    while position < batch.total:
         begin = context_start(position, block_size)
         if position == min(lengths) or begin != context_start(position - 1, block_size):
             batch.settle()
             batch.refill(begin, position)
-        else:
-            batch.advance()
-        if position + 1 - done < ahead and position + 1 < batch.total:
+            position += 1
+        else:  # up to where the context starts later
+            position += batch.advance(min(batch.total, begin + block_size + 1) - position)
+        if position - done < ahead and position < batch.total:
             continue
         batch.settle()
-        for place, tokens in enumerate(batch.tokens[:, done : position + 1].T.tolist(), start=done):
+        for place, tokens in enumerate(batch.tokens[:, done:position].T.tolist(), start=done):
             new: list[int | None] = [None] * len(prompts)
             for sequence, token in zip(sequences, tokens, strict=True):
                 if sequence in ended or place < lengths[sequence]:
@@ -366,7 +398,7 @@ def generate(
             yield new
             if len(ended) == len(prompts):
                 return
-        done = position + 1
+        done = position
         going = [row for row, sequence in enumerate(sequences) if sequence not in ended]
         # dropping only a few costs more than it saves, especially if a new graph must be captured
         fewer = len(going) <= len(sequences) // 2

@@ -62,6 +62,20 @@ typedef struct { /* `new` tokens of each sequence at the positions from `start` 
     int narrow;              /* whether keys and values are bfloat16 */
 } Shape;
 
+typedef struct { /* how a token is drawn: from the `count` likeliest, after top-k (0: off), top-p and min-p */
+    int count, top_k;
+    float temperature, top_p, min_p;
+} Filters;
+
+typedef struct { /* sequences that write_tokens() continues */
+    const float *embedding, *places; /* (vocabulary, width), and (positions, width) or NULL */
+    int64_t *tokens;                 /* (batch, total) */
+    const int64_t *lengths;          /* (batch): where each prompt ends; up to there, tokens stay */
+    const float *uniforms;           /* (batch, draws), in [0, 1) */
+    int total, draws;
+    int position, steps; /* the first position to be written, and how many */
+} Sequences;
+
 /* What a call to decode works with: the number of threads, and memory for the inputs of a matrix (rows, deepest), also
    in int8, with the scale and the sum of each row. */
 typedef struct {
@@ -508,38 +522,75 @@ static void normalise(float *p, int count)
         p[i] /= (float)total;
 }
 
-/* The next token of each row of n logits, drawn with its uniform number in [0, 1), from the `count` likeliest after
-   top-k (0: off), top-p and min-p; -1 if more may pass these filters. As filter_top() and draw() in generation.py. */
-void sample(const float *logits, int rows, int n, int count, float temperature, int top_k, float top_p, float min_p,
-            const float *uniforms, int64_t *tokens)
+/* A token drawn from n logits with a uniform number in [0, 1); -1 if more than filters->count may pass the filters. As
+   filter_top() and draw() in generation.py. */
+static int64_t draw(const float *logits, int n, const Filters *filters, float uniform)
+{
+    int count = filters->count, top_k = filters->top_k, kept = top_k && top_k < count ? top_k : count;
+    float p[count], top_p = filters->top_p, min_p = filters->min_p;
+    int64_t place[count];
+    find_top(logits, n, count, filters->temperature, p, place);
+    if (top_k)
+        normalise(p, kept);
+    double before = 0;
+    for (int i = 0; i < kept; i++) {
+        double sum = before + p[i];
+        if (i && ((top_p < 1 && (float)sum - p[i] >= top_p) || p[i] < min_p * p[0]))
+            kept = i;
+        before = sum;
+    }
+    if (kept == count && count != n && count != top_k)
+        return -1;
+    normalise(p, kept);
+    double total = 0, sum = 0;
+    for (int i = 0; i < kept; i++)
+        total += p[i];
+    float most = 1 - 1 / 4194304.f, target = (uniform < most ? uniform : most) * (float)total;
+    int drawn = 0;
+    while (drawn < kept - 1 && (float)(sum += p[drawn]) <= target)
+        drawn++;
+    return place[drawn];
+}
+
+/* draw() for each row of n logits. */
+void sample(const float *logits, int rows, int n, const Filters *filters, const float *uniforms, int64_t *tokens)
 {
 #pragma omp parallel for if (rows > 8)
-    for (int r = 0; r < rows; r++) {
-        float p[count];
-        int64_t place[count];
-        int kept = top_k && top_k < count ? top_k : count;
-        find_top(logits + (size_t)r * n, n, count, temperature, p, place);
-        if (top_k)
-            normalise(p, kept);
-        double before = 0;
-        for (int i = 0; i < kept; i++) {
-            double sum = before + p[i];
-            if (i && ((top_p < 1 && (float)sum - p[i] >= top_p) || p[i] < min_p * p[0]))
-                kept = i;
-            before = sum;
+    for (int r = 0; r < rows; r++)
+        tokens[r] = draw(logits + (size_t)r * n, n, filters, uniforms[r]);
+}
+
+/* Writes up to all->steps tokens of each sequence, each after one call of decode(), where the other arguments are
+   described. Returns how many it has written: fewer if draw() cannot choose one of the next, of which `logits` then
+   are. shape->start advances with each call of decode(). */
+int write_tokens(const Block *blocks, int n_layer, const Linear *head, float eps, float *x, float *logits,
+                 Shape *shape, float *memory, int deepest, int widest, int threads, const Sequences *all,
+                 const Filters *filters)
+{
+    int width = head->in, n = head->out, total = all->total, draws = all->draws;
+    for (int step = 0; step < all->steps; step++) {
+        int position = all->position + step, few = 0;
+        for (int b = 0; b < shape->batch; b++) {
+            float *row = x + (size_t)b * width;
+            int64_t latest = all->tokens[(size_t)b * total + position - 1];
+            memcpy(row, all->embedding + latest * width, sizeof(float) * width);
+            for (int i = 0; i < width && all->places; i++)
+                row[i] += all->places[(size_t)shape->start * width + i];
         }
-        if (kept == count && count != n && count != top_k) {
-            tokens[r] = -1;
-            continue;
+        decode(blocks, n_layer, head, eps, x, logits, shape, memory, deepest, widest, threads);
+        shape->start++;
+#pragma omp parallel for if (shape->batch > 8) reduction(+ : few)
+        for (int b = 0; b < shape->batch; b++) {
+            int turn = position - (int)all->lengths[b];
+            if (turn < 0) /* still in its prompt */
+                continue;
+            float uniform = all->uniforms[(size_t)b * draws + (turn < draws ? turn : draws - 1)];
+            int64_t token = draw(logits + (size_t)b * n, n, filters, uniform);
+            all->tokens[(size_t)b * total + position] = token;
+            few += token < 0;
         }
-        normalise(p, kept);
-        double total = 0, sum = 0;
-        for (int i = 0; i < kept; i++)
-            total += p[i];
-        float most = 1 - 1 / 4194304.f, target = (uniforms[r] < most ? uniforms[r] : most) * (float)total;
-        int drawn = 0;
-        while (drawn < kept - 1 && (float)(sum += p[drawn]) <= target)
-            drawn++;
-        tokens[r] = place[drawn];
+        if (few)
+            return step;
     }
+    return all->steps;
 }

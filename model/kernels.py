@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -70,7 +71,8 @@ def load() -> Kernels:
         else:
             pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
             library.decode.argtypes = [pointer, integer, pointer, real, *[pointer] * 4, *[integer] * 3]
-            library.sample.argtypes = [pointer, *[integer] * 3, real, integer, real, real, pointer, pointer]
+            library.write_tokens.argtypes = [*library.decode.argtypes, pointer, pointer]
+            library.sample.argtypes = [pointer, integer, integer, pointer, pointer, pointer]
             library.decode.restype = library.sample.restype = None
             return Kernels(library, f"one thread only with {compiler[0]}" if openmp == OPENMP[1] else "")
     return Kernels(None, reason)
@@ -175,6 +177,25 @@ class Shape(ctypes.Structure):
     ]
 
 
+class Filters(ctypes.Structure):
+    """How a token is drawn: from the `count` likeliest, after temperature, top-k (0: off), top-p and min-p."""
+
+    MOST = 512  # the largest count: kernels.c sorts by insertion
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("count", "top_k")),
+        *((name, ctypes.c_float) for name in ("temperature", "top_p", "min_p")),
+    )
+
+
+class Sequences(ctypes.Structure):
+    """Sequences that Network.write() continues, as kernels.c reads them."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in "embedding places tokens lengths uniforms".split()),
+        *((name, ctypes.c_int) for name in "total draws position steps".split()),
+    )
+
+
 class Network:
     """All blocks and the head of a decoder: embeddings (B, T, C), which it overwrites, -> logits (B, V).
 
@@ -184,15 +205,25 @@ class Network:
     """
 
     FEW = 8
-    TRIAL, PERIOD = 4, 128  # steps with each number of threads, and steps until the next trial
+    # steps in a call of write_tokens() at most, and what they may take: stories are to appear word by word
+    AHEAD, BURST = 8, 0.03
+    TRIAL, PERIOD = AHEAD, 256  # steps with each number of threads, and steps until the next trial
     SLOWER = 1.1  # at most so much does one step raise what its number of threads is thought to take
 
-    def __init__(self, blocks: "list[DecoderBlock]", head: PackedLinear, eps: float):
+    def __init__(
+        self,
+        blocks: "list[DecoderBlock]",
+        head: PackedLinear,
+        eps: float,
+        embedding: Tensor,
+        position_embedding: Tensor | None,
+    ):
         matrices = [part for block in blocks for part in block if isinstance(part, PackedLinear)]
         memory = large_pages(sum(whole(matrix.tensors[0].nbytes, CACHE_LINE) for matrix in (*matrices, head)))
         for matrix in (*matrices, head):
             memory = matrix.move(memory)
         self.parts = blocks, head  # which keep the tensors
+        self.embedding, self.position_embedding = embedding.contiguous(), position_embedding
         self.blocks = (PackedBlock * len(blocks))(*map(PackedBlock, blocks))
         self.head, self.eps, turn = head, eps, blocks[0].turn
         self.positions = 0 if turn is None else turn.size(-2)
@@ -200,10 +231,42 @@ class Network:
         self.widest = max(matrix.outputs for matrix in matrices)
         self.scratch = torch.empty(0)
         self.steps, self.seconds = 0, {}  # seconds of a step, by the number of threads
+        self.latest = math.inf  # seconds of the latest step
 
     def __call__(self, x: Tensor, cache: "KVCache") -> Tensor:
+        return self.call(load().library.decode, x, cache, 1)[1]
+
+    def write(
+        self,
+        cache: "KVCache",
+        tokens: Tensor,
+        lengths: Tensor,
+        uniforms: Tensor,
+        position: int,
+        most: int,
+        filters: Filters,
+    ) -> tuple[int, Tensor | None]:
+        """Write the tokens (B, total) from `position` on: up to `most`, of which the cache has room for all.
+
+        Sequence b keeps its prompt, up to lengths[b], and draws each other token with a number from its row of
+        `uniforms`. Returns how many were written, and the logits (B, V) of the next ones if one of them cannot be drawn
+        from the filters' `count` likeliest tokens, otherwise None.
+        """
+        steps = max(1, min(most, self.AHEAD, int(self.BURST / self.latest)))
+        tables = address(self.embedding), address(self.position_embedding)
+        pointers = *tables, tokens.data_ptr(), lengths.data_ptr(), uniforms.data_ptr()
+        sequences = Sequences(*pointers, tokens.size(1), uniforms.size(1), position, steps)
+        x = self.embedding.new_empty(len(tokens), 1, self.embedding.size(1))
+        structures = ctypes.byref(sequences), ctypes.byref(filters)
+        done, logits = self.call(load().library.write_tokens, x, cache, steps, *structures)
+        return done, None if done == steps else logits
+
+    def call(
+        self, function: Callable, x: Tensor, cache: "KVCache", steps: int, *more: object
+    ) -> tuple[int | None, Tensor]:
+        """Call decode() or write_tokens(), for at most so many steps; return what it returns, and the logits of the last."""
         (batch, new, width), (sequences, heads, capacity, size) = x.shape, cache.k[0].shape
-        end = cache.length + new  # at most capacity, as Decoder has checked
+        end = cache.length + new * steps  # at most capacity, as Decoder has checked
         if batch != sequences or (self.positions and end > self.positions):
             raise ValueError(f"{batch} sequences of {end} tokens do not fit the cache or the context")
         for block, keys, values in zip(self.blocks, cache.k, cache.v, strict=True):
@@ -219,14 +282,17 @@ class Network:
         shape = Shape(batch, new, cache.length, heads, size, capacity, self.positions, narrow)
         scratch = self.scratch.data_ptr(), self.deepest, self.widest
         started = time.perf_counter()
-        load().library.decode(
-            self.blocks, len(self.blocks), *pointers, ctypes.byref(shape), *scratch, threads
+        result = function(
+            self.blocks, len(self.blocks), *pointers, ctypes.byref(shape), *scratch, threads, *more
         )
+        taken = max(1, shape.start - cache.length)  # steps
+        if new == 1:
+            self.latest = max(1e-9, time.perf_counter() - started) / taken
         if timed:
-            seconds, before = time.perf_counter() - started, self.seconds.get(threads, math.inf)
-            self.seconds[threads] = min(seconds, self.SLOWER * before)
-            self.steps += 1
-        return logits
+            before = self.seconds.get(threads, math.inf)
+            self.seconds[threads] = min(self.latest, self.SLOWER * before)
+            self.steps += taken
+        return result, logits
 
     def choose_threads(self) -> int:
         """All threads, then one (once only, if that is much slower), then whichever is faster."""
@@ -241,23 +307,13 @@ class Network:
         return min(self.seconds, key=self.seconds.get)
 
 
-def sample(
-    logits: Tensor,
-    count: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    uniforms: Tensor,
-) -> Tensor:
-    """The next tokens (B,) for logits (B, V), drawn from those of the `count` likeliest that pass the filters, with one
-    uniform number in [0, 1) per row; -1 in rows where more than these may pass."""
+def sample(logits: Tensor, filters: Filters, uniforms: Tensor) -> Tensor:
+    """The next tokens (B,) for logits (B, V), drawn with one uniform number in [0, 1) per row; -1 in rows where more
+    than the filters' `count` likeliest may pass them."""
     logits, uniforms = logits.contiguous(), uniforms.contiguous()
     tokens = torch.empty(len(logits), dtype=torch.long)
-    filters = temperature, top_k, top_p, min_p
-    load().library.sample(
-        logits.data_ptr(), *logits.shape, count, *filters, uniforms.data_ptr(), tokens.data_ptr()
-    )
+    pointers = ctypes.byref(filters), uniforms.data_ptr(), tokens.data_ptr()
+    load().library.sample(logits.data_ptr(), *logits.shape, *pointers)
     return tokens
 
 

@@ -153,13 +153,43 @@ def test_the_kernel_draws_what_plain_operations_draw(filters, penalty, monkeypat
     assert (found == sample(logits, occurred, sampling, uniforms)).float().mean() > 0.999  # rounding
 
 
+@needs_kernels
+@pytest.mark.parametrize("likeliest", [12, 64])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.3), Sampling(top_k=9, min_p=0.05)])
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("blocks", FAMILIES)
+def test_several_steps_in_a_call_write_what_single_ones_do(blocks, weights, sampling, likeliest, monkeypatch):
+    """Where prompts end at different places and sequences drop out, and where the likeliest tokens do not suffice."""
+    decoder = Decoder(make_model(blocks, noise=0.2), weights)
+    arguments = (decoder, PROMPTS + LONG, 40, EOT, sampling, list(range(7)))
+    monkeypatch.setattr(generation, "LIKELIEST", likeliest)
+    monkeypatch.setattr(decoder.network, "BURST", 1e9)
+    written, write_ahead = [], Batch.write_ahead
+
+    def counting(batch, most):
+        written.append(write_ahead(batch, most))
+        return written[-1]
+
+    monkeypatch.setattr(Batch, "write_ahead", counting)
+    together = generate_all(*arguments)
+    assert max(written) == decoder.network.AHEAD
+    monkeypatch.setattr(Batch, "write_ahead", lambda batch, most: batch.step() or 1)
+    assert generate_all(*arguments) == together
+
+
+def advance_by_one(batch, most):
+    """Batch.advance() with a step that a CUDA graph can repeat."""
+    batch.step(graph=True)
+    return 1
+
+
 @pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "penalised", "sampled", "filtered"])
 @pytest.mark.parametrize("blocks", FAMILIES)
 def test_the_step_that_a_cuda_graph_repeats_writes_the_same(blocks, sampling, monkeypatch):
     decoder = Decoder(make_model(blocks).double())
     arguments = (decoder, PROMPTS + LONG, 40, EOT, sampling, list(range(7)))
     expected = generate_all(*arguments)
-    monkeypatch.setattr(Batch, "advance", lambda self: self.step(graph=True))
+    monkeypatch.setattr(Batch, "advance", advance_by_one)
     assert generate_all(*arguments) == expected
 
 
@@ -171,9 +201,10 @@ def test_steps_in_which_a_cuda_graph_looked_at_too_few_tokens_are_repeated(penal
     expected = generate_all(*arguments)
     repeated = []
 
-    def advance(self):
+    def advance(self, most):
         self.step(graph=True, short=self.short)
         self.replayed += 1
+        return 1
 
     def step(self, graph=False, short=None, step=Batch.step):
         repeated.append(short is None)
@@ -259,7 +290,7 @@ class FakeDecoder(Decoder):
 
     def __init__(self, model, rule):
         super().__init__(model)
-        self.rule = rule
+        self.rule, self.network = rule, None
 
     def __call__(self, idx, cache, graph=False):
         cache.length += idx.shape[1]

@@ -80,7 +80,7 @@ def test_a_sequence_has_the_same_bits_in_any_company(blocks, weights, monkeypatc
 
 @pytest.mark.parametrize(
     ("seconds", "ones", "faster"),
-    [({1: 1.5, 3: 1.0}, 4, 3), ({1: 1.0, 3: 2.0}, 4, 1), ({1: 20.0, 3: 1.0}, 1, 3)],
+    [({1: 1.5, 3: 1.0}, 8, 3), ({1: 1.0, 3: 2.0}, 8, 1), ({1: 20.0, 3: 1.0}, 1, 3)],
 )
 def test_the_faster_number_of_threads_is_taken(monkeypatch, seconds, ones, faster):
     decoder, used, now = Decoder(make_model("modern")), [], [0.0]
@@ -111,7 +111,7 @@ def test_threads_that_become_slow_are_left_before_the_next_trial(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for _ in range(60):
         decoder(token_ids(rows=1, length=1), KVCache(decoder, 1, 32))
-    assert used == [2] * 4 + [1] * 4 + [2] * 37 + [1] * 15
+    assert used == [2] * 8 + [1] * 8 + [2] * 29 + [1] * 15
 
 
 @torch.no_grad()
@@ -159,14 +159,14 @@ def test_tokens_are_drawn_from_the_likeliest_in_descending_order(count, temperat
     likeliest, ids = exact.topk(count)
     cumulative = likeliest.cumsum(1)
     drawn = torch.searchsorted(cumulative, uniforms.double()[:, None] * cumulative[:, -1:], right=True)
-    found = kernels.sample(logits, count, temperature, count, 1.0, 0.0, uniforms)
+    found = kernels.sample(logits, kernels.Filters(count, count, temperature, 1.0, 0.0), uniforms)
     assert torch.equal(found, ids.gather(1, drawn)[:, 0])
 
 
 def test_equal_and_missing_logits_are_drawn_too():
-    uniforms = torch.arange(0.1, 1.0, 0.2)
-    assert kernels.sample(torch.zeros(5, 40), 5, 1.0, 5, 1.0, 0.0, uniforms).tolist() == [0, 1, 2, 3, 4]
-    ids = kernels.sample(torch.full((5, 40), torch.nan), 5, 1.0, 5, 1.0, 0.0, uniforms)
+    uniforms, filters = torch.arange(0.1, 1.0, 0.2), kernels.Filters(5, 5, 1.0, 1.0, 0.0)
+    assert kernels.sample(torch.zeros(5, 40), filters, uniforms).tolist() == [0, 1, 2, 3, 4]
+    ids = kernels.sample(torch.full((5, 40), torch.nan), filters, uniforms)
     assert (ids >= 0).all() and (ids < 40).all()
 
 
