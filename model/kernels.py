@@ -264,7 +264,7 @@ class Network:
     def call(
         self, function: Callable, x: Tensor, cache: "KVCache", steps: int, *more: object
     ) -> tuple[int | None, Tensor]:
-        """Call decode() or write_tokens(), for at most so many steps; return what it returns, and the logits of the last."""
+        """Call decode() or write_tokens(), for so many steps at most; return its result and the logits of the last."""
         (batch, new, width), (sequences, heads, capacity, size) = x.shape, cache.k[0].shape
         end = cache.length + new * steps  # at most capacity, as Decoder has checked
         if batch != sequences or (self.positions and end > self.positions):
