@@ -31,6 +31,7 @@ MAX_STEPS: int = 1_000  # length of the run
 DTYPE: str = "bfloat16"  # float32 or bfloat16
 COMPILE: str = "off"  # on or off: torch.compile
 LONGEST: float = 1.5  # maximum seconds of training before a kill
+DATA: str | None = None  # folder of packed stories; None: makes one of built-in stories
 
 TINY = """--preset quickstart --n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --vocab-size 2000 --batch-tokens 512
 --dropout 0.1 --eval-interval 4 --save-interval 3 --eval-tokens 512 --log-interval 1 --sample-tokens 4
@@ -42,12 +43,10 @@ def main() -> None:
     moments = random.Random(settings.seed)
     with tempfile.TemporaryDirectory() as folder:
         data, whole, killed = (Path(folder) / name for name in ("data", "whole", "killed"))
-        for words in (
-            ["data/ingestion.py", "--source", "sample", "--max-stories", "300"],
-            ["data/train_tokenizer.py", "--vocab-size", "400"],
-            ["data/prepare_data.py"],
-        ):
-            subprocess.run([sys.executable, REPO / words[0], *words[1:], "--data-dir", data], check=True)
+        if settings.data:
+            data = Path(settings.data).expanduser()
+        else:
+            pack_stories(data)
         flags = [*TINY, "--max-steps", str(settings.max_steps)]
         flags += ["--dtype", settings.dtype, "--compile", settings.compile]
         start(data, whole, flags).communicate()
@@ -73,6 +72,15 @@ def main() -> None:
         print(f"{moment}: {count}")
     print(f"steps_done_twice: {repeated}\nkills: {tally.total()}\nidentical: {same}")
     sys.exit(0 if same else 1)
+
+
+def pack_stories(data: Path) -> None:
+    for words in (
+        ["data/ingestion.py", "--source", "sample", "--max-stories", "300"],
+        ["data/train_tokenizer.py", "--vocab-size", "400"],
+        ["data/prepare_data.py"],
+    ):
+        subprocess.run([sys.executable, REPO / words[0], *words[1:], "--data-dir", data], check=True)
 
 
 def start(data: Path, folder: Path, flags: list[str]) -> subprocess.Popen:

@@ -1,3 +1,4 @@
+import importlib
 import importlib.util
 import os
 import signal
@@ -51,6 +52,27 @@ def run():
         return result
 
     return run
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """refused("train.py", "--seed", -1) runs a script inside this process, which saves torch's start, and returns the
+    error that its user would see."""
+
+    def refused(script, *arguments):
+        from model.script import explanation
+
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        monkeypatch.setattr(sys, "argv", [str(REPO / script), *map(str, arguments)])
+        try:
+            module.main()
+        except Exception as error:
+            if message := explanation(error):
+                return message
+            raise
+        pytest.fail(f"{script} did not refuse {arguments}")
+
+    return refused
 
 
 def assert_one_line_error(result, *needles):

@@ -1,6 +1,7 @@
 """Packed tokens: what is read, in which order, and what is refused."""
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections import Counter
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.batches import Batches, shuffled, validation_windows
+from model.batches import Batches, dropout_seed, shuffled, validation_windows
 from model.errors import UserError
 from model.packed_data import load_data
 
@@ -159,6 +160,10 @@ def test_a_seed_that_generators_do_not_take_is_a_user_error(seed):
     with pytest.raises(UserError, match=f"seed must be .*, not {seed}"):
         make_batches(seed=seed)
     assert len(make_batches(seed=2**63 - 1).starts(0)) == 7
+
+
+def test_dropout_differs_by_seed_step_and_window():
+    assert len({dropout_seed(*numbers) for numbers in itertools.product((1, 2), (0, 1), (0, 5))}) == 8
 
 
 # The windows of validation

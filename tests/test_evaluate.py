@@ -18,12 +18,14 @@ import transformers
 from conftest import REPO, assert_one_line_error
 from test_model import reference as as_transformers
 from test_scoring import EOT, STORIES, make_model, make_tokenizer, score
+from tokenizers import Tokenizer, normalizers
 
 import evaluate as script
 from model.candidates import TransformersModel
 from model.checkpoint import save_checkpoint
 from model.errors import UserError
-from model.report import NOT_HTML, figure
+from model.generation import Sampling
+from model.report import NOT_HTML, draw_curves, draw_positions, figure, headline
 from model.scoring import score_stories
 
 TRAIN = [f"Cat {k} sat on the mat and saw a dog." for k in range(10)]
@@ -265,7 +267,10 @@ def test_stories_of_a_checkpoint_are_the_same_each_time(evaluate):
     assert [row["prompt"] for row in one["written"]] == script.PROMPT
 
 
-def test_a_checkpoint_writes_the_stories_that_generate_writes(evaluate, run, checkpoint, tmp_path):
+def test_a_checkpoint_writes_the_stories_that_generate_writes(
+    evaluate, run, checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("model.candidates.WRITTEN_AT_ONCE", 2)
     prompts, flags = [*script.PROMPT[:2], "caf\udce9"], ["--seed", 7, "--device", "cpu"]  # one is not UTF-8
     flags += [word for prompt in prompts for word in ("--prompt", prompt)]
     path = checkpoint / "ckpt_40.pt"
@@ -374,6 +379,28 @@ def test_the_end_token_is_the_one_that_the_model_expects(tmp_path, tokenizer):
         assert (candidate.start_id, candidate.end_id) == (EOT, expected)
 
 
+def test_a_tokenizer_that_changes_stories_is_refused_or_warned_of(tmp_path, tokenizer, evaluate, capsys):
+    other, model = Tokenizer.from_str(tokenizer.to_str()), random_transformer("gpt2")
+    other.normalizer = normalizers.Lowercase()
+    with pytest.raises(UserError, match="does not reproduce stories"):
+        evaluate("--checkpoint", save_transformers(tmp_path / "lower", model, other))
+    other.normalizer = normalizers.Replace("Zoë", "Zoe")
+    evaluate("--checkpoint", save_transformers(tmp_path / "plain", model, other))
+    warning = "alters 1 of 8 stories, so its bits per byte are not exact"
+    assert warning in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_transformers_model_writes_the_same_in_company(tmp_path, tokenizer, monkeypatch, kind):
+    """Shorter prompts are padded on the left, which it must not see."""
+    monkeypatch.setattr(Sampling, "for_transformers", lambda self: {"do_sample": False})
+    monkeypatch.setattr("model.candidates.MAX_TOKENS", 12)
+    folder = save_transformers(tmp_path / kind, random_transformer(kind), tokenizer)
+    candidate, prompts = TransformersModel(str(folder), CPU), [[EOT, 5], [EOT, *range(7, 20)]]
+    alone = [candidate.continue_ids([prompt], [0])[0] for prompt in prompts]
+    assert candidate.continue_ids(prompts, [0, 1]) == alone
+
+
 def break_folder(folder, damage):
     if damage == "weights":
         (folder / "model.safetensors").write_bytes(b"nothing")
@@ -474,6 +501,38 @@ def test_a_name_with_dollars_is_not_a_formula(evaluate, checkpoint, tmp_path):
     assert (
         sum(word.strip() == name for word in words) >= 2
     )  # in the table, and in the legend of loss by position
+
+
+@pytest.mark.parametrize(
+    ("others", "end"),
+    [
+        ([], "a: 0.5000 bits per byte"),
+        ([(0.6, "worse")], ", better than the other"),
+        ([(0.6, "worse"), (0.6, "worse")], ", better than all others"),
+        ([(0.6, "worse"), (0.51, "no clear difference")], ", though not clearly better"),
+        ([(0.49, "no clear difference")], ", though not clearly better"),
+        ([(0.4, "better")], "b: 0.4000 bits per byte, better than a"),
+    ],
+)
+def test_the_headline_says_no_more_than_the_verdicts(others, end):
+    rows = [{"checkpoint": "a", "bits_per_byte": 0.5}]
+    rows += [{"checkpoint": "b", "bits_per_byte": bits, "verdict": verdict} for bits, verdict in others]
+    assert headline(rows).endswith(end)
+
+
+def test_charts_show_bits_per_byte_by_bytes_and_by_tokens(monkeypatch):
+    """Of three bytes a token here; a point of fewer than 20 tokens is left out."""
+    drawn = []
+    monkeypatch.setattr("model.report.draw", lambda labels, lines, *_, **__: drawn.append(lines))
+    ranges = [(0, 1, 20, math.log(2)), (1, 5, 40, 2 * math.log(2)), (5, 9, 19, 9)]
+    by_position = [dict(zip(("first", "end", "tokens", "loss"), r, strict=True)) for r in ranges]
+    curve = [{"step": k, "tokens": 1_000_000 * k, "bits_per_byte": 1 / k} for k in (1, 2, 4)]
+    row = {"checkpoint": "a", "bytes": 300, "tokens": 100, "by_position": by_position}
+    row |= {"curve": curve, "step": 2}
+    draw_positions([row])
+    draw_curves([row])
+    assert drawn[0] == [([1.5, 9.0], pytest.approx([1 / 3, 2 / 3]), {})]
+    assert drawn[1] == [([1.0, 2.0, 4.0], [1.0, 0.5, 0.25], {"marker": "o", "markevery": [1]})]
 
 
 def test_a_report_of_stories_alone(evaluate, tmp_path):

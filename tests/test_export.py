@@ -138,8 +138,9 @@ def test_transformers_has_the_same_model(make, tmp_path, kind, blocks, shape):
     path = make(kind, blocks, **shape)
     folder = run_export("--checkpoint", path, "--output", tmp_path / "exported")
     reference = AutoModelForCausalLM.from_pretrained(folder)
-    kept = {name: getattr(reference.generation_config, name) for name in ("temperature", "top_k", "top_p")}
-    assert kept == {name: getattr(Sampling(), name) for name in kept}  # as in generate.py
+    sampling = reference.generation_config
+    kept = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
+    assert sampling.do_sample and kept == {name: getattr(Sampling(), name) for name in kept}
     assert type(reference).__name__ == {"gpt2": "GPT2LMHeadModel", "modern": "Qwen3ForCausalLM"}[blocks]
     model, tokenizer, checkpoint = load_model(path)
     ids = torch.randint(model.config.vocab_size, (3, 64), generator=torch.Generator().manual_seed(2))
@@ -178,8 +179,9 @@ def test_generate_stops_at_the_end_of_the_story_or_of_the_context(make, tmp_path
     assert len(model.generate(**tokenizer("", return_tensors="pt"), do_sample=False)[0]) == 64
 
 
-def test_the_model_card_says_what_it_is(trained, tmp_path):
+def test_the_model_card_says_what_it_is(trained, tmp_path, capsys):
     folder = run_export("--checkpoint-dir", trained, "--output", tmp_path / "exported")
+    assert "best.pt, step 2 ->" in capsys.readouterr().out
     card = (folder / "README.md").read_text(encoding="utf-8")
     row = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()][-1]
     facts = ["quickstart", "128 tokens in 2 steps", f"| {row['bits_per_byte']:.4f} |"]
@@ -432,6 +434,14 @@ def test_a_shorter_context_cuts_learned_positions(make):
     torch.testing.assert_close(cut(ids), model(ids))
     with pytest.raises(UserError, match="64 positions"):
         pretrained.with_context(65)
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], 1_024), (["--block-size", "1500"], 1_500)])
+def test_a_long_context_is_cut_unless_it_is_asked_for(make, packed, flags, expected):
+    path = str(make(block_size=2_048))
+    settings = read_settings(REPO / "train.py", ["--init-from", path, *flags])
+    complete_settings(settings, None, load_data(packed), CPU, load_pretrained(path))
+    assert settings.block_size == expected
 
 
 @pytest.mark.parametrize(

@@ -306,8 +306,8 @@ def test_a_validation_source_is_taken_whole_and_kept_out_of_training(run, tmp_pa
 
 
 @pytest.mark.parametrize(("limit", "fraction"), [(1, 0.05), (10, 0.05), (19, 0.05), (50, 0.3), (3, 0.9)])
-def test_max_stories_counts_training_stories(tmp_path, limit, fraction, monkeypatch):
-    path = write_stories(tmp_path / "many.txt", [f"story {number}" for number in range(150)])
+def test_max_stories_counts_training_stories_without_duplicates(tmp_path, limit, fraction, monkeypatch):
+    path = write_stories(tmp_path / "many.txt", [f"story {number // 2}" for number in range(300)])
     arguments = [
         "--source",
         path,
@@ -487,6 +487,29 @@ def test_what_is_up_to_date_is_left_alone(run, tmp_path):
     assert "up to date" not in run(*arguments, "--seed", 5, check=0).stdout
 
 
+def test_every_setting_that_changes_the_stories_makes_them_anew(tmp_path, monkeypatch, capsys):
+    for name in "abc":
+        rows = [{"text": f"{name} {number}", "other": f"{name} {number}!"} for number in range(9)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["ingestion.py", "--data-dir", tmp_path / "data", "--source", tmp_path / "a.jsonl"]
+    changes = [
+        [],
+        ["--validation-fraction", 0.3],
+        ["--text-column", "other"],
+        ["--max-stories", 4],
+        ["--seed", 2],
+        ["--story-per-file"],
+        ["--validation-source", tmp_path / "b.jsonl"],
+        ["--source", tmp_path / "c.jsonl"],
+    ]
+    for change in changes:
+        words += change
+        monkeypatch.setattr("sys.argv", list(map(str, words)))
+        for known in (False, True):
+            ingestion.main()
+            assert ("up to date" in capsys.readouterr().out) == known, change
+
+
 def test_a_failure_leaves_the_old_stories(run, tmp_path):
     path = write_stories(tmp_path / "a.txt")
     run("data/ingestion.py", "--source", path, "--data-dir", tmp_path / "data", check=0)
@@ -533,13 +556,15 @@ def test_file_sources_need_no_home(run, tmp_path):
     ],
     ids=lambda value: " ".join(value)[:40],
 )
-def test_wrong_settings_are_one_line(run, tmp_path, arguments, needles):
+def test_wrong_settings_are_refused(refused, tmp_path, monkeypatch, arguments, needles):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.md").write_text("x", encoding="utf-8")
     (tmp_path / "blank.txt").write_text("\n \n\n", encoding="utf-8")
     (tmp_path / "one.txt").write_text("one", encoding="utf-8")
     directory = [] if "--data-dir" in arguments else ["--data-dir", "out"]
-    assert_one_line_error(run("data/ingestion.py", *arguments, *directory, cwd=tmp_path), *needles)
+    monkeypatch.chdir(tmp_path)
+    message = refused("data/ingestion.py", *arguments, *directory)
+    assert all(needle in message for needle in needles), message
     assert not (tmp_path / "out" / "raw").exists()
 
 
@@ -582,8 +607,9 @@ def test_hub_is_streamed_when_only_a_part_is_wanted(run, tmp_path, hub):
     env, requests = hub
     env = {**env, "HF_HOME": str(tmp_path / "cache")}
     requests.clear()
-    run("data/ingestion.py", "--data-dir", tmp_path, "--max-stories", 5, env=env, check=0)
-    assert read_split(tmp_path, "train") == [f"story {number}" for number in range(5)]
+    run("data/ingestion.py", "--data-dir", tmp_path, "--max-stories", 8, env=env, check=0)
+    expected = [*range(7), 8]  # without story 7, which is for validation
+    assert read_split(tmp_path, "train") == [f"story {number}" for number in expected]
     assert any("GET" in request and "train-00000" in request for request in requests)
     assert not any("GET" in request and "train-00001" in request for request in requests)
     assert not list((tmp_path / "cache").rglob("*.parquet"))

@@ -239,3 +239,15 @@ def test_without_a_compiler_decoding_is_plain(fresh, monkeypatch, tmp_path, comp
     with pytest.raises(UserError, match="int8 weights need compiled kernels") as error:
         choose_weights(CPU, "int8")
     assert reason in str(error.value)
+
+
+def test_other_code_another_compiler_or_processor_has_a_library_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "CACHE", tmp_path)
+    monkeypatch.setattr(kernels, "build", lambda command, path: None)
+    paths = [kernels.compiled(["cc"]), kernels.compiled(["cc", "-O1"])]
+    monkeypatch.setattr(kernels, "processor", lambda: ["another"])
+    paths.append(kernels.compiled(["cc"]))
+    (tmp_path / "other.c").write_text("int x;")
+    monkeypatch.setattr(kernels, "SOURCE", tmp_path / "other.c")
+    paths.append(kernels.compiled(["cc"]))
+    assert len(set(paths)) == 4

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model import gpt
-from model.config import PRESETS, GPTConfig
+from model.config import PRESETS, GPTConfig, Recipe
 from model.errors import UserError
 from model.gpt import GPT, plain_attention, story_mask
 from model.huggingface import to_config_json, to_huggingface
@@ -376,10 +376,6 @@ def test_odd_heads_do_for_gpt2():
     assert make_model("gpt2", n_embd=12, n_head=4)(ids).shape == (3, 32, 97)
 
 
-def test_the_defaults_are_the_default_preset():
-    assert PRESETS["stories-9m"].config == GPTConfig(n_head=4, tie_weights=False)
-
-
 def test_a_cpu_takes_smaller_steps_the_smaller_the_shorter_the_run_and_grows():
     recipe = PRESETS["stories-9m"].recipe
     steps = {minutes: dataclasses.replace(recipe, max_minutes=minutes).on_cpu() for minutes in (None, 30, 1)}
@@ -390,6 +386,11 @@ def test_a_cpu_takes_smaller_steps_the_smaller_the_shorter_the_run_and_grows():
     assert recipe.depth(0.0, 5) == 5
     for own in (PRESETS["slm-30m"].recipe, dataclasses.replace(PRESETS["slm-30m"].recipe, max_minutes=1)):
         assert own.on_cpu() == own
+
+
+@pytest.mark.parametrize(("grow_at", "expected"), [(0.0, 0.4), (0.3, 0.3), (0.8, 0.4)])
+def test_a_longer_run_differs_from_the_decay_or_from_growth_on(grow_at, expected):
+    assert Recipe(decay_fraction=0.6, grow_at=grow_at).turning_point == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 8, 37])

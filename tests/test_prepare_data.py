@@ -1,6 +1,7 @@
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data import prepare_data
 from data.stories import read_manifest
+from model.config import PRESETS
 from model.errors import UserError
 
 STORIES = [f"Story {number}: Tim saw {number % 7} big caf\u00e9s 🐉.\n\nThe end." for number in range(120)]
@@ -80,6 +82,7 @@ def meta(data_dir):
 
 
 def test_the_files_hold_each_storys_tokens_and_an_end_of_text(run, data_dir, monkeypatch):
+    assert prepare_data.CONTEXT == PRESETS["stories-9m"].config.block_size  # the default model's
     monkeypatch.setattr("data.stories.BATCH", 7)  # several batches, the last one short
     monkeypatch.setattr(prepare_data, "CONTEXT", 42)  # between the lengths of these stories
     monkeypatch.setattr("sys.argv", ["prepare_data.py", "--data-dir", str(data_dir)])
@@ -236,8 +239,9 @@ def test_too_little_space_is_said_before_anything_is_written(data_dir, monkeypat
     assert not (data_dir / "processed").exists()
 
 
-def test_killed_between_the_renames(finished, tmp_path, monkeypatch):
-    """Whatever moment it dies at, a meta.json that is there belongs to the files beside it."""
+@pytest.mark.parametrize("moment", [1, 2, 3])
+def test_killed_before_a_rename_it_leaves_no_meta_json(finished, tmp_path, monkeypatch, moment):
+    """One that is there belongs to the files beside it."""
     data_dir = shutil.copytree(finished, tmp_path / "data")
     change_tokenizer(data_dir)
     monkeypatch.setattr("sys.argv", ["prepare_data.py", "--data-dir", str(data_dir)])
@@ -245,10 +249,15 @@ def test_killed_between_the_renames(finished, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def die(path, value):
-        raise Killed
+    replace, calls = os.replace, []
 
-    monkeypatch.setattr(prepare_data, "write_json", die)
+    def die(*names):
+        calls.append(names)
+        if len(calls) == moment:
+            raise Killed
+        replace(*names)
+
+    monkeypatch.setattr("model.files.os.replace", die)
     with pytest.raises(Killed):
         prepare_data.main()
     assert not (data_dir / "processed" / "meta.json").exists()
@@ -275,16 +284,6 @@ def test_sigterm_leaves_the_old_files(run, tmp_path, tokenizer_json, finished):
 
 
 # Wrong inputs
-
-
-def test_steps_that_are_missing(run, ready, tmp_path):
-    assert_one_line_error(
-        run("data/prepare_data.py", "--data-dir", tmp_path), "no raw data yet", "data/ingestion.py"
-    )
-    (tmp_path / "raw").symlink_to(ready / "raw")
-    result = run("data/prepare_data.py", "--data-dir", tmp_path)
-    assert_one_line_error(result, "no tokenizer yet", "data/train_tokenizer.py")
-    assert not (tmp_path / "processed").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{}", "not json", '{"model": 3}'])

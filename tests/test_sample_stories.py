@@ -18,7 +18,7 @@ def many_stories():
 
 @pytest.fixture(scope="module")
 def stories(many_stories):
-    return many_stories[:20_000]
+    return many_stories[:5_000]
 
 
 def outside_quotes(text):
@@ -37,8 +37,8 @@ def test_stories_have_three_paragraphs(stories):
         assert 90 <= len(story.split()) <= 220
 
 
-def test_vocabulary_is_large_and_every_word_is_used_often(stories):
-    words = Counter(re.findall(r"[a-z]+", "\n".join(stories).lower()))
+def test_vocabulary_is_large_and_every_word_is_used_often(many_stories):
+    words = Counter(re.findall(r"[a-z]+", "\n".join(many_stories[:20_000]).lower()))
     assert len(words) >= 1_500
     assert sum(count < 5 for count in words.values()) < 20
 
@@ -142,7 +142,7 @@ def differs_in_one_span(first, second, longest=4):
 def test_no_story_is_another_with_one_phrase_changed(stories):
     # Two such stories share their first 40 or their last 40 words, so only those pairs need comparing.
     groups = defaultdict(list)
-    for story in stories[:5_000]:
+    for story in stories:
         words = story.split()
         groups["first", " ".join(words[:40])].append(words)
         groups["last", " ".join(words[-40:])].append(words)
@@ -151,6 +151,6 @@ def test_no_story_is_another_with_one_phrase_changed(stories):
             assert not any(differs_in_one_span(words, other) for other in group[:i]), " ".join(words)
 
 
-def test_no_two_stories_differ_only_in_their_names(stories):
-    nameless = {re.sub(r"\b[A-Z][a-z]+\b", "X", story) for story in stories}
-    assert len(nameless) == len(stories)
+def test_no_two_stories_differ_only_in_their_names(many_stories):
+    nameless = {re.sub(r"\b[A-Z][a-z]+\b", "X", story) for story in many_stories[:20_000]}
+    assert len(nameless) == 20_000

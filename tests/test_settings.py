@@ -410,12 +410,10 @@ def test_every_setting_is_used(name):
     assert unused == []
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_an_unknown_flag_is_one_line_from_any_folder(run, tmp_path, name):
-    flag = "--" + read_constants(REPO / name)[0].name.replace("_", "-")
-    result = run(name, flag + "x", "1", cwd=tmp_path)
-    assert_one_line_error(result, f"no flag {flag}x", f"did you mean {flag}?")
-    assert os.listdir(tmp_path) == [] and Path(REPO / name).exists()
+def test_an_unknown_flag_is_one_line_from_any_folder(run, tmp_path):
+    result = run("data/prepare_data.py", "--workerss", "1", cwd=tmp_path)
+    assert_one_line_error(result, "no flag --workerss", "did you mean --workers?")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
