@@ -134,9 +134,7 @@ def test_interactive_continues_each_line_until_the_end_of_input(trained):
     command = [sys.executable, REPO / "generate.py", "--checkpoint-dir", trained, "--interactive"]
     command += ["--max-tokens", 8, "--seed", 1]
     lines = "A cat\nTwo dogs\nA cat\n"
-    result = subprocess.run(
-        list(map(str, command)), input=lines, capture_output=True, text=True, timeout=60
-    )
+    result = subprocess.run(list(map(str, command)), input=lines, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0 and "Ctrl-D or Ctrl-C quits" in result.stderr
     assert result.stdout.startswith("A cat") and "\nTwo dogs" in result.stdout
     _, one, other = result.stdout.split("A cat")

@@ -82,7 +82,7 @@ def meta(data_dir):
 
 
 def test_the_files_hold_each_storys_tokens_and_an_end_of_text(run, data_dir, monkeypatch):
-    assert prepare_data.CONTEXT == PRESETS["stories-9m"].config.block_size  # the default model's
+    assert PRESETS["stories-9m"].config.block_size == prepare_data.CONTEXT  # the default model's
     monkeypatch.setattr("data.stories.BATCH", 7)  # several batches, the last one short
     monkeypatch.setattr(prepare_data, "CONTEXT", 42)  # between the lengths of these stories
     monkeypatch.setattr("sys.argv", ["prepare_data.py", "--data-dir", str(data_dir)])

@@ -249,9 +249,7 @@ def test_no_network_offers_the_files(run, unmade, tmp_path):
     ],
     ids=lambda value: " ".join(value)[:60],
 )
-def test_wrong_settings_are_refused(
-    refused, unmade, tmp_path, monkeypatch, gpt2_files, arguments, needles
-):
+def test_wrong_settings_are_refused(refused, unmade, tmp_path, monkeypatch, gpt2_files, arguments, needles):
     vocab, merges = gpt2_files
     lines = merges.read_text(encoding="utf-8").splitlines()
     (tmp_path / "few.txt").write_text("\n".join(lines[:50]), encoding="utf-8")
