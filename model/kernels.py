@@ -230,7 +230,8 @@ class Network:
         self.deepest = max(matrix.inputs for matrix in (*matrices, head))
         self.widest = max(matrix.outputs for matrix in matrices)
         self.scratch = torch.empty(0)
-        self.steps, self.seconds = 0, {}  # seconds of a step, by the number of threads
+        # since the latest trial of threads: steps, and seconds of a step by the number of threads
+        self.steps, self.seconds = 0, {}
         self.latest = math.inf  # seconds of the latest step
 
     def __call__(self, x: Tensor, cache: "KVCache") -> Tensor:
@@ -266,8 +267,8 @@ class Network:
     ) -> tuple[int | None, Tensor]:
         """Call decode() or write_tokens(), for so many steps at most; return its result and the logits of the last."""
         (batch, new, width), (sequences, heads, capacity, size) = x.shape, cache.k[0].shape
-        end = cache.length + new * steps  # at most capacity, as Decoder has checked
-        if batch != sequences or (self.positions and end > self.positions):
+        end = cache.length + new * steps
+        if batch != sequences or end > min(capacity, self.positions or capacity):
             raise ValueError(f"{batch} sequences of {end} tokens do not fit the cache or the context")
         for block, keys, values in zip(self.blocks, cache.k, cache.v, strict=True):
             block.keys, block.values = keys.data_ptr(), values.data_ptr()
@@ -296,13 +297,12 @@ class Network:
 
     def choose_threads(self) -> int:
         """All threads, then one (once only, if that is much slower), then whichever is faster."""
-        step, every = self.steps % self.PERIOD, torch.get_num_threads()
-        if step == 0 or every not in self.seconds:
+        every = torch.get_num_threads()
+        if self.steps >= self.PERIOD or every not in self.seconds:
             self.steps, self.seconds = 0, {}
+        if self.steps < self.TRIAL:
             return every
-        if step < self.TRIAL:
-            return every
-        if step < 2 * self.TRIAL and self.seconds.get(1, 0) < 2 * self.seconds[every]:
+        if self.steps < 2 * self.TRIAL and self.seconds.get(1, 0) < 2 * self.seconds[every]:
             return 1
         return min(self.seconds, key=self.seconds.get)
 

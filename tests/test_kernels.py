@@ -114,6 +114,15 @@ def test_threads_that_become_slow_are_left_before_the_next_trial(monkeypatch):
     assert used == [2] * 8 + [1] * 8 + [2] * 29 + [1] * 15
 
 
+def test_a_trial_is_due_after_some_steps_however_many_a_call_takes(monkeypatch):
+    network = Decoder(make_model("modern")).network
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    network.seconds, network.steps = {1: 1.0, 2: 2.0}, network.PERIOD - 1
+    assert network.choose_threads() == 1
+    network.steps += network.AHEAD
+    assert network.choose_threads() == 2 and not network.seconds
+
+
 @torch.no_grad()
 def test_int8_numbers_are_the_nearest_multiples_of_a_rows_scale():
     """Those of weights and of inputs; and a row of zeros stays one."""
