@@ -176,6 +176,7 @@ def run_peer(name: str, settings: SimpleNamespace, config, device: torch.device,
             if micro_batch == 1:
                 raise
             micro_batch //= 2
+            logits = loss = None  # which keep the failed pass in memory
             optimizer.zero_grad(set_to_none=True)
             continue
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

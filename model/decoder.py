@@ -2,8 +2,8 @@
 
 Decoding one story is memory-bound: every token reads all weights. So weights may have fewer bits than in training; in
 int8 on a CPU, activations are rounded to int8, too, and keys and values to bfloat16. The number of operations comes
-next, so the weights of norms are folded into the next matrix, and on a CPU a step is one call of kernels.c, if this
-machine can compile it. `GPT` is the plain version.
+next, so the weights of norms are folded into the next matrix, and on a CPU one call of kernels.c takes up to eight
+steps, if this machine can compile it. `GPT` is the plain version.
 
 Shapes: B sequences, T tokens each, N = B T, C = n_embd, H heads of size D, V = vocab_size.
 """

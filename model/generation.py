@@ -219,7 +219,7 @@ class Batch:
             self.mark_occurred()
         self.cache = KVCache(decoder, count, min(decoder.config.block_size, self.total))
         self.filters = None  # for write_ahead(), if kernels.c can draw the tokens
-        few = min(sampling.top_k or LIKELIEST, decoder.config.vocab_size)
+        few = min(sampling.top_k or self.likeliest, decoder.config.vocab_size)
         drawn_there = self.occurred is None and (sampling.filters or sampling.temperature == 0)
         if decoder.network and drawn_there and few <= kernels.Filters.MOST:
             self.filters = sampling.for_kernels(few)

@@ -205,10 +205,10 @@ class Network:
     """
 
     FEW = 8
-    # steps in a call of write_tokens() at most, and what they may take: stories are to appear word by word
+    # steps in a call of write_tokens() at most, and the seconds that they may take: stories are to appear word by word
     AHEAD, BURST = 8, 0.03
     TRIAL, PERIOD = AHEAD, 256  # steps with each number of threads, and steps until the next trial
-    SLOWER = 1.1  # at most so much does one step raise what its number of threads is thought to take
+    SLOWER = 1.1  # at most so much does one call raise what its number of threads is thought to take
 
     def __init__(
         self,

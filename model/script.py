@@ -13,6 +13,8 @@ from pathlib import Path
 from model.errors import UserError, is_file_error, ran_out_of_memory
 from model.settings import REPO, read_constants
 
+LESS = "ask for less (a smaller batch or model, fewer or shorter stories)"
+
 if os.name == "nt":
     print("error: on Windows, use WSL: run wsl --install, and this repository in there", file=sys.stderr)
     sys.exit(2)
@@ -82,9 +84,6 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         print("error: " + " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
-
-
-LESS = "ask for less (a smaller batch or model, fewer or shorter stories)"
 
 
 def explanation(error: BaseException) -> str:
