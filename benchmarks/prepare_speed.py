@@ -41,7 +41,6 @@ FOLDER: str | None = None  # working folder, kept and reused; None: a temporary 
 PARTS: list[str] = ["ingestion", "tokenizer", "packing"]  # what to measure
 USUAL: str | None = None  # "tokenizer" or "packing": run only the usual way (the script calls itself so)
 
-KNOWN = "ingestion", "tokenizer", "packing"
 LETTERS = "bdfgklmnprstvz"
 
 
@@ -50,14 +49,9 @@ def main() -> None:
     if settings.usual:
         usual = {"tokenizer": train_the_usual_way, "packing": pack_the_usual_way}[settings.usual]
         return usual(Path(settings.folder), settings.workers or available_cores())
-    for part in settings.parts:
-        require(part in KNOWN, f"--parts takes {', '.join(KNOWN)}, not {part!r}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(settings.folder or temporary)
         corpus, data = folder / "corpus.txt", folder / "data"
-        if not corpus.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            make_corpus(corpus, settings.stories, settings.megabytes * 10**6)
         files = {
             "ingestion": [data / "raw" / "manifest.json"],
             "tokenizer": [data / "tokenizer" / "tokenizer.json"],
@@ -68,6 +62,11 @@ def main() -> None:
             "tokenizer": ["data/train_tokenizer.py"],
             "packing": ["data/prepare_data.py", "--workers", settings.workers],
         }
+        for part in settings.parts:
+            require(part in scripts, f"--parts takes {', '.join(scripts)}, not {part!r}")
+        if not corpus.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            make_corpus(corpus, settings.stories, settings.megabytes * 10**6)
         for part in settings.parts:
             ours, theirs, usual_file = [], [], folder / f"usual_{part}"
             alone = part == "ingestion" or settings.rounds == 0

@@ -35,7 +35,7 @@ from model.files import (
 )
 from model.gpt import GPT
 from model.settings import REPO
-from model.tokenizer import text_tokenizer
+from model.tokenizer import require_room, text_tokenizer
 
 FORMAT = 1
 BEFORE_DECAY = "before_decay.pt"
@@ -251,6 +251,7 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint.pop("weights"))
         tokenizer = text_tokenizer(checkpoint["tokenizer"])
+        require_room(model.config.vocab_size, tokenizer, shown(path))
     except UserError:
         raise
     except Exception as error:  # tokenizers raises plain Exception

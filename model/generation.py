@@ -19,7 +19,7 @@ AT_ONCE = 16_384
 # than the model. On a GPU more, as in a CUDA graph too few cost more.
 LIKELIEST, LIKELIEST_ON_GPU = 64, 1_024
 # Positions that a CUDA graph decodes before the CPU looks at the result
-AHEAD = 16
+UNCHECKED = 16
 
 
 @dataclass(frozen=True)
@@ -218,11 +218,11 @@ class Batch:
             self.occurred = torch.zeros(count, decoder.config.vocab_size, dtype=torch.bool, device=device)
             self.mark_occurred()
         self.cache = KVCache(decoder, count, min(decoder.config.block_size, self.total))
-        self.filters = None  # for write_ahead(), if kernels.c can draw the tokens
+        self.drawn_by = None  # kernels.c's filters for write_ahead(), if it can draw the tokens
         few = min(sampling.top_k or self.likeliest, decoder.config.vocab_size)
         drawn_there = self.occurred is None and (sampling.filters or sampling.temperature == 0)
         if decoder.network and drawn_there and few <= kernels.Filters.MOST:
-            self.filters = sampling.for_kernels(few)
+            self.drawn_by = sampling.for_kernels(few)
 
     def mark_occurred(self) -> None:
         self.occurred.zero_().scatter_(1, self.tokens[:, : int(self.position)], True)
@@ -258,7 +258,7 @@ class Batch:
 
         If the decoder allows it, a step is a single CUDA graph, to remove launch overhead.
         """
-        if self.filters:
+        if self.drawn_by:
             return self.write_ahead(most)
         if self.decoder.graphs and self.graph is None:
             state = [t for t in (self.position, self.cache.next, self.tokens, self.occurred) if t is not None]
@@ -282,7 +282,7 @@ class Batch:
         returns how many."""
         streams = self.tokens, self.lengths, self.uniforms
         write = self.decoder.network.write
-        done, logits = write(self.cache, *streams, int(self.position), most, self.filters)
+        done, logits = write(self.cache, *streams, int(self.position), most, self.drawn_by)
         self.position += done
         self.cache.extend(done)
         if logits is not None:  # to draw the next tokens takes more than the likeliest
@@ -371,7 +371,7 @@ def generate(
         require_seed(seed)
     block_size, lengths = decoder.config.block_size, [len(prompt) for prompt in prompts]
     batch = Batch(decoder, prompts, max_tokens, eot_id, sampling, seeds)
-    ahead = AHEAD if decoder.graphs else 1  # positions decoded between checks
+    unchecked = UNCHECKED if decoder.graphs else 1  # positions decoded between checks
     sequences = list(range(len(prompts)))  # in each row of the batch
     ended: set[int] = set()
     position = done = min(lengths)  # positions written and yielded
@@ -383,7 +383,7 @@ def generate(
             position += 1
         else:  # up to where the context starts later
             position += batch.advance(min(batch.total, begin + block_size + 1) - position)
-        if position - done < ahead and position < batch.total:
+        if position - done < unchecked and position < batch.total:
             continue
         batch.settle()
         for place, tokens in enumerate(batch.tokens[:, done:position].T.tolist(), start=done):

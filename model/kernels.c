@@ -26,7 +26,7 @@
 #endif
 #define VECTORS 4
 #define BLOCK (VECTORS * LANES)
-#define AHEAD 4096 /* bytes: the next page of memory, from which processors do not fetch by themselves */
+#define NEXT_PAGE 4096 /* bytes: the next page of memory, from which processors do not fetch by themselves */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -235,7 +235,7 @@ static ALWAYS_INLINE void multiply_tile_int8(const int8_t *block, int v, int cou
             const int8_t *start = block + (size_t)k * BLOCK + (v + i) * sizeof w[i];
             memcpy(&w[i], start, sizeof w[i]);
             if (rows == 1) /* float32 arrives no faster so */
-                __builtin_prefetch(start + AHEAD);
+                __builtin_prefetch(start + NEXT_PAGE);
         }
         UNROLL for (int r = 0; r < rows; r++) {
             int32_t four;
@@ -560,37 +560,39 @@ void sample(const float *logits, int rows, int n, const Filters *filters, const 
         tokens[r] = draw(logits + (size_t)r * n, n, filters, uniforms[r]);
 }
 
-/* Writes up to all->steps tokens of each sequence, each after one call of decode(), where the other arguments are
+/* Writes up to sequences->steps tokens of each sequence, each after one call of decode(), where the other arguments are
    described. Returns how many it has written: fewer if draw() cannot choose one of the next, of which `logits` then
    are. shape->start advances with each call of decode(). */
 int write_tokens(const Block *blocks, int n_layer, const Linear *head, float eps, float *x, float *logits,
-                 Shape *shape, float *memory, int deepest, int widest, int threads, const Sequences *all,
+                 Shape *shape, float *memory, int deepest, int widest, int threads, const Sequences *sequences,
                  const Filters *filters)
 {
-    int width = head->in, n = head->out, total = all->total, draws = all->draws;
-    for (int step = 0; step < all->steps; step++) {
-        int position = all->position + step, few = 0;
+    int width = head->in, n = head->out, total = sequences->total, draws = sequences->draws;
+    const float *places = sequences->places;
+    for (int step = 0; step < sequences->steps; step++) {
+        int position = sequences->position + step, few = 0;
         for (int b = 0; b < shape->batch; b++) {
             float *row = x + (size_t)b * width;
-            int64_t latest = all->tokens[(size_t)b * total + position - 1];
-            memcpy(row, all->embedding + latest * width, sizeof(float) * width);
-            for (int i = 0; i < width && all->places; i++)
-                row[i] += all->places[(size_t)shape->start * width + i];
+            int64_t latest = sequences->tokens[(size_t)b * total + position - 1];
+            memcpy(row, sequences->embedding + latest * width, sizeof(float) * width);
+            if (places)
+                for (int i = 0; i < width; i++)
+                    row[i] += places[(size_t)shape->start * width + i];
         }
         decode(blocks, n_layer, head, eps, x, logits, shape, memory, deepest, widest, threads);
         shape->start++;
 #pragma omp parallel for if (shape->batch > 8) reduction(+ : few)
         for (int b = 0; b < shape->batch; b++) {
-            int turn = position - (int)all->lengths[b];
+            int turn = position - (int)sequences->lengths[b];
             if (turn < 0) /* still in its prompt */
                 continue;
-            float uniform = all->uniforms[(size_t)b * draws + (turn < draws ? turn : draws - 1)];
+            float uniform = sequences->uniforms[(size_t)b * draws + (turn < draws ? turn : draws - 1)];
             int64_t token = draw(logits + (size_t)b * n, n, filters, uniform);
-            all->tokens[(size_t)b * total + position] = token;
+            sequences->tokens[(size_t)b * total + position] = token;
             few += token < 0;
         }
         if (few)
             return step;
     }
-    return all->steps;
+    return sequences->steps;
 }

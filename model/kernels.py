@@ -199,15 +199,17 @@ class Sequences(ctypes.Structure):
 class Network:
     """All blocks and the head of a decoder: embeddings (B, T, C), which it overwrites, -> logits (B, V).
 
+    write() also takes the steps that follow, with the embeddings and the sampling between them.
+
     Threads wait for each other some forty times per token. Where other programs compute, too, that may take longer
     than one thread needs alone, so now and then both are timed, for a few sequences: more take so long anyway that
     waiting hardly matters. The number of threads changes no bit of the result.
     """
 
     FEW = 8
-    # steps in a call of write_tokens() at most, and the seconds that they may take: stories are to appear word by word
-    AHEAD, BURST = 8, 0.03
-    TRIAL, PERIOD = AHEAD, 256  # steps with each number of threads, and steps until the next trial
+    # Steps in a call of write_tokens(), at most, and the seconds that they may take: stories are to appear word by word
+    STEPS, BURST = 8, 0.03
+    TRIAL, PERIOD = 8, 256  # steps with each number of threads, and steps until the next trial
     SLOWER = 1.1  # at most so much does one call raise what its number of threads is thought to take
 
     def __init__(
@@ -223,7 +225,8 @@ class Network:
         for matrix in (*matrices, head):
             memory = matrix.move(memory)
         self.parts = blocks, head  # which keep the tensors
-        self.embedding, self.position_embedding = embedding.contiguous(), position_embedding
+        self.embedding = embedding.contiguous()
+        self.position_embedding = None if position_embedding is None else position_embedding.contiguous()
         self.blocks = (PackedBlock * len(blocks))(*map(PackedBlock, blocks))
         self.head, self.eps, turn = head, eps, blocks[0].turn
         self.positions = 0 if turn is None else turn.size(-2)
@@ -253,7 +256,9 @@ class Network:
         `uniforms`. Returns how many were written, and the logits (B, V) of the next ones if one of them cannot be drawn
         from the filters' `count` likeliest tokens, otherwise None.
         """
-        steps = max(1, min(most, self.AHEAD, int(self.BURST / self.latest)))
+        steps = max(1, min(most, self.STEPS, int(self.BURST / self.latest)))
+        if len(tokens) <= self.FEW and self.choose_threads() not in self.seconds:
+            steps = 1  # that number of threads may turn out to be far slower
         tables = address(self.embedding), address(self.position_embedding)
         pointers = *tables, tokens.data_ptr(), lengths.data_ptr(), uniforms.data_ptr()
         sequences = Sequences(*pointers, tokens.size(1), uniforms.size(1), position, steps)
@@ -268,7 +273,7 @@ class Network:
         """Call decode() or write_tokens(), for so many steps at most; return its result and the logits of the last."""
         (batch, new, width), (sequences, heads, capacity, size) = x.shape, cache.k[0].shape
         end = cache.length + new * steps
-        if batch != sequences or end > min(capacity, self.positions or capacity):
+        if batch != sequences or end > min(cache.capacity, self.positions or cache.capacity):
             raise ValueError(f"{batch} sequences of {end} tokens do not fit the cache or the context")
         for block, keys, values in zip(self.blocks, cache.k, cache.v, strict=True):
             block.keys, block.values = keys.data_ptr(), values.data_ptr()

@@ -9,15 +9,22 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from model.errors import UserError, is_file_error, ran_out_of_memory
 from model.settings import REPO, read_constants
 
 LESS = "ask for less (a smaller batch or model, fewer or shorter stories)"
 
-if os.name == "nt":
-    print("error: on Windows, use WSL: run wsl --install, and this repository in there", file=sys.stderr)
+
+def fail(message: str) -> NoReturn:
+    """End with an error that the user can fix, in one line."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
+
+
+if os.name == "nt":
+    fail("on Windows, use WSL: run wsl --install, and this repository in there")
 
 # Keep idle OpenMP threads from spinning for long, so that a shared CPU stays usable; torch reads it when imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -28,14 +35,13 @@ logging.getLogger("matplotlib").setLevel(logging.ERROR)
 # Until run_script() takes over, let Ctrl-C end a script of ours without a traceback, and likewise settings that Python
 # itself would stumble over, such as a word without quotes.
 started = getattr(sys.modules["__main__"], "__file__", None)  # None in an interactive session
-if started and Path(started).resolve().parent in (REPO, REPO / "data"):
+if started and Path(started).resolve().parent in (REPO, REPO / "data", REPO / "benchmarks"):
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         read_constants(started)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
 
 
 def stop_again(failure: object) -> None:
@@ -82,8 +88,7 @@ def run_script(main: Callable[[], None]) -> None:
         message = explanation(error)
         if not message:
             raise
-        print("error: " + " ".join(message.split()), file=sys.stderr)
-        sys.exit(2)
+        fail(message)
 
 
 def explanation(error: BaseException) -> str:

@@ -103,10 +103,11 @@ def read_constants(script: str | Path) -> list[Constant]:
         )
         require(target.id.lower() not in constants, f"{place} is set twice: delete one of the lines")
         value, given = literal(node.value), ast.unparse(node.value)
-        word = isinstance(node.value, ast.Name)
-        require(not word or kind is not str, f'{place} needs quotes around its value: "{given}"')
-        require(word or value is not ..., f"{place} needs a literal value, not {given}")
         optional, many = "None" in words, "list" in words
+        word = isinstance(node.value, ast.Name)
+        if word and kind is str and not many and given.lower() != "none":
+            raise UserError(f'{place} needs quotes around its value: "{given}"')
+        require(word or value is not ..., f"{place} needs a literal value, not {given}")
         constant = Constant(target.id.lower(), value, kind, optional, many, comments[node.end_lineno])
         require(constant.accepts(value), f"{place} takes {constant.type_name()}, not {given}")
         constants[constant.name] = constant

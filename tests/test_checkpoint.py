@@ -325,6 +325,7 @@ def test_a_crafted_file_runs_nothing(tmp_path, way):
         {"weights": {}},
         {"weights": [1, 2]},
         {"tokenizer": "not a tokenizer"},
+        {"tokenizer": Tokenizer(models.WordLevel({**VOCABULARY, "one more": len(VOCABULARY)})).to_str()},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -172,7 +172,7 @@ def test_several_steps_in_a_call_write_what_single_ones_do(blocks, weights, samp
 
     monkeypatch.setattr(Batch, "write_ahead", counting)
     together = generate_all(*arguments)
-    assert max(written) == decoder.network.AHEAD
+    assert max(written) == decoder.network.STEPS
     monkeypatch.setattr(Batch, "write_ahead", lambda batch, most: batch.step() or 1)
     assert generate_all(*arguments) == together
 
@@ -211,7 +211,7 @@ def test_steps_in_which_a_cuda_graph_looked_at_too_few_tokens_are_repeated(penal
         step(self, graph, short)
 
     monkeypatch.setattr(generation, "LIKELIEST", 8)
-    monkeypatch.setattr(generation, "AHEAD", 3)
+    monkeypatch.setattr(generation, "UNCHECKED", 3)
     monkeypatch.setattr(Batch, "advance", advance)
     monkeypatch.setattr(Batch, "step", step)
     decoder.graphs = True

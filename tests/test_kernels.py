@@ -114,12 +114,35 @@ def test_threads_that_become_slow_are_left_before_the_next_trial(monkeypatch):
     assert used == [2] * 8 + [1] * 8 + [2] * 29 + [1] * 15
 
 
+def test_a_number_of_threads_without_a_time_gets_a_single_step(monkeypatch):
+    """It may be many times slower than the other."""
+    decoder, calls, now = Decoder(make_model("modern")), [], [0.0]
+
+    def write_tokens(*arguments):
+        shape, threads, sequences = arguments[6]._obj, arguments[-3], arguments[-2]._obj
+        calls.append((threads, sequences.steps))
+        shape.start += sequences.steps
+        now[0] += sequences.steps * (1e-2 if threads == 1 else 1e-4)
+        return sequences.steps
+
+    library = SimpleNamespace(write_tokens=write_tokens)
+    monkeypatch.setattr(kernels, "load", lambda: kernels.Kernels(library, ""))
+    monkeypatch.setattr(kernels.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    cache, filters = KVCache(decoder, 1, 32), kernels.Filters(1, 1, 1.0, 1.0, 0.0)
+    streams = token_ids(rows=1), torch.ones(1, dtype=torch.long), torch.rand(1, 32)
+    for _ in range(5):
+        done, _ = decoder.network.write(cache, *streams, cache.length + 1, 30 - cache.length, filters)
+        cache.extend(done)
+    assert calls == [(3, 1), (3, 8), (1, 1), (3, 3), (3, 8)]
+
+
 def test_a_trial_is_due_after_some_steps_however_many_a_call_takes(monkeypatch):
     network = Decoder(make_model("modern")).network
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     network.seconds, network.steps = {1: 1.0, 2: 2.0}, network.PERIOD - 1
     assert network.choose_threads() == 1
-    network.steps += network.AHEAD
+    network.steps += network.STEPS
     assert network.choose_threads() == 2 and not network.seconds
 
 
@@ -188,6 +211,8 @@ def test_what_does_not_fit_the_cache_or_the_context_is_refused():
     for rows, room, length in ((2, 32, 1), (1, 64, 33)):
         with pytest.raises(ValueError, match=f"{rows} sequences of {length} tokens do not fit"):
             decoder(token_ids(rows, length), KVCache(decoder, 1, room))
+    with pytest.raises(ValueError, match="10 tokens do not fit"):
+        decoder.network(decoder.embedding[None, :10].clone(), KVCache(decoder, 1, 9))
     with pytest.raises(ValueError, match="int8 weights need the kernels in C"):
         Decoder(make_model("modern").double(), "int8")
 

@@ -227,6 +227,8 @@ def test_a_bad_flag_ends_in_one_line_and_status_2(script, tmp_path):
         ('NAME: str = "cat"', "NAME: str = NAMES[1]", ["NAME needs a literal value, not NAMES[1]"]),
         ('NAME: str = "cat"', 'NAME: str = "c" * 3', None),
         ('NAME: str = "cat"', "NAME: str = cat", ['NAME needs quotes around its value: "cat"']),
+        ('NAME: str = "cat"', "NAME: str = none", ["NAME takes a string, not none"]),
+        ("PROMPT: list[str] = []", "PROMPT: list[str] = cat", ["PROMPT takes a list of strings, not cat"]),
         ("FRESH: bool = False  #", "FRESH: bool = false  #", ["FRESH takes True or False, not false"]),
         ("STEPS: int = 65_536  #", "STEPS: int = 1 // 0  #", ["STEPS needs a literal value, not 1 // 0"]),
         (
