@@ -66,7 +66,7 @@ OUTPUT: str | None = None  # write the results to this .json file
 REPORT: str | None = None  # write a page of tables, curves and stories to this .html file
 SEED: int = 1337  # for the stories and the bootstrap
 DEVICE: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
-DTYPE: str = "float32"  # of scoring: float32, or faster: bfloat16, float16, auto (as in training)
+DTYPE: str = "float32"  # of scoring: float32, bfloat16, float16, or auto (as in training), which may be faster
 
 # Stories for a verdict: with fewer, one of two equal models is better in all of them more than once in twenty times
 ENOUGH = 6

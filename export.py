@@ -34,7 +34,7 @@ from model.tokenizer import END_OF_TEXT, readable, text_tokenizer
 CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; None: best, else latest
 CHECKPOINT_DIR: str = "checkpoints"  # where to look for best, latest and steps
 FORMAT: str = "hf"  # hf (a folder for transformers) or gguf (a file for llama.cpp)
-OUTPUT: str | None = None  # folder or file to write; None: named after the preset, in exported/
+OUTPUT: str | None = None  # folder or file to write; None: in exported/, named after the preset or the fine-tuned model
 DTYPE: str = "float32"  # of the weights (in gguf: of matrices): float32, float16, bfloat16; gguf also q8_0
 OVERWRITE: bool = False  # replace an earlier export
 

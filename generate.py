@@ -36,7 +36,7 @@ from model.runtime import choose_device
 from model.settings import flag_name, read_settings, require_seed, require_within
 from model.tokenizer import readable
 
-CHECKPOINT: str | None = None  # a file, folder, step, "latest" or Hugging Face model; None: best or latest
+CHECKPOINT: str | None = None  # a file, folder, step, "best", "latest" or Hugging Face model; None: best, else latest
 CHECKPOINT_DIR: str = "checkpoints"  # where to look for best, latest and steps
 PROMPT: list[str] = []  # starts of stories, each continued NUM_SAMPLES times; empty: a new story
 PROMPTS_FILE: str | None = None  # a text file with one prompt per line; empty lines are skipped
@@ -51,7 +51,7 @@ SEED: int | None = None  # of the first story; the next uses SEED + 1; None: a r
 INTERACTIVE: bool = False  # read prompts from the keyboard and continue each
 OUTPUT: str | None = None  # write the stories to this .jsonl file instead of printing them
 DEVICE: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
-DTYPE: str = "auto"  # weights: float32, float16 (only on GPUs) or int8 (only on CPUs; auto takes it there)
+DTYPE: str = "auto"  # weights: float32, float16 (GPUs) or int8 (CPUs with a C compiler, where auto takes it)
 
 # Earlier tokens on which the text of the next ones may depend
 DECODED_WITH = 8

@@ -2,7 +2,7 @@
 # From nothing to a new story: creates a virtual environment, installs packages, runs all six steps with a small model.
 #   bash quickstart.sh                               the built-in stories
 #   bash quickstart.sh --source FILES...             your own (.txt, .jsonl, .json, .csv, .parquet; folders, globs)
-#   bash quickstart.sh --max-steps 5000 --kind char  each flag is passed to the step that knows it
+#   bash quickstart.sh --max-steps 5000 --kind char  each flag is passed to one step, --seed to train.py
 set -euo pipefail
 here=$PWD
 cd "$(dirname "$0")"
@@ -50,11 +50,11 @@ use_environment requirements.txt
 run 1 "collect the stories" data/ingestion.py "${ingestion[@]}"
 run 2 "train the tokenizer" data/train_tokenizer.py ${tokenizer[@]+"${tokenizer[@]}"}
 run 3 "tokenize the stories" data/prepare_data.py ${packing[@]+"${packing[@]}"}
-# Other stories need a new run; the earlier one is kept next to it.
-if [ -f checkpoints/meta.json ] && ! cmp -s data/processed/meta.json checkpoints/meta.json; then
+# Other stories need a new run; the earlier one is kept next to it, and so is one that was not started from here.
+if ls checkpoints/*.pt >/dev/null 2>&1 && ! cmp -s data/processed/meta.json checkpoints/meta.json; then
   kept="checkpoints-before-$(date +%Y%m%d-%H%M%S)"
   mv checkpoints "$kept"
-  printf '\nthe stories or the tokenizer have changed: moved the earlier checkpoints to %s\n' "$kept"
+  printf '\nthe checkpoints there are not of these stories and this tokenizer: moved them to %s\n' "$kept"
 fi
 mkdir -p checkpoints
 cp data/processed/meta.json checkpoints/meta.json

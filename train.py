@@ -5,7 +5,7 @@ python train.py --preset quickstart          a small model: minutes on two CPU c
 python train.py --max-minutes 30             finish after 30 minutes, however many steps that takes
 torchrun --nproc_per_node=2 train.py         two GPUs, or two CPU processes
 
-Settings without a default take the preset's value.
+Settings without a default take the preset's value (model/config.py), unless their line says otherwise.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ from model.settings import read_settings, require_within
 from model.training_state import TrainingState, initial_state, rewind
 from model.validation import validate, write_sample
 
-# Edit these or pass them as flags: MAX_STEPS is --max-steps. None takes the preset's value.
+# Edit these or pass them as flags: MAX_STEPS is --max-steps. None takes the preset's value, if nothing else is said.
 PRESET: str = "stories-9m"  # model shape and training recipe, by name from model/config.py
 INIT_FROM: str | None = None  # initial weights: a checkpoint, or a Hugging Face folder or name (GPT-2, Qwen3)
 

@@ -26,7 +26,7 @@ from model.runtime import GPU_LOGITS, Runtime, choose_device, choose_runtime, to
 from model.scoring import score_stories
 from model.settings import read_settings
 
-CHECKPOINT: str | None = None  # as for evaluate.py
+CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; None: latest
 CHECKPOINT_DIR: str = "checkpoints"  # where to look for best, latest and steps
 DATA_DIR: str = "data"  # folder with tokenizer/ and processed/
 MAX_SAMPLES: int = 300  # validation stories; 0 is all

@@ -3,7 +3,7 @@
 python benchmarks/kill_resume.py                      50 kills, a few minutes on two CPU cores
 python benchmarks/kill_resume.py --kills 10 --seed 2
 
-A tiny model trains on built-in stories, saving, evaluating and plotting so often that many kills (SIGKILL, which
+A tiny model trains, by default on built-in stories, saving, evaluating and plotting so often that many kills (SIGKILL, which
 cannot be caught) hit these. After each kill, the same `python train.py` command resumes. At the end, the metrics
 (except timings and a GPU's memory) and the weights are compared to the uninterrupted run's. Prints a tally; exits
 with status 1 if they differ.
@@ -32,7 +32,7 @@ MAX_STEPS: int = 1_000  # length of the run
 DTYPE: str = "bfloat16"  # float32 or bfloat16
 COMPILE: str = "off"  # on or off: torch.compile
 LONGEST: float = 1.5  # maximum seconds of training before a kill
-DATA: str | None = None  # folder of packed stories; None: makes one of built-in stories
+DATA: str | None = None  # data folder of steps 1 to 3; None: makes one of built-in stories
 
 TINY = """--preset quickstart --n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --batch-tokens 512
 --dropout 0.1 --eval-interval 4 --save-interval 3 --eval-tokens 512 --log-interval 1 --sample-tokens 4

@@ -1,6 +1,6 @@
 """Step 3: encode the stories as token ids, all that training reads beside the tokenizer.
 
-    python data/prepare_data.py              # on all cores
+    python data/prepare_data.py              # on all cores, if there is enough text
     python data/prepare_data.py --workers 2  # on two cores
 
 The output is data/processed/train.bin and validation.bin, raw little-endian uint16 (uint32 for a vocabulary
@@ -41,7 +41,7 @@ from model.files import (
 from model.settings import read_settings, require_within
 from model.tokenizer import END_OF_TEXT, read_tokenizer, tokenizer_file
 
-WORKERS: int = 0  # encoding processes; 0: one per core
+WORKERS: int = 0  # encoding processes, at most; 0: one per core; each gets 10 MB or more
 DATA_DIR: str = "data"  # folder for raw/, tokenizer/ and processed/
 
 FORMAT = 2

@@ -99,3 +99,15 @@ def test_a_run_on_other_stories_is_kept(quickstart, tmp_path):
     quickstart()
     (kept,) = tmp_path.glob("checkpoints-before-*")
     assert (kept / "best.pt").read_text() == "precious" and not (tmp_path / "checkpoints/best.pt").exists()
+
+
+def test_a_run_that_was_started_otherwise_is_kept(quickstart, tmp_path):
+    """Nobody knows on which stories: those that lay there have just been replaced."""
+    write_program(
+        tmp_path / ".venv/bin/python", 'mkdir -p data/processed; echo "first" >data/processed/meta.json'
+    )
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/ckpt_7.pt").write_text("precious")
+    assert "moved them to checkpoints-before-" in quickstart().stdout
+    (kept,) = tmp_path.glob("checkpoints-before-*/*.pt")
+    assert kept.read_text() == "precious" and (tmp_path / "checkpoints/meta.json").exists()
