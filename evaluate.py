@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
-from model.script import run_script  # first: see there
+from model.script import run_script  # before torch: see there
 
 # isort: split
 import numpy as np
@@ -66,7 +66,7 @@ OUTPUT: str | None = None  # write the results to this .json file
 REPORT: str | None = None  # write a page of tables, curves and stories to this .html file
 SEED: int = 1337  # for the stories and the bootstrap
 DEVICE: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
-DTYPE: str = "float32"  # of scoring: float32, bfloat16, float16, or auto (as in training), which may be faster
+DTYPE: str = "float32"  # of scoring: float32, or perhaps faster: bfloat16, float16, auto (as in training)
 
 # Stories for a verdict: with fewer, one of two equal models is better in all of them more than once in twenty times
 ENOUGH = 6
@@ -83,7 +83,7 @@ def main() -> None:
             "split": ("train", "validation", "all"),
             "dtype": ("auto", "float32", "bfloat16", "float16"),
         },
-        aliases={"model": "checkpoint", "max-stories": "max-samples"},
+        aliases={"model": "checkpoint", "max-stories": "max-samples", "out-dir": "checkpoint-dir"},
     )
     prepare_settings(settings)
     files = {name: read_written(name) for name in settings.stories}

@@ -13,7 +13,7 @@ import re
 import shlex
 from pathlib import Path
 
-from model.script import run_script  # first: see there
+from model.script import run_script  # before torch: see there
 
 # isort: split
 import torch
@@ -34,7 +34,7 @@ from model.tokenizer import END_OF_TEXT, readable, text_tokenizer
 CHECKPOINT: str | None = None  # a file or folder, "best", "latest" or a step; None: best, else latest
 CHECKPOINT_DIR: str = "checkpoints"  # where to look for best, latest and steps
 FORMAT: str = "hf"  # hf (a folder for transformers) or gguf (a file for llama.cpp)
-OUTPUT: str | None = None  # folder or file to write; None: in exported/, named after the preset or the fine-tuned model
+OUTPUT: str | None = None  # folder or file to write; None: in exported/, named after the model
 DTYPE: str = "float32"  # of the weights (in gguf: of matrices): float32, float16, bfloat16; gguf also q8_0
 OVERWRITE: bool = False  # replace an earlier export
 
@@ -53,7 +53,7 @@ def main() -> None:
     settings = read_settings(
         __file__,
         choices={"format": ("hf", "gguf"), "dtype": ("float32", "float16", "bfloat16", "q8_0")},
-        aliases={"model": "checkpoint", "out": "output"},
+        aliases={"model": "checkpoint", "out": "output", "out-dir": "checkpoint-dir"},
     )
     gguf, dtype = settings.format == "gguf", settings.dtype
     require(gguf or dtype != "q8_0", "--dtype q8_0 is for --format gguf")

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from model.script import run_script  # first: see there
+from model.script import run_script  # before torch: see there
 
 # isort: split
 import torch
@@ -36,7 +36,7 @@ from model.runtime import choose_device
 from model.settings import flag_name, read_settings, require_seed, require_within
 from model.tokenizer import readable
 
-CHECKPOINT: str | None = None  # a file, folder, step, "best", "latest" or Hugging Face model; None: best, else latest
+CHECKPOINT: str | None = None  # a file, folder, step, best, latest or Hugging Face name; None: best, latest
 CHECKPOINT_DIR: str = "checkpoints"  # where to look for best, latest and steps
 PROMPT: list[str] = []  # starts of stories, each continued NUM_SAMPLES times; empty: a new story
 PROMPTS_FILE: str | None = None  # a text file with one prompt per line; empty lines are skipped
@@ -75,6 +75,7 @@ def main() -> None:
             "max-new-tokens": "max-tokens",
             "n": "num-samples",
             "temp": "temperature",
+            "out-dir": "checkpoint-dir",
         },
     )
     require_within(settings, num_samples="[1, 1000000]", max_tokens="[1, 100000]")

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from model.script import run_script  # first: see there
+from model.script import run_script  # before torch: see there
 
 # isort: split
 import numpy as np
@@ -121,7 +121,7 @@ def main() -> None:
             "context-length": "block-size",
             "out-dir": "checkpoint-dir",
         },
-        hints={
+        hints={  # of nanoGPT's flags
             "batch-size": "a step takes --batch-tokens, a forward pass --micro-batch windows",
             "gradient-accumulation-steps": "a step takes --batch-tokens, a forward pass --micro-batch windows",
             "epochs": "--max-steps or --max-minutes limits a run, and it prints how many epochs that is",
@@ -129,6 +129,16 @@ def main() -> None:
             "lr-decay-iters": "the learning rate always decays to the end of the run",
             "min-lr": "--final-learning-rate is a fraction of the peak",
             "resume": "it resumes by itself, unless --fresh starts a new run",
+            "decay-lr": "--schedule and --decay-fraction set how the learning rate falls",
+            "always-save-checkpoint": "it always saves, every --save-interval steps",
+            "eval-only": "evaluate.py scores a checkpoint",
+            "dataset": "--data-dir is the folder of steps 1 to 3",
+            "bias": "--blocks gpt2 has biases, modern has none",
+            "beta1": "AdamW's betas are in model/optimizer.py",
+            "beta2": "AdamW's betas are in model/optimizer.py",
+            "wandb-log": "metrics.jsonl has every number, loss_curve.png the plot",
+            "wandb-project": "metrics.jsonl has every number, loss_curve.png the plot",
+            "gradient-checkpointing": "a lower --micro-batch saves memory",
         },
     )
     require_within(settings, keep="[1, inf)", log_interval="[1, inf)", eval_tokens="[1, inf)")
@@ -292,8 +302,12 @@ def evaluate_and_keep_best(run: Run, state: TrainingState, metrics: Metrics) -> 
             keep_other_best(run.folder)
         state.best_loss, mark = loss, "; best so far"
         save_checkpoint(run.folder / "best.pt", state.snapshot(run))
-    bits = row["bits_per_byte"]
-    return f"step {state.step:,}: validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte{mark}"
+    training_loss = metrics.training_loss()
+    beside = "" if training_loss is None else f" (training loss {training_loss:.3f})"
+    return (
+        f"step {state.step:,}: validation loss {loss:.4f} nats per token{beside}, "
+        f"{row['bits_per_byte']:.4f} bits per byte{mark}"
+    )
 
 
 def training_row(
@@ -325,30 +339,39 @@ def take_step(
     starts = batches.starts(state.step)[mine]
     shortlist = run.shortlist(state.step)
     loss = torch.zeros((), device=device)
-    for first in range(0, len(mine), settings.micro_batch):
-        chosen = starts[first : first + settings.micro_batch]
+    for place in range(0, len(mine), settings.micro_batch):
+        chosen = starts[place : place + settings.micro_batch]
         inputs, targets, story_ids = run.inputs_and_targets(batches.tensor(chosen, device))
         if run.config.dropout:  # seeded per step and window, so that resumed runs drop the same activations
-            torch.manual_seed(dropout_seed(settings.seed, state.step, int(mine[first])))
+            torch.manual_seed(dropout_seed(settings.seed, state.step, int(mine[place])))
         share = len(chosen) / batches.windows_per_step
         with run.runtime.autocast():
             mean = loss_of(inputs, targets, story_ids, shortlist)
         state.scaler.scale(mean * share).backward()
         loss += mean.detach() * share
     run.processes.add_up([p.grad for p in state.model.parameters() if p.grad is not None])
+    norm = apply_gradients(state, rate, run.recipe.grad_clip)
+    state.step += 1
+    return loss, norm
+
+
+def apply_gradients(state: TrainingState, rate: float, grad_clip: float) -> Tensor:
+    """Clip the gradients, update the weights with them, and clear them; returns their norm before that.
+
+    If it is not finite, nothing changes. (GradScaler.step() would check each optimizer's gradients separately, and
+    wait for the GPU.)
+    """
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), run.recipe.grad_clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip or math.inf)
     state.not_finite = (state.not_finite + 1) * ~norm.isfinite()
     set_rates(state.optimizers, rate, state.step)
     for optimizer in state.optimizers:
-        # A non-finite step changes nothing. (scaler.step would check each optimizer's gradients separately.)
         optimizer.found_inf = (state.not_finite > 0).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     state.scaler.update()
-    state.step += 1
-    return loss, norm
+    return norm
 
 
 if __name__ == "__main__":

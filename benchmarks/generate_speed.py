@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.script import run_script  # first: see there
+from model.script import run_script  # before torch: see there
 
 # isort: split
 import numpy as np

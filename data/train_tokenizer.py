@@ -24,7 +24,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # train and encode on all cores
 
-from model.script import run_script  # first: see there
+from model.script import run_script  # before torch: see there
 
 # isort: split
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -16,32 +16,6 @@ AHEAD = 16  # steps whose windows are found together: numpy then takes an eighth
 SIGNED = {"i2": torch.int16, "i4": torch.int32}
 
 
-def shuffled(positions: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
-    """Map positions (int64) through a random permutation of range(count), without a table.
-
-    A Feistel network with one round per key (uint64) permutes the numbers below a power of 4; results not below
-    `count` go through it again (cycle walking, Black and Rogaway 2002).
-    """
-    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
-    low = np.uint64((1 << int(half)) - 1)
-    result = positions.astype(np.uint64)
-    beyond = np.arange(len(result))
-    while len(beyond):
-        left, right = result[beyond] >> half, result[beyond] & low
-        for key in keys:
-            left, right = right, left ^ (scrambled(right ^ key) & low)
-        result[beyond] = left << half | right
-        beyond = beyond[result[beyond] >= count]
-    return result.astype(np.int64)
-
-
-def scrambled(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's mixing function (Steele et al. 2014), elementwise, modulo 2**64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 class Batches:
     """An endless sequence of training windows, in steps of equal size."""
 
@@ -66,9 +40,9 @@ class Batches:
         if self.tokens.nbytes <= budget:
             signed = f"i{self.tokens.itemsize}"  # PyTorch hardly supports unsigned integers; tensor() undoes the sign
             self._resident = torch.empty(len(self.tokens), dtype=SIGNED[signed], device=device)
-            for first in range(0, len(self.tokens), 2**24):
-                piece = np.array(self.tokens[first : first + 2**24])
-                self._resident[first : first + 2**24] = torch.from_numpy(piece.view(signed))
+            for start in range(0, len(self.tokens), 2**24):
+                piece = np.array(self.tokens[start : start + 2**24])
+                self._resident[start : start + 2**24] = torch.from_numpy(piece.view(signed))
 
     def starts(self, step: int) -> np.ndarray:
         """Start of each window of a step in the ring, (windows_per_step,) int64."""
@@ -131,3 +105,32 @@ def validation_windows(tokens: np.ndarray, block_size: int, limit: int) -> np.nd
     chosen = np.linspace(0, available - 1, min(limit, available)).round().astype(np.int64)
     indices = chosen[:, None] * block_size + np.arange(block_size + 1)
     return tokens[indices].astype(np.int64)
+
+
+# A shuffle that needs no table
+
+
+def shuffled(positions: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
+    """Map positions (int64) through a random permutation of range(count), without a table.
+
+    A Feistel network with one round per key (uint64) permutes the numbers below a power of 4; results not below
+    `count` go through it again (cycle walking, Black and Rogaway 2002).
+    """
+    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    result = positions.astype(np.uint64)
+    beyond = np.arange(len(result))
+    while len(beyond):
+        left, right = result[beyond] >> half, result[beyond] & low
+        for key in keys:
+            left, right = right, left ^ (scrambled(right ^ key) & low)
+        result[beyond] = left << half | right
+        beyond = beyond[result[beyond] >= count]
+    return result.astype(np.int64)
+
+
+def scrambled(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's mixing function (Steele et al. 2014), elementwise, modulo 2**64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -19,6 +19,7 @@ from model.runtime import peak_flops
 from model.script import close_output
 from model.settings import flag_name
 from model.training_state import TrainingState
+from model.validation import bits_per_byte
 
 # Up to about four epochs are nearly as good as new data (Muennighoff et al. 2023)
 MANY_EPOCHS = 4
@@ -83,13 +84,14 @@ class ProgressBar:
         self.peak = peak * run.processes.count if peak else None  # FLOP/s
         self.step, self.seconds, self.printed = state.step, state.seconds, time.monotonic()
         self.speed = 0.0  # tokens per second
+        self.loss, self.weight = 0.0, 0.0  # a moving average, and how much of it has been seen
         self.bar = tqdm(
             total=run.recipe.max_steps, initial=state.step, unit="step", dynamic_ncols=True,
             disable=None if self.shows else True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )  # fmt: skip
 
     def update(self, loss: float) -> None:
-        """Show the latest step's loss, and the speed smoothed over about ten calls."""
+        """Show the loss, given the latest step's, and the speed, both smoothed over about ten calls."""
         steps, seconds = self.state.step - self.step, self.state.seconds - self.seconds
         self.step, self.seconds = self.state.step, self.state.seconds
         now = steps * self.run.tokens_per_step / max(seconds, 1e-9)
@@ -98,6 +100,9 @@ class ProgressBar:
         if self.peak:
             mfu = f", MFU {100 * self.flops(self.state.model.depth) * self.speed / self.peak:.1f} %"
         steps_left, minutes_left = self.remaining()
+        if math.isfinite(loss):
+            self.loss, self.weight = 0.9 * self.loss + 0.1 * loss, 0.9 * self.weight + 0.1
+            loss = self.loss / self.weight
         text = f"loss {loss:.3f}, {self.speed:,.0f} tokens/s{mfu}, {minutes_left:.1f} minutes left"
         self.bar.total = self.step + steps_left
         self.bar.set_postfix_str(text, refresh=False)
@@ -154,6 +159,7 @@ def print_end(run: Run, state: TrainingState) -> None:
         f"steps: {state.step}\ntokens: {tokens}\ntraining_seconds: {state.seconds:.1f}\n"
         f"tokens_per_second: {tokens / max(state.seconds, 1e-9):.0f}\n"
         f"best_validation_loss: {state.best_loss:.4f}\n"
+        f"best_bits_per_byte: {bits_per_byte(run, state.best_loss):.4f}\n"
         f"best_checkpoint: {folder}/best.pt\nloss_curve: {folder}/loss_curve.png\n"
         f"stories_on_the_way: {folder}/samples.md\n"
         f"next: {command('generate.py', checkpoint_dir=run.folder)}"

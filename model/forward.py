@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from model.attention import story_mask
 from model.errors import first_line, ran_out_of_memory, require, warn
-from model.gpt import GPT, Attention, rotary_tables, story_mask
+from model.gpt import GPT, Attention, rotary_tables
 from model.run import Run
 from model.runtime import Runtime
 
@@ -64,23 +65,23 @@ def try_flex(run: Run, windows: int) -> tuple[bool, float]:
         if config.blocks == "modern":
             rotary = tuple(table.to(device) for table in rotary_tables(config))
 
-        def attend(x: Tensor, layers: int, blocks: bool) -> Tensor:
-            mask = story_mask(stories, blocks)
+        def attend(x: Tensor, layers: int, flex: bool) -> Tensor:
+            mask = story_mask(stories, flex)
             for _ in range(layers):
                 x = layer(x, rotary, mask)
             return x
 
         compiled = compile_whole(attend)
 
-        def pass_through(function: Callable, layers: int, blocks: bool) -> list[Tensor]:
+        def pass_through(function: Callable, layers: int, flex: bool) -> list[Tensor]:
             with runtime.autocast():
-                y = function(x, layers, blocks)
+                y = function(x, layers, flex)
             return [y, *torch.autograd.grad(y, [x, *layer.parameters()], upstream)]
 
-        def seconds(blocks: bool) -> float:
+        def seconds(flex: bool) -> float:
             started = time.perf_counter()
             for _ in range(10):
-                last = pass_through(compiled, FLEX_LAYERS, blocks)[-1]
+                last = pass_through(compiled, FLEX_LAYERS, flex)[-1]
             last.sum().item()  # waits for the GPU
             return time.perf_counter() - started
 

@@ -8,22 +8,18 @@ Shapes: B sequences, T tokens each, C = n_embd, H heads of size D, V = vocab_siz
 """
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import attend, story_mask
 from model.config import NORM_EPS, GPTConfig
+from model.loss import CrossEntropy, Shortlist
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-# On M1 and M2, PyTorch 2.13 sums wrongly over 32,767 numbers or more, as in the gradient of a large output matrix
-# (pytorch#177116). So that is multiplied in parts, and micro-batches have fewer tokens.
-MPS_TERMS = 32_000
-# Longest context for which CPU training uses plain_attention
-PLAIN_UP_TO = 512
 
 
 def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
@@ -51,49 +47,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), eps=NORM_EPS["modern"])
 
 
-def causal(T: int, device: torch.device) -> Tensor:
-    """Causal mask (T, T), bool: True where the row's token may attend to the column's."""
-    return torch.ones(T, T, dtype=torch.bool, device=device).tril()
-
-
-def story_mask(story_ids: Tensor, blocks: bool = False) -> "Tensor | BlockMask":
-    """Who may attend to whom, given each token's story (B, T): earlier tokens of the same story, and itself.
-
-    A bool tensor (B, 1, T, T), or with `blocks` the form that flex_attention takes, which skips blocks of 128 by 128
-    in which no token may attend to any other.
-    """
-    B, T = story_ids.shape
-    if not blocks:
-        return causal(T, story_ids.device) & (story_ids[:, None, :, None] == story_ids[:, None, None, :])
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def same(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (story_ids[b, q] == story_ids[b, k])
-
-    return create_block_mask(same, B, None, T, T, device=story_ids.device)
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """Causal attention that materialises the scores, with a float32 softmax, (B, H, T, D) -> (B, H, T, D).
-
-    On a CPU this trains faster than the fused kernel, whose backward pass is slow there. In float32, products dominate:
-    queries are taken in quarters, each with the keys up to its end only. In bfloat16 that does not pay.
-    """
-    T = q.size(2)
-    if mask is None:
-        mask = causal(T, q.device)
-    q = q * q.size(-1) ** -0.5
-    rows = -(-T // 4) if v.dtype == torch.float32 else T
-    parts = []
-    for first in range(0, T, rows):
-        end = min(first + rows, T)
-        hidden = torch.where(mask[..., first:end, :end], 0.0, -math.inf)  # float32, as then are the scores
-        scores = q[:, :, first:end] @ k[:, :, :end].mT + hidden
-        weights = scores.softmax(dim=-1).type_as(v)
-        parts.append((F.dropout(weights, dropout) if dropout else weights) @ v[:, :, :end])
-    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-
-
 class Attention(nn.Module):
     """Multi-head self-attention, (B, T, C) -> (B, T, C), with a mask of story_mask(), or a causal one."""
 
@@ -118,17 +71,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, *rotary).type_as(v), rotate(k, *rotary).type_as(v)
         dropout = self.config.dropout if self.training else 0.0
-        if k.size(1) < q.size(1):  # not every attention kernel supports grouped-query attention
-            k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
-        if not (mask is None or isinstance(mask, Tensor)):
-            from torch.nn.attention.flex_attention import flex_attention
-
-            # its kernel on a CPU misreads a v that is not contiguous, so no other is given one
-            y = flex_attention(q, k, v.contiguous(), block_mask=mask)
-        elif self.training and x.device.type == "cpu" and T <= PLAIN_UP_TO:
-            y = plain_attention(q, k, v, mask, dropout)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=mask is None)
+        y = attend(q, k, v, mask, dropout, self.training)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -175,30 +118,6 @@ class Block(nn.Module):
     ) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), rotary, mask))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
-
-
-class Shortlist(NamedTuple):
-    """The tokens of a sampled softmax: see model/sampled_softmax.py."""
-
-    ids: Tensor  # (K,) int64, ascending
-    log_counts: Tensor  # (K,) float32: logarithm of how many tokens each stands for, 0 for itself alone
-
-
-class CrossEntropy(nn.Module):
-    """Mean cross-entropy in nats per token (float32) of hidden states (B, T, C), given the output matrix (V, C) and
-    the targets (B, T); from a shortlist, an estimate."""
-
-    def forward(
-        self, states: Tensor, head_weight: Tensor, targets: Tensor, shortlist: Shortlist | None = None
-    ) -> Tensor:
-        if shortlist is None and head_weight.is_mps:
-            logits = torch.cat([F.linear(states, rows) for rows in head_weight.split(MPS_TERMS)], dim=-1)
-        elif shortlist is None:
-            logits = F.linear(states, head_weight)
-        else:
-            logits = F.linear(states, head_weight[shortlist.ids]) + shortlist.log_counts
-            targets = torch.searchsorted(shortlist.ids, targets.contiguous())
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 class GPT(nn.Module):
@@ -265,7 +184,7 @@ class GPT(nn.Module):
             rotary = self.rotary_cos[:T], self.rotary_sin[:T]
         mask = None
         if story_ids is not None:
-            mask = story_mask(story_ids, blocks=self.flex and torch.compiler.is_compiling())
+            mask = story_mask(story_ids, flex=self.flex and torch.compiler.is_compiling())
         x = self.dropout(x)
         for block in self.blocks[: self.depth]:
             x = block(x, rotary, mask)

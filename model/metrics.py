@@ -30,6 +30,11 @@ class Metrics:
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def training_loss(self) -> float | None:
+        """The latest, smoothed; None if there is none yet."""
+        losses = [row["train_loss"] for row in self.rows if row.get("train_loss") is not None]
+        return smooth(losses)[-1] if losses else None
+
     def draw(self) -> None:
         """Rewrite loss_curve.png and samples.md."""
         draw_loss_curve(self.rows, self.folder / "loss_curve.png")

@@ -66,8 +66,7 @@ class Processes:
         """Sum each tensor over all processes, in place.
 
         All at once, after the backward pass: DistributedDataParallel arranges them anew after its first step, and the
-        order of the additions with them, so that a resumed run of three processes would not repeat every bit. It could
-        not overlap with the backward pass of a compiled model anyway, which delivers all gradients at its end.
+        order of the additions with them, so that a resumed run of three processes would not repeat every bit.
         """
         if self.count > 1:
             together = torch.cat([gradient.flatten() for gradient in gradients])

@@ -16,8 +16,8 @@ from model.batches import Batches, number_stories, validation_windows
 from model.config import CONFIG_FIELDS, LEARNING_RATES, PRESETS, RECIPE_FIELDS, GPTConfig, Recipe
 from model.errors import UserError, require
 from model.files import command, shown
-from model.gpt import MPS_TERMS, Shortlist
 from model.huggingface import Pretrained, load_pretrained
+from model.loss import MPS_TERMS, Shortlist
 from model.packed_data import Data, fingerprints, load_data
 from model.processes import Processes
 from model.runtime import Runtime, choose_device, choose_runtime

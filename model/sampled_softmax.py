@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from model.batches import Batches, to_device
-from model.gpt import Shortlist
+from model.loss import Shortlist
 from model.packed_data import excerpt
 
 SIZE = 0.25  # tokens in a shortlist, as a fraction of the vocabulary

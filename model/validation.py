@@ -26,10 +26,12 @@ def validate(run: Run, model: GPT) -> dict[str, float]:
             total += model(inputs, targets, story_ids).item() * len(windows)
     model.train()
     loss = total / len(run.validation)
-    return {
-        "validation_loss": loss,
-        "bits_per_byte": loss / math.log(2) / run.data.validation.bytes_per_token,
-    }
+    return {"validation_loss": loss, "bits_per_byte": bits_per_byte(run, loss)}
+
+
+def bits_per_byte(run: Run, loss: float) -> float:
+    """Of a validation loss in nats per token."""
+    return loss / math.log(2) / run.data.validation.bytes_per_token
 
 
 def write_sample(run: Run, model: GPT) -> str:

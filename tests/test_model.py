@@ -11,10 +11,10 @@ from torch.nn.attention.flex_attention import create_mask
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from model import gpt
+from model.attention import plain_attention, story_mask
 from model.config import PRESETS, GPTConfig, Recipe
 from model.errors import UserError
-from model.gpt import GPT, plain_attention, story_mask
+from model.gpt import GPT
 from model.huggingface import to_config_json, to_huggingface
 
 torch.set_num_threads(1)
@@ -91,7 +91,7 @@ def test_training_attention_has_the_gradients_of_the_fused_kernel(blocks, dtype,
     """Relative to the norm of a float64 gradient through PyTorch's scaled_dot_product_attention."""
     ids, gradients = token_ids(), []
     for limit, model in ((512, make_model(blocks)), (0, make_model(blocks).double())):
-        monkeypatch.setattr("model.gpt.PLAIN_UP_TO", limit)
+        monkeypatch.setattr("model.attention.PLAIN_UP_TO", limit)
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16 and limit > 0):
             loss = model.train()(ids[:, :-1], ids[:, 1:])
         loss.backward()
@@ -353,7 +353,7 @@ def test_a_shape_that_cannot_be_is_a_user_error(changes, message):
 def test_a_story_mask_in_blocks_is_the_same_mask(length):
     torch.manual_seed(0)
     stories = (torch.rand(3, length) < 0.05).cumsum(1)
-    seen = story_mask(stories, blocks=True).mask_mod
+    seen = story_mask(stories, flex=True).mask_mod
     assert torch.equal(create_mask(seen, 3, 1, length, length, device="cpu"), story_mask(stories))
 
 
@@ -424,7 +424,7 @@ def test_an_output_matrix_multiplied_in_parts_gives_the_same_loss_and_gradients(
     results = []
     for in_parts in (False, True):
         model, ids = make_model(), token_ids()
-        monkeypatch.setattr(gpt, "MPS_TERMS", 10)
+        monkeypatch.setattr("model.loss.MPS_TERMS", 10)
         monkeypatch.setattr(torch.Tensor, "is_mps", in_parts, raising=False)
         assert model.head_weight.is_mps == in_parts
         loss = model(ids[:, :-1], ids[:, 1:])

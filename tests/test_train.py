@@ -22,6 +22,7 @@ import torch
 from conftest import REPO, assert_one_line_error
 
 import train as train_script
+from model.attention import story_mask
 from model.batches import Batches, validation_windows
 from model.bigrams import begin_as_bigrams
 from model.checkpoint import list_checkpoints, load_checkpoint, load_latest, save_checkpoint
@@ -29,7 +30,7 @@ from model.config import GPTConfig, Recipe
 from model.console import ProgressBar, print_plan, print_stop
 from model.errors import UserError, ran_out_of_memory
 from model.forward import choose_flex, flex_may_pay, prepare_forward
-from model.gpt import GPT, story_mask
+from model.gpt import GPT
 from model.metrics import Metrics, read_history, smooth, write_samples
 from model.packed_data import Data, Split, fingerprints, load_data
 from model.processes import Processes, StopRequest, start_processes
@@ -575,7 +576,7 @@ def test_compiled_and_eager_runs_agree_and_a_compiled_one_goes_on_exactly(train,
 def test_two_hundred_fast_steps_are_those_of_the_plain_path(train, monkeypatch):
     """bfloat16 and all that is fast, against float32, the fused attention kernel and one window at a time."""
     fast, _ = train("fast", "--max-steps", 200, "--dtype", "bfloat16", *LARGE_VOCABULARY)
-    monkeypatch.setattr("model.gpt.PLAIN_UP_TO", 0)
+    monkeypatch.setattr("model.attention.PLAIN_UP_TO", 0)
     plain, _ = train("plain", "--max-steps", 200, "--dtype", "float32", "--micro-batch", 1, *LARGE_VOCABULARY)
     assert losses(plain)[-1] < 0.8 * losses(plain)[0]
     np.testing.assert_allclose(losses(fast), losses(plain), rtol=0.02)
@@ -1288,8 +1289,8 @@ def test_flex_attention_is_used_only_if_it_is_right_and_faster(monkeypatch, caps
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     clock = itertools.accumulate(itertools.cycle([0, 1, 0, 2]))  # flex 1 s, plain 2 s, and so on
     monkeypatch.setattr("model.forward.time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    mask = {"right": lambda stories, blocks: story_mask(stories)}
-    mask["wrong"] = lambda stories, blocks: story_mask(torch.zeros_like(stories) if blocks else stories)
+    mask = {"right": lambda stories, flex: story_mask(stories)}
+    mask["wrong"] = lambda stories, flex: story_mask(torch.zeros_like(stories) if flex else stories)
     for name in mask:
         monkeypatch.setattr("model.forward.story_mask", mask[name])
         assert choose_flex(run, 2) == (name == "right")
