@@ -382,7 +382,7 @@ def test_a_folder_of_checkpoints_is_the_best_of_them(make, tmp_path):
 
 
 def test_a_model_too_small_for_its_tokenizer_is_refused(make, tmp_path, monkeypatch):
-    monkeypatch.setattr("model.checkpoint.require_room", lambda *_: None)  # such a checkpoint would not load either
+    monkeypatch.setattr("model.checkpoint.require_room", lambda *_: None)  # checkpoints have that check, too
     folder = run_export("--checkpoint", make(vocab_size=300), "--output", tmp_path / "exported")
     with pytest.raises(UserError, match="has 400 tokens, but the model only 300"):
         load_pretrained_model(str(folder), CPU, 64)
