@@ -42,7 +42,7 @@ from model.optimizer import learning_rate, set_rates
 from model.processes import Processes, StopRequest, start_processes, stop_processes
 from model.run import Run, changed_settings, plan_run
 from model.settings import read_settings, require_within
-from model.training_state import TrainingState, initial_state, rewind
+from model.training_state import TrainingState, initial_state, rewind, ruined
 from model.validation import validate, write_sample
 
 # Edit these or pass them as flags: MAX_STEPS is --max-steps. None takes the preset's value, if nothing else is said.
@@ -289,11 +289,7 @@ def evaluate_and_keep_best(run: Run, state: TrainingState, metrics: Metrics) -> 
     """
     row = {"step": state.step, "tokens": state.step * run.tokens_per_step, **validate(run, state.model)}
     loss, mark = row["validation_loss"], ""
-    require(
-        math.isfinite(loss),
-        f"after step {state.step} the validation loss is {loss}: the model is ruined, and not saved. Try a lower "
-        f"--learning-rate than {run.recipe.learning_rate:g}, with --fresh if its checkpoints are ruined, too",
-    )
+    require(math.isfinite(loss), ruined(run, state.step, f"the validation loss is {loss}"))
     metrics.add({**row, "sample": write_sample(run, state.model)})
     metrics.draw()
     state.last_evaluation = state.step

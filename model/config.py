@@ -201,6 +201,7 @@ PRESETS = {
     "stories-42m": Preset(GPTConfig(vocab_size=32_000, block_size=1_024, n_embd=512)),
     "stories-110m": Preset(
         GPTConfig(vocab_size=32_000, block_size=1_024, n_layer=12, n_head=12, n_embd=768),
+        # the learning rate is a guess, lower than measured for smaller models
         Recipe(batch_tokens=131_072, learning_rate=4e-3, eval_interval=250),
     ),
     "quickstart": Preset(

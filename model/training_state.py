@@ -32,6 +32,14 @@ from model.packed_data import fingerprints
 from model.run import STARTED_EARLIER, Run, remembered
 
 
+def ruined(run: Run, step: int, how: str) -> str:
+    """An error's text."""
+    return (
+        f"after step {step} {how}: the model is ruined, and not saved. Try a lower --learning-rate than "
+        f"{run.recipe.learning_rate:g}, with --fresh if its checkpoints are ruined, too"
+    )
+
+
 @dataclass
 class TrainingState:
     """Everything that changes during training. There is no RNG state: data order and dropout are derived from
@@ -50,7 +58,12 @@ class TrainingState:
     COUNTERS = ("step", "seconds", "best_loss", "last_evaluation")
 
     def snapshot(self, run: Run) -> dict:
-        """This state as a checkpoint, enough to resume, generate, evaluate and export."""
+        """This state as a checkpoint, enough to resume, generate, evaluate and export.
+
+        Raises UserError if a weight is not finite, as after a step with a huge learning rate.
+        """
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all()
+        require(finite, ruined(run, self.step, "some weights are not finite"))
         return {
             "config": asdict(self.model.config),
             "settings": remembered(run.settings),

@@ -116,6 +116,21 @@ def test_a_sequence_is_the_same_in_any_company(blocks, weights, sampling):
         assert len({len(written) for written in alone}) > 3
 
 
+def test_sequences_that_have_ended_soon_take_no_part_in_a_step(monkeypatch):
+    """At most a quarter of the rows are such sequences."""
+    rows, advance = [], Batch.advance
+
+    def counting(batch, most):
+        rows.append(len(batch.tokens))
+        return advance(batch, most)
+
+    monkeypatch.setattr(Batch, "advance", counting)
+    decoder, sampling = Decoder(make_model("modern", noise=0.15)), Sampling(temperature=1.0, top_p=1.0)
+    written = generate_all(decoder, [[EOT]] * 40, 15, EOT, sampling, list(range(40)))
+    going = [sum(len(tokens) > step for tokens in written) for step in range(len(rows))]
+    assert all(3 * rows[step] < 4 * going[step] for step in range(len(rows))) and rows[-1] < 30
+
+
 @needs_kernels
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_p=1.0, min_p=1e-3), Sampling(top_k=700)])
 def test_a_distribution_has_the_same_bits_beside_flatter_ones(sampling):

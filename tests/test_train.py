@@ -1200,6 +1200,10 @@ def test_a_ruined_model_is_no_result(train, tmp_path):
         UserError, match=r"after step 4 the validation loss is (nan|inf).*lower --learning-rate"
     ):
         train("run", *recipe, "--grow-at", 0, "--max-steps", 4, "--eval-interval", 4)
+    recipe += ["--learning-rate", 1e39, "--save-interval", 1]
+    with pytest.raises(UserError, match=r"after step 1 some weights are not finite.*lower --learning-rate"):
+        train("infinite", *recipe, "--grow-at", 0, "--eval-interval", 4)
+    assert not list_checkpoints(tmp_path / "infinite")
     assert not list((tmp_path / "run").glob("*[!y].pt"))  # at most before_decay.pt
     assert "validation" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
