@@ -566,18 +566,21 @@ def test_compiled_and_eager_runs_agree_and_a_compiled_one_goes_on_exactly(train,
     compiled, result = train("compiled", *flags, "--compile", "on")
     assert result.err == ""
     np.testing.assert_allclose(losses(compiled), losses(eager), rtol=1e-5)
-    broken = shutil.copytree(compiled, tmp_path / "broken")
-    for name in ("ckpt_12.pt", "best.pt"):
-        (broken / name).unlink()
-    train("broken", *flags, "--compile", "on")
-    assert_same_run(compiled, broken)
+    for name, mode in (("broken", "on"), ("broken, then eager", "off")):
+        folder = shutil.copytree(compiled, tmp_path / name)
+        for file in ("ckpt_12.pt", "best.pt"):
+            (folder / file).unlink()
+        train(name, *flags, "--compile", mode)
+    assert_same_run(compiled, tmp_path / "broken")
+    np.testing.assert_allclose(losses(tmp_path / "broken, then eager"), losses(eager), rtol=1e-5)
 
 
 def test_two_hundred_fast_steps_are_those_of_the_plain_path(train, monkeypatch):
-    """bfloat16 and all that is fast, against float32, the fused attention kernel and one window at a time."""
-    fast, _ = train("fast", "--max-steps", 200, "--dtype", "bfloat16", *LARGE_VOCABULARY)
+    """Compiled bfloat16 and all that is fast, against float32, the fused attention kernel and one window at a time."""
+    recipe = ["--max-steps", 200, *LARGE_VOCABULARY]
+    fast, _ = train("fast", *recipe, "--dtype", "bfloat16", "--compile", "on")
     monkeypatch.setattr("model.attention.PLAIN_UP_TO", 0)
-    plain, _ = train("plain", "--max-steps", 200, "--dtype", "float32", "--micro-batch", 1, *LARGE_VOCABULARY)
+    plain, _ = train("plain", *recipe, "--dtype", "float32", "--micro-batch", 1)
     assert losses(plain)[-1] < 0.8 * losses(plain)[0]
     np.testing.assert_allclose(losses(fast), losses(plain), rtol=0.02)
 
