@@ -23,9 +23,22 @@ from tokenizers import Tokenizer, normalizers
 import evaluate as script
 from model.candidates import TransformersModel
 from model.checkpoint import save_checkpoint
+from model.decoder import choose_weights
 from model.errors import UserError
 from model.generation import Sampling
-from model.report import NOT_HTML, draw_curves, draw_positions, figure, headline
+from model.report import (
+    COLOURS,
+    NOT_HTML,
+    SCORE_COLUMNS,
+    cells,
+    draw,
+    draw_curves,
+    draw_positions,
+    figure,
+    headline,
+    quality_table,
+    transposed,
+)
 from model.scoring import score_stories
 
 TRAIN = [f"Cat {k} sat on the mat and saw a dog." for k in range(10)]
@@ -124,6 +137,7 @@ def test_the_script_prints_and_writes_the_scores(run, tmp_path, checkpoint, data
     written = json.loads((tmp_path / "scores.json").read_text())
     (row,) = written["results"]
     assert row["step"] == 40 and row["checkpoint"].endswith("ckpt_40.pt")
+    assert row["parameters"] == make_model("modern").count_parameters()
     assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-5)
     low, high = row["bits_per_byte_interval"]
     assert low < row["bits_per_byte"] < high
@@ -172,6 +186,64 @@ def test_a_verdict_needs_more_than_rounding_and_a_few_stories(stories, differenc
 def test_what_is_rounded_to_zero_has_no_minus():
     assert [figure(value, "+.4f") for value in (-1e-9, 1e-9, -0.5)] == ["+0.0000", "+0.0000", "-0.5000"]
     assert [figure(value, ".1%") for value in (-1e-9, -0.5)] == ["0.0%", "-50.0%"]
+
+
+def test_each_figure_is_in_its_column():
+    row = {
+        "checkpoint": "a.pt",
+        "step": 0,
+        "parameters": 1_234_567,
+        "bits_per_byte": 0.51,
+        "difference": -0.04,
+    }
+    row |= {"bits_per_byte_interval": [0.5, 0.52], "difference_interval": [-0.05, 0.03], "verdict": "better"}
+    row |= {"loss": 1.5, "perplexity": 4.48, "accuracy": 0.6, "stories_written_in": "int8"}
+    assert transposed(cells(SCORE_COLUMNS, [row])) == [
+        ["checkpoint", "a.pt"],
+        ["step", "0"],
+        ["parameters", "1,234,567"],
+        ["bits/byte", "0.5100"],
+        ["95 % interval", "0.5000 to 0.5200"],
+        ["against the first", "-0.0400"],
+        ["95 % interval", "-0.0500 to +0.0300"],
+        ["verdict", "better"],
+        ["loss", "1.5000"],
+        ["perplexity", "4.480"],
+        ["accuracy", "60.00%"],
+        ["wrote stories in", "int8"],
+    ]
+    row = {
+        "stories": 1_000,
+        "ended": 0.9,
+        "words": 150.4,
+        "distinct_1": 0.1,
+        "distinct_2": 0.2,
+        "distinct_3": 0.3,
+    }
+    row |= {"repeated_4grams": 0.04, "unseen_words": 0.0, "copied_8grams": 0.5, "mean_longest_copy": 12.5}
+    row |= {"copied_8grams_beyond_real": 0.06, "mean_longest_copy_beyond_real": -1.5, "longest_copy": 77}
+    assert quality_table({"a.pt": row}) == [
+        ["story quality", "a.pt"],
+        ["stories", "1,000"],
+        ["ended by themselves", "90.0%"],
+        ["words per story", "150"],
+        ["distinct-1", "0.100"],
+        ["distinct-2", "0.200"],
+        ["distinct-3", "0.300"],
+        ["4-grams repeated within a story", "4.0%"],
+        ["words in no training story", "0.00%"],
+        ["8-grams found in training", "50.0%"],
+        ["  beyond real stories", "+6.0%"],
+        ["mean longest copied span, tokens", "12.5"],
+        ["  beyond real stories", "-1.5"],
+        ["longest copied span overall", "77"],
+    ]
+
+
+def test_the_legend_names_each_line_beside_its_colour():
+    page = draw(["one", "other"], [([1, 2], [1, 2], {}), ([1, 2], [2, 1], {})], "", "")
+    legend = re.findall(rf"{COLOURS[0]}|{COLOURS[1]}|>one<|>other<", page)[-4:]
+    assert legend == [COLOURS[0], ">one<", COLOURS[1], ">other<"]
 
 
 def test_neither_order_nor_batch_size_changes_a_figure(evaluate, tmp_path):
@@ -236,10 +308,12 @@ def test_a_model_trained_on_other_stories_is_remarked_on(evaluate, checkpoint, d
 
 
 def test_a_text_that_is_named_twice_counts_once(evaluate, tmp_path):
-    (tmp_path / "own.txt").write_text("The cat sat.")
+    (tmp_path / "own.txt").write_text("The cat sat.\n\nA dog ran.\n\nThe end.")
     flags = ["--text", "own.txt", "./own.txt", ".", "--checkpoint", "best"]
     (row,) = evaluate(*flags)["results"]
-    assert row["stories"] == 1
+    assert row["stories"] == 3
+    (row,) = evaluate("--text", "own.txt", "--max-samples", 2)["results"]
+    assert row["stories"] == 2
 
 
 def test_written_stories_are_judged_beside_real_ones(evaluate, tmp_path, capsys):
@@ -262,6 +336,10 @@ def test_stories_of_a_checkpoint_are_the_same_each_time(evaluate):
     one, same, other = (evaluate("--num-stories", 12, "--seed", seed) for seed in (1, 1, 2))
     assert one["written"] == same["written"] != other["written"]
     assert one["quality"] == same["quality"]
+    rows = [report["results"][0] for report in (one, same, other)]
+    first, again, differs = (row["bits_per_byte_interval"] for row in rows)
+    assert first == again != differs
+    assert {row["stories_written_in"] for row in rows} == {choose_weights(CPU, "auto")}
     (name,) = set(one["quality"]) - {"real stories"}
     assert one["quality"][name]["stories"] == 12
     assert [row["prompt"] for row in one["written"]] == script.PROMPT
@@ -270,15 +348,21 @@ def test_stories_of_a_checkpoint_are_the_same_each_time(evaluate):
 def test_a_checkpoint_writes_the_stories_that_generate_writes(
     evaluate, run, checkpoint, tmp_path, monkeypatch
 ):
+    """Of which some are cut."""
     monkeypatch.setattr("model.candidates.WRITTEN_AT_ONCE", 2)
+    monkeypatch.setattr("model.candidates.MAX_TOKENS", 60)
     prompts, flags = [*script.PROMPT[:2], "caf\udce9"], ["--seed", 7, "--device", "cpu"]  # one is not UTF-8
     flags += [word for prompt in prompts for word in ("--prompt", prompt)]
     path = checkpoint / "ckpt_40.pt"
-    run("generate.py", "--checkpoint", path, *flags, "--output", tmp_path / "s.jsonl", check=0)
+    cut = ["--max-tokens", 60, "--output", tmp_path / "s.jsonl"]
+    run("generate.py", "--checkpoint", path, *flags, *cut, check=0)
     rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
-    written = evaluate("--checkpoint", path, *flags)["written"]
-    judged = [story for row in written for story in row["stories"].values()]
+    report = evaluate("--checkpoint", path, *flags)
+    judged = [story for row in report["written"] for story in row["stories"].values()]
     assert judged == [row["prompt"] + row["story"] for row in rows]
+    (name,) = set(report["quality"]) - {"real stories"}
+    ended = np.mean([row["finish_reason"] == "end_of_story" for row in rows])
+    assert 0 < report["quality"][name]["ended"] == ended < 1
 
 
 # Hugging Face models
@@ -401,6 +485,19 @@ def test_a_transformers_model_writes_the_same_in_company(tmp_path, tokenizer, mo
     assert candidate.continue_ids(prompts, [0, 1]) == alone
 
 
+def test_a_transformers_model_cuts_stories_at_their_end_and_prompts_at_the_context(tmp_path, tokenizer):
+    folder = save_transformers(tmp_path / "gpt2", random_transformer("gpt2", context=16), tokenizer)
+    candidate, prompt = TransformersModel(str(folder), CPU), [EOT, 5]
+    candidate.end_id = 299  # rarely drawn
+    one, same, other = (candidate.continue_ids([prompt, prompt], [seed, 0]) for seed in (1, 1, 2))
+    assert one == same != other
+    whole, _ = one[0]
+    candidate.end_id = whole[7]
+    assert candidate.continue_ids([prompt, prompt], [1, 0])[0] == (whole[: whole.index(whole[7])], True)
+    long = [EOT, *range(7, 40)]
+    assert candidate.continue_ids([long], [1]) == candidate.continue_ids([long[-15:]], [1])
+
+
 def break_folder(folder, damage):
     if damage == "weights":
         (folder / "model.safetensors").write_bytes(b"nothing")
@@ -493,10 +590,11 @@ def test_the_report_is_one_page_with_everything(evaluate, tmp_path):
     assert "n_layer" in said and "prefers-color-scheme: dark" in text
 
 
-def test_a_name_with_dollars_is_not_a_formula(evaluate, checkpoint, tmp_path):
+def test_a_name_with_dollars_is_not_a_formula(evaluate, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "REPORT_STORIES", 2)
     name = "_$x^$.pt"
     shutil.copy(checkpoint / "best.pt", tmp_path / name)
-    evaluate("--report", "r.html", "--checkpoint", name, "--num-stories", 1)
+    assert evaluate("--report", "r.html", "--checkpoint", name)["quality"][name]["stories"] == 2
     words = Page((tmp_path / "r.html").read_text(encoding="utf-8")).words
     assert (
         sum(word.strip() == name for word in words) >= 2

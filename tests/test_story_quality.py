@@ -141,6 +141,7 @@ def test_a_group_of_training_stories_is_all_copied(data):
     figures = describe(groups, packed)
     assert figures["copies"]["copied_8grams"] == 1 and figures["copies"]["unseen_words"] == 0
     assert figures["copies"]["longest_copy"] == len(stories[1].encode())
+    assert figures["copies"]["mean_longest_copy"] == np.mean([len(story.encode()) for story in stories])
     assert figures["copies"]["longest_copy_text"] == stories[1]
     assert figures["copies"]["ended"] == pytest.approx(2 / 3)
     assert figures["new"]["copied_8grams"] == 0 and figures["new"]["longest_copy"] == 0
