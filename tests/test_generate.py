@@ -16,13 +16,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import REPO, assert_one_line_error
 from test_decoder import needs_kernels
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from model.candidates import MAX_TOKENS
 from model.generation import Sampling
-from model.settings import read_constants
+from model.settings import read_constants, read_settings
 from model.story_quality import read_written
 
 
@@ -58,7 +59,8 @@ def test_without_a_seed_each_story_is_new_and_its_seed_is_said(generate):
 def test_stories_go_to_a_file_one_json_object_a_line(generate, tmp_path):
     (tmp_path / "prompts.txt").write_text("Once\n\nThe big dog \n")
     flags = ["--prompt", "One day", "--prompts-file", tmp_path / "prompts.txt", "--num-samples", 2]
-    generate(*flags, "--max-tokens", 9, "--seed", 5, "--output", tmp_path / "stories.jsonl", check=0)
+    output = ["--output", tmp_path / "stories.jsonl"]
+    result = generate(*flags, "--max-tokens", 9, "--seed", 5, *output, check=0)
     rows = read_rows(tmp_path / "stories.jsonl")
     assert [row["prompt"] for row in rows] == [
         p for p in ("One day", "Once", "The big dog") for _ in range(2)
@@ -67,6 +69,8 @@ def test_stories_go_to_a_file_one_json_object_a_line(generate, tmp_path):
     for row in rows:
         assert row["finish_reason"] == ("length" if row["tokens"] == 9 else "end_of_story")
         assert row["tokens"] <= 9 and isinstance(row["story"], str)
+    cut = sum(row["finish_reason"] == "length" for row in rows)
+    assert cut and result.stderr.endswith(f"; {cut} cut at --max-tokens\n")
 
 
 def test_a_line_is_a_story_whatever_it_holds(generate, run, tmp_path):
@@ -369,10 +373,12 @@ def test_stories_that_have_ended_survive_ctrl_c(trained, tmp_path, monkeypatch, 
 
 
 @needs_kernels
-def test_a_cpu_writes_in_int8_by_default(generate):
-    results = [
-        generate("--dtype", dtype, "--max-tokens", 8, "--seed", 1, check=0) for dtype in ("auto", "int8")
-    ]
-    assert results[0].stdout == results[1].stdout != ""
-    remarks = [result.stderr.splitlines()[0] for result in results]
-    assert remarks[0] == remarks[1] and "parameters in int8" in remarks[0]
+@pytest.mark.parametrize(("flags", "dtype"), [([], "int8"), (["--dtype", "float32"], "float32")])
+def test_a_cpu_writes_in_int8_unless_asked_otherwise(trained, flags, dtype):
+    import generate as script
+
+    settings = read_settings(REPO / "generate.py", flags)
+    writer, about = script.load_writer(trained / "best.pt", settings, Sampling(), [""])
+    assert f"parameters in {dtype}" in about
+    weights, *_ = writer.decoder.network.head.tensors
+    assert weights.dtype == getattr(torch, dtype)

@@ -1,6 +1,8 @@
 """The kernels in C against the model in float64, and against decoding without them."""
 
 import copy
+import platform
+import shutil
 from itertools import cycle
 from types import SimpleNamespace
 
@@ -13,10 +15,11 @@ from model.decoder import Decoder, KVCache, choose_weights
 from model.errors import UserError
 
 pytestmark = needs_kernels
+SHAPES = [{}, {"tie_weights": False}, {"n_embd": 60, "n_head": 2}, {"n_embd": 30, "n_head": 3}, {"n_embd": 8}]
 
 
 @pytest.mark.parametrize("chunks", [[32], [1] * 32, [5, 1, 7, 19], [31, 1]])
-@pytest.mark.parametrize("shape", [{}, {"tie_weights": False}, {"n_embd": 60, "n_head": 2}, {"n_embd": 8}])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("blocks", FAMILIES)
 @torch.no_grad()
 def test_the_kernels_give_the_logits_of_float64(blocks, shape, chunks):
@@ -33,21 +36,24 @@ def test_the_kernels_give_the_logits_of_float64(blocks, shape, chunks):
             assert 0 < (logits - expected).norm() / expected.norm() < tolerance
 
 
-@pytest.mark.parametrize("size", [32, 48, 64, 128, 20])
+@pytest.mark.parametrize("size", [32, 48, 64, 128, 20, 144])
 @pytest.mark.parametrize("blocks", FAMILIES)
 @torch.no_grad()
 def test_keys_and_values_may_have_16_bits(blocks, size):
-    """For the head sizes with code of their own, and for another: logits within 2 % of float64."""
+    """For the head sizes with code of their own, and for others: logits within 2 % of float64."""
     model, ids = make_model(blocks, n_embd=2 * size, n_head=2), token_ids()
     exact = copy.deepcopy(model).double()(ids)[:, -1]
-    errors = []
+    errors, caches = [], []
     for dtype in (torch.float32, torch.bfloat16):
         decoder = Decoder(model)
         assert decoder.cache_dtype == torch.float32 and Decoder(model, "int8").cache_dtype == torch.bfloat16
         decoder.cache_dtype = dtype
-        logits = decoder(ids, KVCache(decoder, len(ids), 32))
+        caches.append(KVCache(decoder, len(ids), 32))
+        logits = decoder(ids, caches[-1])
         errors.append(((logits - exact).norm() / exact.norm()).item())
     assert errors[0] < 1e-5 < errors[1] < 0.02
+    wide, narrow = caches
+    assert torch.equal(wide.k[0].bfloat16(), narrow.k[0]) and torch.equal(wide.v[0].bfloat16(), narrow.v[0])
 
 
 @torch.no_grad()
@@ -180,6 +186,21 @@ def round_to_int8(norm, matrix):
 def rounded_rows(x):
     scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
     return (x / scale).round() * scale
+
+
+OLDER_PROCESSORS = ["-mno-avx512f", "-mno-avx512f -mno-avx2"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("gcc"), reason="gcc's options for x86")
+@pytest.mark.parametrize("options", OLDER_PROCESSORS)
+def test_code_for_older_processors_computes_the_same(monkeypatch, options):
+    monkeypatch.setenv("CC", f"gcc {options}")
+    older = kernels.load.__wrapped__()
+    assert older.library._name != kernels.load().library._name
+    monkeypatch.setattr(kernels, "load", lambda: older)
+    test_int8_numbers_are_the_nearest_multiples_of_a_rows_scale()
+    for blocks in FAMILIES:
+        test_the_kernels_give_the_logits_of_float64(blocks, {"n_embd": 30, "n_head": 3}, [5, 1, 7, 19])
 
 
 @pytest.mark.parametrize("count", [1, 7, 64, 100])
