@@ -122,11 +122,19 @@ def test_a_run_leaves_what_it_promises(train):
     evaluations = [row for row in rows if "validation_loss" in row]
     assert [row["step"] for row in evaluations] == [4, 8, 12]
     assert evaluations[-1]["validation_loss"] < evaluations[0]["validation_loss"] < 6.1
+    for row in evaluations:
+        figures = f"validation loss {row['validation_loss']:.4f} nats per token (training loss "
+        figures += (
+            f"{smooth(losses(folder)[: row['step']])[-1]:.3f}), {row['bits_per_byte']:.4f} bits per byte"
+        )
+        assert f"step {row['step']}: {figures}" in result.out
     best = load_checkpoint(folder / "best.pt")
     assert best["best_loss"] == min(row["validation_loss"] for row in evaluations)
     assert (folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "samples.md").read_text().count("Once upon a time") == 3
     assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
+    assert f"best_validation_loss: {best['best_loss']:.4f}\n" in result.out
+    assert f"best_bits_per_byte: {min(row['bits_per_byte'] for row in evaluations):.4f}\n" in result.out
     assert "best_checkpoint" in result.out and result.err == ""
 
 
@@ -241,7 +249,7 @@ def test_losses_are_those_of_a_plain_loop(train, packed, mask, grow_at, vocab_si
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     batches = Batches(data.train.tokens, 32, 16, seed=1337)
-    expected, ends = [], 0
+    expected, norms, ends = [], [], 0
     for step in range(12):
         windows = torch.from_numpy(batches.windows(batches.starts(step)))
         inputs, stories = windows[:, :-1], None
@@ -258,7 +266,7 @@ def test_losses_are_those_of_a_plain_loop(train, packed, mask, grow_at, vocab_si
         loss.backward()
         if step < 12 * grow_at:
             second.zero_grad()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         for group in optimizer.param_groups:
             warmup = min(1, (step + 1) / 2)
             group["lr"] = 1e-3 * warmup * (1 + np.cos(np.pi * step / 12)) / 2
@@ -268,6 +276,8 @@ def test_losses_are_those_of_a_plain_loop(train, packed, mask, grow_at, vocab_si
         ends += (inputs == data.eot_id).sum().item()
     assert ends > 5
     np.testing.assert_allclose(losses(folder), expected, rtol=2e-6)
+    rows = [row for row in metrics(folder) if "train_loss" in row]
+    np.testing.assert_allclose([row["gradient_norm"] for row in rows], norms, rtol=1e-4)
 
 
 def test_validation_keeps_to_the_story_too_and_drops_nothing(packed):
@@ -333,6 +343,27 @@ def test_the_second_half_of_the_blocks_joins_later(train, bigrams):
         assert not (silent and torch.equal(weight, after["weights"][name]))
 
 
+def make_progress_bar(recipe, depth):
+    """At step 100, after 50 seconds."""
+    config = GPTConfig(400, 32, 4, 2, 32)
+    model = GPT(config)
+    model.set_depth(depth)
+    state = TrainingState(model, [], None, step=100, seconds=50.0)
+    runtime = Runtime(torch.device("cpu"), torch.float32, False, "")
+    run = make_run(recipe=recipe, config=config, runtime=runtime, processes=Processes(rank=1, count=2))
+    vars(run)["shortlists"] = SimpleNamespace(size=100)
+    return ProgressBar(run, state, stop=None)
+
+
+def test_the_loss_shown_is_a_moving_average_without_what_is_not_finite():
+    bar, shown = make_progress_bar(Recipe(max_steps=1_000), depth=4), []
+    for loss in (3.0, 1.0, math.nan, 1.0):
+        bar.state.step, bar.state.seconds = bar.state.step + 1, bar.state.seconds + 1
+        bar.update(loss)
+        shown.append(bar.bar.postfix.partition(",")[0])
+    assert shown == ["loss 3.000", "loss 1.947", "loss nan", "loss 1.598"]
+
+
 @pytest.mark.parametrize(
     "limits",
     [
@@ -346,14 +377,8 @@ def test_the_second_half_of_the_blocks_joins_later(train, bigrams):
 def test_the_time_left_includes_that_steps_become_slower(limits, depth, grow_at):
     """Against steps counted one by one, from step 100 after 50 seconds, at half a second per step for now."""
     recipe = Recipe(**{"max_steps": 1_000, "grow_at": grow_at, "batch_tokens": 512, **limits})
-    config = GPTConfig(400, 32, 4, 2, 32)
-    model = GPT(config)
-    model.set_depth(depth)
-    state = TrainingState(model, [], None, step=100, seconds=50.0)
-    runtime = Runtime(torch.device("cpu"), torch.float32, False, "")
-    run = make_run(recipe=recipe, config=config, runtime=runtime, processes=Processes(rank=1, count=2))
-    vars(run)["shortlists"] = SimpleNamespace(size=100)
-    bar = ProgressBar(run, state, stop=None)
+    bar = make_progress_bar(recipe, depth)
+    state, model = bar.state, bar.state.model
     bar.speed = 1_024.0
     slower = model.flops_per_token(4, 100) / model.flops_per_token(depth, 100)
     assert 1 < slower < 2 if depth == 2 else slower == 1
@@ -611,7 +636,8 @@ def clock(monkeypatch):
 
 
 def test_the_clock_counts_nothing_but_steps(train, clock):
-    folder, _ = train("run", "--no-bigram-start")
+    folder, result = train("run", "--no-bigram-start")
+    assert "tokens_per_second: 512\n" in result.out
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "train_loss" in row]
     counted = [(row["tokens"], row["seconds"], row["tokens_per_second"]) for row in rows]
@@ -1249,9 +1275,14 @@ def test_micro_batches_are_equal_if_slightly_smaller_ones_are(monkeypatch, windo
 
 
 def test_all_processes_take_the_smallest_micro_batch(monkeypatch):
-    """One of them, with 36 windows to the other's 35, has memory for 9 at once, the other for 6."""
-    answers = iter([(35, 36), (6, 9), (6, 6)])
-    monkeypatch.setattr(Processes, "extremes", lambda self, number: next(answers))
+    """One of them, with 36 windows to the other's 35, has memory for 6 at once, the other for 9."""
+    others = iter([36, 6, 6])
+
+    def all_reduce(facts, op):
+        other = next(others)
+        facts.copy_(torch.maximum(facts, torch.tensor([-other, other])))
+
+    monkeypatch.setattr("model.processes.dist.all_reduce", all_reduce)
     monkeypatch.setattr("model.forward.guess_micro_batch", lambda model, runtime: 9)
     tried = []
     monkeypatch.setattr("model.forward.try_out", lambda run, forward, size: tried.append(size))
@@ -1442,9 +1473,16 @@ def test_killed_again_and_again_it_ends_as_if_never_interrupted(run, packed):
     assert result.returncode == 0 and "identical: True" in result.stdout, result.stdout + result.stderr
 
 
-def test_evaluating_more_often_does_not_change_training(train):
-    seldom, _ = train("seldom", "--eval-interval", 12, "--dropout", 0.1)
-    often, _ = train("often", "--eval-interval", 1, "--dropout", 0.1)
+def test_evaluating_more_often_does_not_change_training(train, monkeypatch):
+    """With a seed of dropout for each micro-batch of each step."""
+    seeds, dropout_seed = [], train_script.dropout_seed
+    monkeypatch.setattr(
+        train_script, "dropout_seed", lambda *numbers: seeds.append(dropout_seed(*numbers)) or seeds[-1]
+    )
+    flags = ["--dropout", 0.1, "--micro-batch", 8]
+    seldom, _ = train("seldom", *flags, "--eval-interval", 12)
+    assert len(set(seeds)) == len(seeds) == 12 * 2
+    often, _ = train("often", *flags, "--eval-interval", 1)
     np.testing.assert_array_equal(losses(seldom), losses(often))
 
 
