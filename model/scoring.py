@@ -24,6 +24,7 @@ from model.runtime import GPU_LOGITS, Runtime, tokens_at_once
 
 # Logits computed at once. A CPU is fastest while they fit in its caches.
 CPU_LOGITS = 256 * 10_000
+ENCODED_AT_ONCE = 1_000  # stories: the tokenizer's output takes ten times the memory of their ids
 SEARCH_BLOCK = 200  # see largest(); divides 10,000 and 32,000
 RESAMPLES = 1_000
 
@@ -89,8 +90,8 @@ def sliding_windows(story: int, length: int, block_size: int) -> list[Window]:
 def encode_stories(candidate: Candidate, stories: list[str]) -> list[np.ndarray]:
     """Each story's token ids, enclosed in the start and end tokens."""
     sequences = []
-    for first in range(0, len(stories), 1_000):  # tokenizer output takes ten times the memory
-        part = stories[first : first + 1_000]
+    for first in range(0, len(stories), ENCODED_AT_ONCE):
+        part = stories[first : first + ENCODED_AT_ONCE]
         for encoding in candidate.tokenizer.encode_batch_fast(part, add_special_tokens=False):
             sequences.append(np.array([candidate.start_id, *encoding.ids, candidate.end_id], np.int32))
     highest_id = max(int(ids.max()) for ids in sequences)

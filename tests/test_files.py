@@ -1,6 +1,7 @@
 """Files and folders are written whole or not at all, and nothing is lost where that fails."""
 
 import errno
+import hashlib
 import os
 import platform
 import shutil
@@ -13,7 +14,15 @@ from conftest import REPO
 from model import files
 from model.checkpoint import locked
 from model.errors import UserError
-from model.files import atomic_folder, atomic_write, command, file_to_write, naming, remove_leftovers
+from model.files import (
+    atomic_folder,
+    atomic_write,
+    command,
+    file_to_write,
+    naming,
+    remove_leftovers,
+    sha256_file,
+)
 from model.runtime import discard_unfinished, marking
 
 DEAD = 2**22 + 1  # beyond the numbers that Linux gives to processes
@@ -95,6 +104,12 @@ def test_a_full_disk_is_said_with_the_name_of_the_file(tmp_path):
         with pytest.raises(OSError) as caught, block():
             raise OSError(errno.ENOSPC, "No space left on device")
         assert caught.value.filename == str(tmp_path / "a")
+
+
+def test_the_digest_is_of_the_whole_file(tmp_path):
+    whole = bytes(range(256)) * 12_000  # more than is read at once
+    (tmp_path / "a").write_bytes(whole)
+    assert sha256_file(tmp_path / "a") == hashlib.sha256(whole).hexdigest()
 
 
 def test_a_command_has_the_folders_that_the_script_would_not_take_by_itself(monkeypatch):

@@ -145,9 +145,10 @@ def test_the_batch_size_changes_nothing(tokenizer, batch_size):
     np.testing.assert_allclose(scores.loss, expected.loss, rtol=1e-6)
 
 
-def test_the_order_of_the_stories_changes_nothing(tokenizer):
+def test_the_order_of_the_stories_changes_nothing(tokenizer, monkeypatch):
     model = make_model("modern").double()
     expected = score(model, tokenizer)
+    monkeypatch.setattr(scoring, "ENCODED_AT_ONCE", 3)
     order = np.random.default_rng(0).permutation(len(STORIES))
     scores = score(model, tokenizer, [STORIES[k] for k in order], batch_size=3)
     for name in ("right", "tokens", "bytes"):
@@ -155,12 +156,14 @@ def test_the_order_of_the_stories_changes_nothing(tokenizer):
     np.testing.assert_allclose(scores.loss, expected.loss[order], rtol=1e-6)
 
 
-def test_bfloat16_scores_are_close(tokenizer):
-    """Within 1 %: eight bits a number, and the errors of many tokens even out."""
-    model = make_model("modern")
+def test_bfloat16_scores_are_close(tokenizer, monkeypatch):
+    """Within 1 %: eight bits a number, and the errors of many tokens even out. Probabilities are in float32."""
+    model, dtypes, largest = make_model("modern"), [], scoring.largest
+    monkeypatch.setattr(scoring, "largest", lambda logits: dtypes.append(logits.dtype) or largest(logits))
     rough = Runtime(torch.device("cpu"), torch.bfloat16, False, "")
     scores = score(model, tokenizer, runtime=rough)
     assert scores.loss.sum() == pytest.approx(score(model, tokenizer).loss.sum(), rel=0.01)
+    assert set(dtypes) == {torch.float32}
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 8, 15, 16])
