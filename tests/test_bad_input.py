@@ -42,8 +42,9 @@ def test_steps_out_of_order_name_the_command_to_run(refused, packed, tmp_path):
     assert_refused("data/prepare_data.py", data, "no tokenizer", "python data/train_tokenizer.py")
     assert not (tmp_path / "data" / "processed").exists()
     assert_refused("train.py", data + checkpoints, "no packed stories", "python data/prepare_data.py")
-    for script in ("generate.py", "evaluate.py"):
+    for script in ("generate.py", "evaluate.py", "export.py"):
         assert_refused(script, checkpoints, "no checkpoint", "python train.py")
+        assert_refused(script, [f"--out_dir={checkpoints[1]}"], f"no checkpoint in {checkpoints[1]}")
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -73,6 +74,9 @@ def test_steps_out_of_order_name_the_command_to_run(refused, packed, tmp_path):
         ),
         (["--max-minutes", "inf"], ["max_minutes must be above 0 and finite, not inf"]),
         (["--learning-rate", "nan"], ["learning_rate must be above 0, not nan"]),
+        (["--wandb_log=True"], ["no flag --wandb_log: metrics.jsonl has every number"]),
+        (["--bias=False"], ["no flag --bias: --blocks gpt2 has biases"]),
+        (["--eval_only"], ["no flag --eval_only: evaluate.py scores a checkpoint"]),
     ],
 )
 def test_train_refuses(refused, packed, tmp_path, flags, needles):

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import ingestion
+from data.hub_stories import open_hub
 from data.stories import BATCH_BYTES, raw_batches
 from data.story_files import find_files, read_file
 from model.errors import UserError
@@ -232,6 +233,11 @@ BROKEN = {
 }
 
 
+def test_a_blank_line_of_a_csv_is_an_empty_story(tmp_path):
+    (tmp_path / "stories.csv").write_text("id,text\n1,one\n\n3,three\n")
+    assert list(read_file(tmp_path / "stories.csv", "text")) == ["one", "", "three"]
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_wrong_with_a_file_is_said_with_its_place(tmp_path, name):
     content, message = BROKEN[name]
@@ -276,6 +282,13 @@ def test_mixed_sources_line_ends_duplicates_and_empties(run, tmp_path):
     assert leftovers == sorted(
         ["manifest.json", *["data-00000-of-00001.arrow", "dataset_info.json", "state.json"] * 2]
     )
+
+
+def test_the_seed_decides_the_built_in_stories():
+    def stories(seed):
+        return list(ingestion.open_source("sample", 3, SimpleNamespace(seed=seed), None)["train"])
+
+    assert stories(1) == stories(1) != stories(2)
 
 
 def test_the_drawn_part_depends_on_the_seed_alone(tmp_path, run):
@@ -621,6 +634,17 @@ def test_hub_without_a_validation_split(run, tmp_path, hub, limit):
     run("data/ingestion.py", *arguments, "--data-dir", tmp_path, env=hub[0], check=0)
     train, validation = read_all(tmp_path)
     assert len(train) == (limit or 28) and len(validation) == (1 if limit else 2)
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
+def test_a_hub_validation_split_has_one_of_several_names(monkeypatch, tmp_path, name):
+    splits = {split: datasets.Dataset.from_dict({"text": [split]}) for split in ("test", name, "train")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(splits))
+    stories = open_hub("someone/stories", "text", False, tmp_path)
+    assert {part: list(texts) for part, texts in stories.items()} == {
+        "train": ["train"],
+        "validation": [name],
+    }
 
 
 @pytest.mark.parametrize(

@@ -81,13 +81,13 @@ def meta(data_dir):
     return json.loads((data_dir / "processed" / "meta.json").read_text(encoding="utf-8"))
 
 
-def test_the_files_hold_each_storys_tokens_and_an_end_of_text(run, data_dir, monkeypatch):
+def test_the_files_hold_each_storys_tokens_and_an_end_of_text(data_dir, monkeypatch, capsys):
     assert PRESETS["stories-9m"].config.block_size == prepare_data.CONTEXT  # the default model's
     monkeypatch.setattr("data.stories.BATCH", 7)  # several batches, the last one short
     monkeypatch.setattr(prepare_data, "CONTEXT", 42)  # between the lengths of these stories
     monkeypatch.setattr("sys.argv", ["prepare_data.py", "--data-dir", str(data_dir)])
     prepare_data.main()
-    written = meta(data_dir)
+    written, said = meta(data_dir), capsys.readouterr().out
     assert written["dtype"] == "uint16" and written["vocab_size"] == 261 and written["eot_id"] == 256
     tokenizer_file = data_dir / "tokenizer" / "tokenizer.json"
     assert written["tokenizer_sha256"] == hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
@@ -103,6 +103,7 @@ def test_the_files_hold_each_storys_tokens_and_an_end_of_text(run, data_dir, mon
         assert counts["longer"] == sum(length > 42 for length in lengths)
         assert split == "validation" or 0 < counts["longer"] < counts["stories"]
         assert counts["bytes"] == sum(len(story.encode()) for story in stories)
+        assert f"{counts['bytes'] / len(ids):.2f} bytes per token" in said
         assert counts["sha256"] == hashlib.sha256(content).hexdigest()
         assert counts["raw_sha256"] == read_manifest(data_dir)["splits"][split]["sha256"]
     assert sorted(path.name for path in (data_dir / "processed").iterdir()) == [

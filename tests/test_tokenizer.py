@@ -181,8 +181,11 @@ def test_the_script_says_what_it_did_and_when_there_is_nothing_to_do(run, unmade
     arguments = ("data/train_tokenizer.py", "--vocab-size", 340, "--data-dir", unmade)
     first = run(*arguments, check=0)
     assert first.stderr == "" and "340 tokens" in first.stdout and "Once|" in first.stdout
-    assert "bytes" in first.stdout and "data/prepare_data.py" in first.stdout
     path = unmade / "tokenizer" / "tokenizer.json"
+    stories = datasets.load_from_disk(str(unmade / "raw" / "train"))["text"][:]
+    tokens = sum(len(encoding.ids) for encoding in Tokenizer.from_file(str(path)).encode_batch(stories))
+    ratio = sum(len(story.encode()) for story in stories) / tokens
+    assert f"{ratio:.2f} bytes per token" in first.stdout and "data/prepare_data.py" in first.stdout
     content, made = path.read_bytes(), path.stat().st_mtime_ns
     assert "up to date" in run(*arguments, check=0).stdout and path.stat().st_mtime_ns == made
 
