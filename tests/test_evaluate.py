@@ -350,11 +350,11 @@ def test_a_checkpoint_writes_the_stories_that_generate_writes(
 ):
     """Of which some are cut."""
     monkeypatch.setattr("model.candidates.WRITTEN_AT_ONCE", 2)
-    monkeypatch.setattr("model.candidates.MAX_TOKENS", 60)
+    monkeypatch.setattr("model.candidates.MAX_TOKENS", 120)
     prompts, flags = [*script.PROMPT[:2], "caf\udce9"], ["--seed", 7, "--device", "cpu"]  # one is not UTF-8
     flags += [word for prompt in prompts for word in ("--prompt", prompt)]
     path = checkpoint / "ckpt_40.pt"
-    cut = ["--max-tokens", 60, "--output", tmp_path / "s.jsonl"]
+    cut = ["--max-tokens", 120, "--output", tmp_path / "s.jsonl"]
     run("generate.py", "--checkpoint", path, *flags, *cut, check=0)
     rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     report = evaluate("--checkpoint", path, *flags)
