@@ -4,8 +4,8 @@ python benchmarks/learning_speed.py                 8 minutes of training for ea
 python benchmarks/learning_speed.py --minutes 2
 
 Both are trained by train.py, so the reference benefits from its speed too. The reference is nanoGPT's recipe, scaled
-to a CPU, with shape 8/8/256: GPT-2's blocks, AdamW (0.9, 0.95) with weight decay 0.1, a learning rate of 1e-3 after 5
-% warm-up, cosine decay to a tenth, gradients clipped at 1, 2,048 tokens per step, and on a CPU, as nanoGPT trains in
+to a CPU, with shape 8/8/256: GPT-2's blocks, AdamW (0.9, 0.95) with weight decay 0.1, a learning rate of 1e-3 after
+5 % warm-up, cosine decay to a tenth, gradients clipped at 1, 2,048 tokens per step, and on a CPU, as nanoGPT trains in
 float32 there, float32 unless --reference-dtype auto gives it the precision of the default recipe. Only training time
 counts, not compilation, saving and evaluation (the total time is printed too). Scores are evaluate.py's. The default
 recipe is also trained with a small fraction of the time, because a run planned to be short decays its learning rate
