@@ -159,7 +159,12 @@ def write_stories(writer: "Writer", prompts: list[str], seed: int, output: Path 
         print("\n---\n".join(row["prompt"] + row["story"] for row in rows))
     seconds, tokens = time.perf_counter() - started, sum(row["tokens"] for row in rows)
     if output is not None and rows:
-        write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        try:
+            write_text(output, lines)
+        except OSError:
+            print(lines, end="")  # rather than lose them
+            raise
         print(f"wrote {count_text(len(rows), 'story', 'stories')} to {shown(output)}")
     if stopped:
         remark(f"stopped: {len(rows):,} of {len(prompts):,} stories are complete")

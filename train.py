@@ -169,9 +169,6 @@ def start(settings: SimpleNamespace, processes: Processes) -> None:
         path, checkpoint = (None if fresh else load_latest(folder)) or (None, None)
         run = plan_run(settings, processes, checkpoint)
         processes.wait()  # all have read, so the first may move files
-        if processes.first and not checkpoint and (moved := set_aside(folder)):
-            print(f"moved the earlier run to {shown(moved)}")
-        processes.remember("begun")
         if checkpoint:
             if processes.first and (changes := changed_settings(settings, checkpoint)):
                 print(f"changed      {'; '.join(changes.values())}")
@@ -191,6 +188,10 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
         earliest == latest,
         "the processes found different checkpoints: all must see the same --checkpoint-dir",
     )
+    # Only now: a model that is too large moves no run
+    if processes.first and not checkpoint and (moved := set_aside(folder)):
+        print(f"moved the earlier run to {shown(moved)}")
+    processes.remember("begun")
     processes.take_first(state.model.parameters())
     if processes.first:
         print_plan(run, state, path)

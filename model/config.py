@@ -113,7 +113,7 @@ class Recipe:
         require_within(
             self, learning_rate="(0, inf)", final_learning_rate="[0, inf)", warmup_steps="[0, inf)"
         )
-        require_within(self, weight_decay="[0, inf)", grad_clip="[0, inf)", max_minutes="(0, inf)")
+        require_within(self, weight_decay="[0, inf)", grad_clip="[0, inf)", max_minutes="(0, 1e9]")
         require_within(self, decay_fraction="(0, 1]", grow_at="[0, 1)")
         require(self.max_steps or self.max_minutes, "a run needs an end: set max_steps or max_minutes")
         require(self.optimizer in OPTIMIZERS, f"optimizer must be muon or adamw, not {self.optimizer!r}")

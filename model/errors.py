@@ -35,6 +35,8 @@ def needs(package: str, purpose: str) -> ModuleType:
 def first_line(error: Exception) -> str:
     """The first line of a library's error, short enough for a one-line message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "Output:" in lines:  # of a compiler, after its command
+        lines = [line for line in lines[lines.index("Output:") + 1 :] if line.strip()] or lines
     heading = lines[0].rstrip().endswith(":")  # which says nothing by itself
     text = " ".join(lines[:2]) if heading else lines[0]
     if isinstance(error, KeyError):

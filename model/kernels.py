@@ -65,7 +65,7 @@ def load() -> Kernels:
             # not CDLL, which would let Python's other threads run meanwhile, and use the scratch memory at once
             library = ctypes.PyDLL(str(compiled([*compiler, *FLAGS, openmp])))
         except subprocess.CalledProcessError as error:
-            reason = f"{compiler[0]}: {first_line(error.stderr.strip() or error)}"
+            reason = f"{compiler[0]}: {first_line(error.stderr.strip() or f'exit status {error.returncode}')}"
         except OSError as error:
             reason = first_line(error)
         else:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from model.errors import UserError, warn
-from model.files import lives
+from model.files import lives, nearest_existing
 from model.settings import REPO
 
 # Dense bfloat16 (float16 on the T4 and V100) peak in FLOP/s, from the vendors' data sheets
@@ -144,12 +144,28 @@ def choose_compile(device: torch.device, name: str) -> tuple[bool, str]:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
         return False, "this GPU is too old"
     # what the compiler's back ends call: Inductor's C++ on a CPU, Triton's launchers in C on a GPU
-    language, names = ("C++", ["g++", "clang++", "c++"]) if device.type == "cpu" else ("C", ["gcc", "clang"])
-    if not any(shutil.which(name) for name in [*names, os.environ.get("CC", "")]):
-        return False, f"no {language} compiler here"
+    if not (cpp_compiler() if device.type == "cpu" else find_program(os.environ.get("CC"), "gcc", "clang")):
+        return False, f"no {'C++' if device.type == 'cpu' else 'C'} compiler here"
+    if device.type == "cpu" and re.search(r"\s", f"{compiled_folder()}{torch.__file__}"):
+        return False, "a folder on its way has a space in its name, which PyTorch's compiler cannot take"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return False, "no Python headers here (python3-dev)"
     return True, "the first step takes longer"
+
+
+def find_program(*names: str | None) -> str | None:
+    """The first of these programs that is installed."""
+    return next((name for name in names if name and shutil.which(name)), None)
+
+
+def cpp_compiler() -> str | None:
+    return find_program(os.environ.get("CXX"), "g++", "clang++", "c++")
+
+
+def compiled_folder() -> str | None:
+    """Where compiled code is kept; None, if this repository cannot be written: in PyTorch's folder for it."""
+    writable = os.access(nearest_existing(COMPILED), os.W_OK)
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(COMPILED) if writable else None)
 
 
 def keep_freed_memory() -> None:
@@ -180,7 +196,12 @@ def choose_runtime(
 
 def configure_torch(device: torch.device, deterministic: bool) -> None:
     """Set the folder of compiled code, which kernels are allowed, and what becomes of freed memory."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED))
+    if folder := compiled_folder():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    if compiler := cpp_compiler():  # Inductor would look for one name only
+        os.environ["CXX"] = compiler
+    if not shutil.which("openssl"):  # which it needs for these
+        os.environ["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"
     discard_unfinished(COMPILED)
     if device.type == "cpu":
         # This costs nothing measurable; without it, compiled code adds the embedding's gradients in thread order, and a

@@ -103,5 +103,5 @@ def explanation(error: BaseException) -> str:
         at_once = f" for {asked[1]} at once" if asked else ""
         return f"not enough {where}{at_once}: {LESS}{instead}"
     if is_file_error(error):
-        return f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
+        return f"cannot read or write {error.filename or 'a file, or the output'}: {error.strerror}"
     return ""

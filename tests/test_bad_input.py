@@ -72,7 +72,7 @@ def test_steps_out_of_order_name_the_command_to_run(refused, packed, tmp_path):
             ["--max-steps", "none", "--max-minutes", "none"],
             ["a run needs an end: set max_steps or max_minutes"],
         ),
-        (["--max-minutes", "inf"], ["max_minutes must be above 0 and finite, not inf"]),
+        (["--max-minutes", "inf"], ["max_minutes must be above 0 and at most 1e+09, not inf"]),
         (["--learning-rate", "nan"], ["learning_rate must be above 0, not nan"]),
         (["--wandb_log=True"], ["no flag --wandb_log: metrics.jsonl has every number"]),
         (["--bias=False"], ["no flag --bias: --blocks gpt2 has biases"]),

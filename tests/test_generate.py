@@ -1,6 +1,7 @@
 """generate.py as its users run it, with a model that has learnt next to nothing."""
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -370,6 +371,21 @@ def test_stories_that_have_ended_survive_ctrl_c(trained, tmp_path, monkeypatch, 
     assert stopped.value.code == 130
     assert "stopped: 2 of 3 stories are complete" in capsys.readouterr().err
     assert [(row["seed"], row["tokens"]) for row in read_rows(output)] == [(1, 1), (3, 1)]
+
+
+def test_stories_that_cannot_be_written_are_printed(trained, tmp_path, monkeypatch, capsys):
+    import generate as script
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(script, "write_text", full)
+    flags = ["--checkpoint", trained / "best.pt", "--num-samples", 2, "--max-tokens", 3]
+    flags += ["--output", tmp_path / "stories.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
+    with pytest.raises(OSError, match="No space left"):
+        script.main()
+    assert [json.loads(line)["tokens"] for line in capsys.readouterr().out.splitlines()] == [3, 3]
 
 
 @needs_kernels

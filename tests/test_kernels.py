@@ -279,7 +279,11 @@ def test_the_compiler_may_have_arguments(fresh, monkeypatch):
 
 @pytest.mark.parametrize(
     ("compiler", "says"),
-    [("", "no C compiler here"), ("#!/bin/sh\necho no room >&2; exit 1", "gcc: no room")],
+    [
+        ("", "no C compiler here"),
+        ("#!/bin/sh\necho no room >&2; exit 1", "gcc: no room"),
+        ("#!/bin/sh\nexit 3", "gcc: exit status 3"),
+    ],
 )
 def test_without_a_compiler_decoding_is_plain(fresh, monkeypatch, tmp_path, compiler, says):
     monkeypatch.delenv("CC", raising=False)

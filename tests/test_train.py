@@ -28,7 +28,7 @@ from model.bigrams import begin_as_bigrams
 from model.checkpoint import list_checkpoints, load_checkpoint, load_latest, save_checkpoint
 from model.config import GPTConfig, Recipe
 from model.console import ProgressBar, print_plan, print_stop
-from model.errors import UserError, ran_out_of_memory
+from model.errors import UserError, first_line, ran_out_of_memory
 from model.forward import choose_flex, flex_may_pay, prepare_forward
 from model.gpt import GPT
 from model.metrics import Metrics, read_history, smooth, write_samples
@@ -37,6 +37,7 @@ from model.processes import Processes, StopRequest, start_processes
 from model.run import Run, complete_settings, plan_run
 from model.runtime import (
     Runtime,
+    choose_compile,
     choose_device,
     choose_dtype,
     choose_runtime,
@@ -911,6 +912,14 @@ def test_fresh_moves_nothing_where_the_new_run_cannot_begin(train, flags, messag
     ]
 
 
+def test_fresh_moves_nothing_for_a_model_that_is_too_large(train):
+    folder, _ = train("run", "--max-steps", 1)
+    before = sorted(folder.iterdir())
+    with pytest.raises(RuntimeError, match="allocate"):
+        train("run", "--fresh", "--vocab-size", 10**12)
+    assert sorted(folder.iterdir()) == before
+
+
 def test_the_command_to_resume_has_the_flags_that_no_checkpoint_remembers(monkeypatch, capsys):
     monkeypatch.chdir(REPO)
     flags = [
@@ -975,6 +984,62 @@ def test_the_precision_suits_the_device(monkeypatch, device, able, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: able)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert choose_dtype(torch.device(device), "auto")[0] == dtype
+
+
+@pytest.fixture
+def programs(monkeypatch, tmp_path):
+    """programs(name, ...): only these are installed."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    for name in ("CXX", "CC", "TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"):
+        monkeypatch.setenv(name, "")  # so that they are as before in the end
+        monkeypatch.delenv(name)
+
+    def programs(*names):
+        (tmp_path / "bin").mkdir()
+        for name in names:
+            (tmp_path / "bin" / name).write_text("#!/bin/sh")
+            (tmp_path / "bin" / name).chmod(0o755)
+
+    return programs
+
+
+@pytest.mark.parametrize(
+    ("installed", "named", "taken"),
+    [
+        (["g++", "clang++"], None, "g++"),
+        (["clang++", "c++"], None, "clang++"),
+        (["mine", "g++"], "mine", "mine"),
+        (["c++"], "missing", "c++"),
+        (["gcc"], None, None),
+    ],
+)
+def test_the_compiler_is_one_that_is_installed(programs, monkeypatch, installed, named, taken):
+    programs(*installed)
+    if named:
+        monkeypatch.setenv("CXX", named)
+    monkeypatch.setenv("CC", "gcc")  # for C++, it does not count
+    compiles, reason = choose_compile(CPU, "auto")
+    assert compiles == (taken is not None) and (taken or reason == "no C++ compiler here")
+    choose_runtime(CPU, "float32", "auto")
+    assert os.environ.get("CXX") == taken
+    assert os.environ["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] == "0"  # they take openssl
+
+
+def test_where_compiled_code_cannot_be_kept_or_has_a_space_in_its_path(programs, monkeypatch, tmp_path):
+    programs("g++")
+    monkeypatch.setattr("model.runtime.COMPILED", tmp_path / "a b" / "inductor")
+    compiles, reason = choose_compile(CPU, "auto")
+    assert not compiles and "has a space in its name" in reason
+    monkeypatch.setattr("model.runtime.COMPILED", tmp_path / "inductor")
+    assert choose_compile(CPU, "auto")[0]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    choose_runtime(CPU, "float32", "auto")
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+def test_the_reason_that_a_compiler_gives_is_shown():
+    error = RuntimeError("C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\na.cpp:1: error: no room\nmore")
+    assert first_line(error) == "a.cpp:1: error: no room"
 
 
 @pytest.mark.parametrize(
