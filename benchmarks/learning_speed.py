@@ -14,6 +14,7 @@ in time.
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -134,9 +135,9 @@ def train(arm: str, folder: Path, settings: SimpleNamespace, *limits: object) ->
     return steps[len(steps) // 2]
 
 
-def script(name: str, *words: object) -> None:
+def script(name: str, *words: object, **environment: str) -> None:
     command = [sys.executable, str(REPO / name), *map(str, words)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if result.returncode:
         raise UserError(f"{name} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
 

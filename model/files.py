@@ -17,12 +17,14 @@ from model.settings import REPO, flag_name, read_constants
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Within this block, let the system's errors that name no file, such as a full disk, name this one."""
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Within this block, let the system's errors that name no file, such as a full disk, or its temporary name, name
+    this one."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or shown(path)
+        if not error.filename or error.filename == str(temporary):
+            error.filename = shown(path)
         raise
 
 
@@ -37,10 +39,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     remove_leftovers(path.parent, glob.escape(path.name))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with naming(path):
+        with naming(path, temporary):
             yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:

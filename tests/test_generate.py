@@ -385,7 +385,9 @@ def test_stories_that_cannot_be_written_are_printed(trained, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
     with pytest.raises(OSError, match="No space left"):
         script.main()
-    assert [json.loads(line)["tokens"] for line in capsys.readouterr().out.splitlines()] == [3, 3]
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 2
+    assert all(1 <= row["tokens"] <= 3 and row["story"] for row in rows)
 
 
 @needs_kernels
