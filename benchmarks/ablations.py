@@ -96,9 +96,8 @@ def learn(change: str, seed: int, folder: Path, settings: SimpleNamespace) -> tu
     flags += ["--eval-interval", 10**9, "--eval-tokens", 1, "--sample-tokens", 0, "--log-interval", 1]
     own = [] if change == RECIPE else change.split()
     script("train.py", *flags, *(f"--{flag}" for flag in [*settings.flags, *own]), **env)
-    (latest,) = run.glob(f"ckpt_{settings.steps}.pt")
-    flags = [*common, "--max-samples", settings.max_samples, "--output", run / "scores.json"]
-    script("evaluate.py", *flags, "--checkpoint", latest, **env)
+    flags = [*common, "--checkpoint-dir", run, "--max-samples", settings.max_samples]
+    script("evaluate.py", *flags, "--output", run / "scores.json", **env)
     (row,) = json.loads((run / "scores.json").read_text(encoding="utf-8"))["results"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     speeds = [row["tokens_per_second"] for row in rows if "train_loss" in row]

@@ -12,7 +12,7 @@ from model.attention import story_mask
 from model.errors import first_line, ran_out_of_memory, require, warn
 from model.gpt import GPT, Attention, rotary_tables
 from model.run import Run
-from model.runtime import Runtime
+from model.runtime import Runtime, keep_headers
 
 FLEX_BLOCK = 128  # flex_attention skips blocks of so many queries and keys, so a longer context can gain
 FLEX_TOKENS, FLEX_LAYERS = 65_536, 4  # in the trial of flex_attention, whose mask serves all layers
@@ -129,6 +129,7 @@ def compile_model(model: GPT) -> nn.Module:
     """
     if model.head_weight.device.type != "cpu":
         return compile_whole(model)
+    keep_headers()
     for part in (*model.blocks, model.norm, model.cross_entropy):
         # dropout is faster with PyTorch's random numbers than with the compiler's, and as in eager mode
         part.compile(dynamic=False, options={"deterministic": True, "fallback_random": True})

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib
 import os
 import platform
 import re
@@ -166,6 +167,17 @@ def compiled_folder() -> str | None:
     """Where compiled code is kept; None, if this repository cannot be written: in PyTorch's folder for it."""
     writable = os.access(nearest_existing(COMPILED), os.W_OK)
     return os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(COMPILED) if writable else None)
+
+
+def keep_headers() -> None:
+    """Keep the C++ headers that Inductor precompiles with the compiled code, if that is in this repository.
+
+    Inductor has them in the temporary folder, where discard_unfinished() would not find one that was cut short.
+    """
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") == str(COMPILED):
+        codecache = importlib.import_module("torch._inductor.codecache")  # takes two seconds
+        codecache._HEADER_DIR = str(COMPILED / "headers")
+        codecache._HEADER_LOCK_DIR = str(COMPILED / "headers" / "locks")
 
 
 def keep_freed_memory() -> None:

@@ -1,6 +1,7 @@
 """train.py as its users run it: a tiny model, some steps, on the built-in stories."""
 
 import errno
+import importlib
 import itertools
 import json
 import math
@@ -36,11 +37,13 @@ from model.packed_data import Data, Split, fingerprints, load_data
 from model.processes import Processes, StopRequest, start_processes
 from model.run import Run, complete_settings, plan_run
 from model.runtime import (
+    COMPILED,
     Runtime,
     choose_compile,
     choose_device,
     choose_dtype,
     choose_runtime,
+    keep_headers,
     peak_flops,
 )
 from model.sampled_softmax import Shortlists
@@ -1035,6 +1038,19 @@ def test_where_compiled_code_cannot_be_kept_or_has_a_space_in_its_path(programs,
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     choose_runtime(CPU, "float32", "auto")
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+def test_headers_are_kept_with_the_compiled_code_that_is_discarded_if_it_was_cut_short(monkeypatch):
+    codecache = importlib.import_module("torch._inductor.codecache")
+    for name in ("_HEADER_DIR", "_HEADER_LOCK_DIR"):  # fails if PyTorch calls them otherwise one day
+        monkeypatch.setattr(codecache, name, "elsewhere")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "a user's own")
+    keep_headers()
+    assert codecache._HEADER_DIR == "elsewhere"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(COMPILED))
+    keep_headers()
+    assert COMPILED in Path(codecache._HEADER_DIR).parents
+    assert Path(codecache._HEADER_DIR) in Path(codecache._HEADER_LOCK_DIR).parents
 
 
 def test_the_reason_that_a_compiler_gives_is_shown():
