@@ -48,7 +48,7 @@ def stop_again(failure: object) -> None:
     """Re-send SIGINT/SIGTERM if its exception was raised inside a finalizer, where Python discards it."""
     again = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(failure.exc_type)
     if again:
-        threading.Timer(0.01, signal.pthread_kill, [threading.main_thread().ident, again]).start()
+        threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, again]).start()
     else:
         sys.__unraisablehook__(failure)
 

@@ -15,9 +15,18 @@ import torch
 # a model so small that a run takes moments
 TINY = "--preset quickstart --n-layer 1 --n-head 1 --n-embd 16 --block-size 16 --batch-tokens 64 --compile off".split()
 
+# Seconds after which a process hangs; nothing depends on it, and a busy machine may be ten times as slow
+PATIENCE = 600
+
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub starts its own
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # a test that needs a hub starts its own, with a cache of its own
+for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE"):
+    os.environ.pop(name, None)
+for name in ("NO_PROXY", "no_proxy"):
+    os.environ[name] = "127.0.0.1,localhost"
 
 # Where the tests run in the background, Ctrl-C is ignored, and the scripts that they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -37,7 +46,7 @@ def no_gpu(request):
 def run():
     """Run a script of the project as a user would: run("data/ingestion.py", "--seed", 1)."""
 
-    def run(script, *arguments, cwd=REPO, env=None, timeout=300, check=None):
+    def run(script, *arguments, cwd=REPO, env=None, timeout=PATIENCE, check=None):
         command = [sys.executable, str(REPO / script), *map(str, arguments)]
         result = subprocess.run(
             command,
@@ -102,7 +111,7 @@ def packed(tmp_path_factory):
         ["data/prepare_data.py"],
     ):
         command = [sys.executable, str(REPO / words[0]), *words[1:], "--data-dir", str(folder)]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
     return folder
 
 
@@ -112,5 +121,5 @@ def trained(packed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     command = [sys.executable, REPO / "train.py", *TINY, "--max-steps", 2, "--sample-tokens", 4]
     command += ["--data-dir", packed, "--checkpoint-dir", folder, "--device", "cpu"]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=120)
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=PATIENCE)
     return folder

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO, assert_one_line_error
+from conftest import PATIENCE, REPO, assert_one_line_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -128,7 +128,7 @@ def at_work(data):
     """prepare_data.py just when its processes have begun, and these processes' numbers."""
     command = [sys.executable, REPO / "data/prepare_data.py", "--workers", "2", "--data-dir", data]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not any(path.stat().st_size for path in (data / "processed").glob(".train.bin*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
@@ -155,7 +155,7 @@ def test_a_fault_in_reading_is_not_taken_for_a_dead_process(packed):
 def test_a_killed_process_ends_the_step_with_one_line(much):
     process, children = at_work(much)
     os.kill(children[0], signal.SIGKILL)
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=PATIENCE)
     note, errors = errors.split("\n", 1)
     assert "learned from other stories" in note
     result = subprocess.CompletedProcess([], process.returncode, output, errors)
@@ -166,8 +166,8 @@ def test_a_killed_process_ends_the_step_with_one_line(much):
 def test_killed_as_a_whole_it_leaves_no_process_and_the_next_start_tidies_up(much, run):
     process, children = at_work(much)
     process.kill()
-    process.communicate(timeout=30)
-    deadline = time.monotonic() + 30
+    process.communicate(timeout=PATIENCE)
+    deadline = time.monotonic() + PATIENCE
     while any(map(commandline, children)):  # a dead process has none, even before it is reaped
         assert time.monotonic() < deadline
         time.sleep(0.05)

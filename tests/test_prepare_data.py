@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
-from conftest import REPO, assert_one_line_error
+from conftest import PATIENCE, REPO, assert_one_line_error
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data import prepare_data
@@ -274,12 +274,13 @@ def test_sigterm_leaves_the_old_files(run, tmp_path, tokenizer_json, finished):
     before = {path.name: path.read_bytes() for path in (data_dir / "processed").iterdir()}
     command = [sys.executable, REPO / "data/prepare_data.py", "--data-dir", data_dir]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         written = (data_dir / "processed").glob
-        while not any(path.stat().st_size for path in written(".train.bin*")) and time.monotonic() < deadline:
+        while not any(path.stat().st_size for path in written(".train.bin*")):
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143 and b"Traceback" not in errors
     assert before == {path.name: path.read_bytes() for path in (data_dir / "processed").iterdir()}
 

@@ -227,7 +227,7 @@ def test_a_marker_within_a_story_is_text_for_a_tokenizer_taken_over(run, made, u
 
 def test_no_network_offers_the_files(run, unmade, tmp_path):
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-    result = run("data/train_tokenizer.py", "--kind", "gpt2", "--data-dir", unmade, env=env, timeout=20)
+    result = run("data/train_tokenizer.py", "--kind", "gpt2", "--data-dir", unmade, env=env)
     assert_one_line_error(result, "--gpt2-files")
 
 

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, assert_one_line_error
+from conftest import PATIENCE, REPO, assert_one_line_error
 
 import train as train_script
 from model.attention import story_mask
@@ -113,8 +113,9 @@ def assert_same_run(one, other, *names):
 
 
 def wait_for_checkpoint(folder, process):
-    deadline = time.monotonic() + 60
-    while not list_checkpoints(folder) and process.poll() is None and time.monotonic() < deadline:
+    deadline = time.monotonic() + PATIENCE
+    while not list_checkpoints(folder):
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -422,7 +423,7 @@ def test_an_interrupted_run_goes_on_exactly(train, packed, tmp_path, dtype, how)
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
     wait_for_checkpoint(broken, process)
     process.send_signal(how)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == (-9 if how == signal.SIGKILL else 128 + how), errors
     if how != signal.SIGKILL:
         assert "resume with: python" in output
@@ -449,7 +450,7 @@ def torchrun_command(processes, packed, folder, *flags):
 
 def torchrun(*arguments, check=True):
     command, env = torchrun_command(*arguments), {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=env)
     assert not check or result.returncode == 0, result.stderr
     return result
 
@@ -534,11 +535,12 @@ def test_a_process_of_several_ends_with_the_status_of_its_error(tmp_path, error,
     (tmp_path / "interrupted.py").write_text(INTERRUPTED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
     command += [str(tmp_path / "interrupted.py"), str(REPO), error]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert re.search(rf"exitcode +: {status} ", result.stderr), result.stderr
 
 
 LATE = """
+import contextlib
 import os
 import sys
 
@@ -552,9 +554,10 @@ group = dist.group.WORLD  # held, and its threads with it, as by what training i
 try:
     processes.wait()
     for thread in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{thread}/comm") as name:
-            if "gloo" in name.read():
-                os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it may have ended
+            with open(f"/proc/self/task/{thread}/comm") as name:
+                if "gloo" in name.read():
+                    os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
     processes.wait()
 finally:
     stop_processes()
@@ -567,7 +570,7 @@ def test_threads_that_finish_late_abort_no_process(tmp_path):
     (tmp_path / "late.py").write_text(LATE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=6"]
     command += [str(tmp_path / "late.py"), str(REPO)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
 
 
@@ -581,9 +584,10 @@ def test_torchrun_restarts_a_killed_worker_and_the_losses_stay_the_same(train, p
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, env=env, **pipes)
     wait_for_checkpoint(tmp_path / "two", process)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[1]), signal.SIGKILL)
-    output, errors = process.communicate(timeout=120)
+    threads = Path(f"/proc/{process.pid}/task").glob("*/children")
+    workers = sorted(int(child) for thread in threads for child in thread.read_text().split())
+    os.kill(workers[1], signal.SIGKILL)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     assert "resuming" in output and not list((tmp_path / "two").glob("earlier-*"))
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(one), rtol=1e-5)
@@ -823,7 +827,7 @@ def test_a_run_whose_output_nobody_reads_is_saved(packed, tmp_path, errors):
     words = [sys.executable, REPO / "train.py", *TINY, "--max-steps", 4000, "--eval-interval", 2]
     words += ["--data-dir", packed, "--checkpoint-dir", tmp_path / "run", "--save-interval", 4000]
     command = f"{shlex.join(map(str, words))} {errors} | sed /^step/q; exit ${{PIPESTATUS[0]}}"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 128 + signal.SIGPIPE and "Traceback" not in result.stderr, result.stderr
     assert result.stdout.startswith("stories") and list_checkpoints(tmp_path / "run")
 
@@ -919,7 +923,7 @@ def test_fresh_moves_nothing_for_a_model_that_is_too_large(train):
     folder, _ = train("run", "--max-steps", 1)
     before = sorted(folder.iterdir())
     with pytest.raises(RuntimeError, match="allocate"):
-        train("run", "--fresh", "--vocab-size", 10**12)
+        train("run", "--fresh", "--vocab-size", 10**15)
     assert sorted(folder.iterdir()) == before
 
 
@@ -991,8 +995,11 @@ def test_the_precision_suits_the_device(monkeypatch, device, able, dtype):
 
 @pytest.fixture
 def programs(monkeypatch, tmp_path):
-    """programs(name, ...): only these are installed."""
+    """programs(name, ...): only these are installed, and Python's headers."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("model.runtime.sysconfig", SimpleNamespace(get_path=lambda name: str(tmp_path)))
+    monkeypatch.setattr("model.runtime.COMPILED", tmp_path / "inductor")
     for name in ("CXX", "CC", "TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"):
         monkeypatch.setenv(name, "")  # so that they are as before in the end
         monkeypatch.delenv(name)
@@ -1540,7 +1547,9 @@ def test_a_full_disk_stops_with_one_line_and_leaves_the_earlier_checkpoints(trai
     script = limit + f"import runpy; runpy.run_path({str(REPO / 'train.py')!r}, run_name='__main__')"
     places = ["--data-dir", packed, "--checkpoint-dir", folder, "--compile", "off"]
     command = [sys.executable, "-c", script, *places, "--max-steps", 20, "--decay-fraction", "0.01"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=REPO, timeout=120)
+    result = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=REPO, timeout=PATIENCE
+    )
     assert_one_line_error(result, "cannot write")
     after = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
     assert before.items() <= after.items()
@@ -1550,7 +1559,7 @@ def test_a_full_disk_stops_with_one_line_and_leaves_the_earlier_checkpoints(trai
 
 def test_killed_again_and_again_it_ends_as_if_never_interrupted(run, packed):
     flags = ["--kills", 4, "--max-steps", 60, "--longest", 0.8, "--data", packed]
-    result = run("benchmarks/kill_resume.py", *flags)
+    result = run("benchmarks/kill_resume.py", *flags, timeout=2 * PATIENCE)
     assert result.returncode == 0 and "identical: True" in result.stdout, result.stdout + result.stderr
 
 
