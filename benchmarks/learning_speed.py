@@ -139,7 +139,8 @@ def script(name: str, *words: object, **environment: str) -> None:
     command = [sys.executable, str(REPO / name), *map(str, words)]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if result.returncode:
-        raise UserError(f"{name} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
+        message = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{name} failed: {message.removeprefix('error: ')}")
 
 
 def when(curve: list[dict], goal: float) -> float | None:
