@@ -118,9 +118,13 @@ def main() -> None:
         del candidate  # free its memory for the next one
     if results:
         add_intervals(results, bootstrap(scores, settings.seed))
-    report = describe_run(settings, runtime, stories, source, data) | {"notes": notes}
-    report |= {"results": results, "quality": judge(written | files, stories, data)}
-    report["written"] = side_by_side(written, settings.prompt)
+    report = {
+        **describe_run(settings, runtime, stories, source, data),
+        "notes": notes,
+        "results": results,
+        "quality": judge(written | files, stories, data),
+        "written": side_by_side(written, settings.prompt),
+    }
     show(report, settings)
 
 
@@ -255,7 +259,9 @@ def judge(groups: dict[str, list[Story]], stories: list[str], data: Data | None)
     count = max(map(len, groups.values()))
     real = real_stories([data.validation], data, count) if data else spread(stories, count)
     figures = describe({"real stories": [Story(text) for text in real], **groups}, data)
-    for name in groups if data else ():
+    if data is None:
+        return figures
+    for name in groups:
         for figure in ("copied_8grams", "mean_longest_copy"):
             excess = figures[name][figure] - figures["real stories"][figure]
             figures[name][figure + "_beyond_real"] = excess

@@ -61,13 +61,7 @@ def main() -> None:
     require(gguf or not named_gguf, f"--output {settings.output}: add --format gguf, or name a folder")
     path = find_checkpoint(settings.checkpoint_dir, settings.checkpoint, prefer="best")
     model, _, checkpoint = load_model(path)
-    origin = checkpoint["settings"].get("init_from")
-    name = checkpoint["settings"]["preset"]
-    if origin:
-        origin = readable(origin)
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.pt)", origin):  # not the name of a model on the hub
-            origin = Path(origin).name
-        name = f"{Path(origin).name.removesuffix('.pt')}-finetuned"
+    name, origin = name_model(checkpoint["settings"])
     default = REPO / "exported" / (f"{name}.gguf" if gguf else name)
     output = Path(os.path.expanduser(settings.output)) if settings.output else default
     check_output(output, gguf, settings.overwrite)
@@ -112,6 +106,16 @@ def check_output(output: Path, gguf: bool, overwrite: bool) -> None:
     )
     export = not present or {"config.json", "model.safetensors"} <= present
     require(export, f"{shown(output)} is not an export, it holds no model: choose another folder")
+
+
+def name_model(settings: dict) -> tuple[str, str | None]:
+    """The model's name, and that of the model that it was fine-tuned from, without the folders of a path."""
+    if not settings.get("init_from"):
+        return settings["preset"], None
+    origin = readable(settings["init_from"])
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.pt)", origin):  # not the name of a model on the hub
+        origin = Path(origin).name
+    return f"{Path(origin).name.removesuffix('.pt')}-finetuned", origin
 
 
 def list_facts(path: Path, checkpoint: dict, config: GPTConfig, parameters: int) -> dict[str, str]:

@@ -45,7 +45,7 @@ from model.settings import read_settings, require_within
 from model.training_state import TrainingState, initial_state, rewind, ruined
 from model.validation import validate, write_sample
 
-# Edit these or pass them as flags: MAX_STEPS is --max-steps. None takes the preset's value, if nothing else is said.
+# Edit these or pass them as flags: MAX_STEPS is --max-steps.
 PRESET: str = "stories-9m"  # model shape and training recipe, by name from model/config.py
 INIT_FROM: str | None = None  # initial weights: a checkpoint, or a Hugging Face folder or name (GPT-2, Qwen3)
 
@@ -165,21 +165,27 @@ def start(settings: SimpleNamespace, processes: Processes) -> None:
     # After torchrun's restart, the run that it began is resumed
     folder, fresh = settings.checkpoint_dir, settings.fresh and not processes.remembers("begun")
     with locked(folder) if processes.first else contextlib.nullcontext():
-        processes.wait()
+        processes.barrier()
         path, checkpoint = (None if fresh else load_latest(folder)) or (None, None)
         run = plan_run(settings, processes, checkpoint)
-        processes.wait()  # all have read, so the first may move files
+        processes.barrier()  # all have read, so the first may move files
         if checkpoint:
             if processes.first and (changes := changed_settings(settings, checkpoint)):
                 print(f"changed      {'; '.join(changes.values())}")
             path, checkpoint = rewind(run, path, checkpoint)
-        train(run, path, checkpoint)
+        changes = changed_settings(settings, checkpoint) if checkpoint else {}
+        state, resumed = begin(run, path, checkpoint), checkpoint is not None
+        del checkpoint  # frees its memory
+        if not (resumed and run.recipe.progress(state.step, state.seconds) >= 1):
+            train(run, state, resumed, changed=bool(changes))
+        elif processes.first:
+            print_finished(run, state, changes)
 
 
-def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
-    """Train until the run is finished or a signal stops it; from a checkpoint, if there is one, read from `path`."""
-    settings, recipe, processes, folder = run.settings, run.recipe, run.processes, run.folder
-    device = run.runtime.device
+def begin(run: Run, path: Path | None, checkpoint: dict | None) -> TrainingState:
+    """The state that training starts from, the same in all processes: a checkpoint's, read from `path`, if there is
+    one. Prints the plan."""
+    processes, device = run.processes, run.runtime.device
     if device.type == "cuda":
         run.batches.move_to(device, budget=0.25 * torch.cuda.mem_get_info(device)[0])
     state = initial_state(run, checkpoint)
@@ -189,34 +195,32 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
         "the processes found different checkpoints: all must see the same --checkpoint-dir",
     )
     # Only now: a model that is too large moves no run
-    if processes.first and not checkpoint and (moved := set_aside(folder)):
+    if processes.first and not checkpoint and (moved := set_aside(run.folder)):
         print(f"moved the earlier run to {shown(moved)}")
     processes.remember("begun")
-    processes.take_first(state.model.parameters())
+    processes.broadcast(state.model.parameters())
     if processes.first:
         print_plan(run, state, path)
-    if checkpoint and recipe.progress(state.step, state.seconds) >= 1:
-        if processes.first:
-            print_finished(run, state, checkpoint)
-        return
+    return state
 
+
+def train(run: Run, state: TrainingState, resumed: bool, changed: bool) -> None:
+    """Train until the run is finished or a signal stops it. `changed`: the settings have, since the checkpoint."""
+    settings, recipe, processes, folder = run.settings, run.recipe, run.processes, run.folder
+    device = run.runtime.device
     # This process's windows of each step, and the forward pass for them
-    mine = np.array_split(np.arange(run.batches.windows_per_step), processes.count)[processes.rank]
-    loss_of = prepare_forward(run, state.model, len(mine))
+    mine = np.array_split(np.arange(run.batches.windows_per_step), processes.world_size)[processes.rank]
+    forward = prepare_forward(run, state.model, len(mine))
     if processes.first:
         micro_batches = -(-len(mine) // settings.micro_batch)
-        flex = "; FlexAttention within stories" * state.model.flex
+        flex = "; FlexAttention within stories" if state.model.flex else ""
         print(f"micro-batch  {settings.micro_batch} windows, {micro_batches} per step{flex}", flush=True)
     metrics = Metrics(folder, state.step, state.last_evaluation) if processes.first else None
     stop = StopRequest(processes)
     progress_bar = ProgressBar(run, state, stop)
     eval_interval, save_interval = recipe.eval_interval, settings.save_interval or recipe.eval_interval
-    # Settings that have changed are saved before the first step, so that it can be resumed with them
-    changed = bool(checkpoint and changed_settings(settings, checkpoint))
-    saved_at = state.step if checkpoint and not changed else None
-    progress = recipe.progress(state.step, state.seconds) if checkpoint else 0.0
-    if checkpoint:
-        checkpoint.clear()  # free its memory
+    saved_at = state.step if resumed and not changed else None
+    progress = recipe.progress(state.step, state.seconds) if resumed else 0.0
     state.seconds = stop.synchronise(state.seconds)  # counting bigrams took a different time in each process
 
     while True:
@@ -232,6 +236,7 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
             if before < recipe.turning_point <= progress:  # from here on, a longer run would differ
                 save_checkpoint(folder / BEFORE_DECAY, state.snapshot(run))
             due = state.step and state.step % save_interval == 0
+            # settings that have changed are saved before the first step, so that it can be resumed with them
             if due or changed or finished or stopping:
                 save_checkpoint(folder / f"ckpt_{state.step}.pt", state.snapshot(run))
                 prune(folder, settings.keep, state.step)
@@ -246,11 +251,11 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
                 f"step {state.step:,}: from here on, all {run.config.n_layer} layers train{anew}"
             )
             state.model.set_depth(run.config.n_layer)
-            loss_of = prepare_forward(run, state.model, len(mine))
+            forward = prepare_forward(run, state.model, len(mine))
 
         started = time.perf_counter()
         rate = learning_rate(recipe, state.step, progress)
-        loss, norm = take_step(run, state, loss_of, mine, rate)
+        loss, norm = take_step(run, state, forward, mine, rate)
 
         # Reading the loss waits for the GPU: do it only to log, and before evaluating or saving, to time all steps.
         logging = state.step % settings.log_interval == 0
@@ -276,7 +281,7 @@ def train(run: Run, path: Path | None, checkpoint: dict | None) -> None:
             metrics.add(training_row(run, state, loss, norm, rate, progress_bar.speed))
 
     progress_bar.close()
-    processes.wait()
+    processes.barrier()
     if processes.first:
         print_end(run, state) if finished else print_stop(run, state)
     if not finished:
@@ -326,7 +331,7 @@ def training_row(
 
 
 def take_step(
-    run: Run, state: TrainingState, loss_of: nn.Module, mine: np.ndarray, rate: float
+    run: Run, state: TrainingState, forward: nn.Module, mine: np.ndarray, rate: float
 ) -> tuple[Tensor, Tensor]:
     """One step of batch_tokens tokens, of which this process takes the windows `mine`, one micro-batch after another.
 
@@ -343,10 +348,10 @@ def take_step(
             torch.manual_seed(dropout_seed(settings.seed, state.step, int(mine[place])))
         share = len(chosen) / batches.windows_per_step
         with run.runtime.autocast():
-            mean = loss_of(inputs, targets, story_ids, shortlist)
+            mean = forward(inputs, targets, story_ids, shortlist)
         state.scaler.scale(mean * share).backward()
         loss += mean.detach() * share
-    run.processes.add_up([p.grad for p in state.model.parameters() if p.grad is not None])
+    run.processes.all_reduce([p.grad for p in state.model.parameters() if p.grad is not None])
     norm = apply_gradients(state, rate, run.recipe.grad_clip)
     state.step += 1
     return loss, norm

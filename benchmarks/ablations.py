@@ -21,9 +21,9 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.learning_speed import script
-from model.errors import require
+from model.metrics import read_rows
 from model.script import run_script
-from model.settings import read_settings
+from model.settings import read_settings, require_within
 
 CHANGES: list[str] = []  # changes to try; empty: those listed below
 PRESET: str = "stories-9m"  # preset whose recipe is changed
@@ -66,8 +66,7 @@ ALL = [
 
 def main() -> None:
     settings = read_settings(__file__)
-    for name in ("steps", "seeds", "at_once"):
-        require(getattr(settings, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+    require_within(settings, steps="[1, inf)", seeds="[1, inf)", at_once="[1, inf)")
     changes = [RECIPE, *(settings.changes or ALL)]
     runs = [(change, seed) for change in changes for seed in range(1, settings.seeds + 1)]
     results = {change: [] for change in changes}
@@ -99,8 +98,7 @@ def learn(change: str, seed: int, folder: Path, settings: SimpleNamespace) -> tu
     flags = [*common, "--checkpoint-dir", run, "--max-samples", settings.max_samples]
     script("evaluate.py", *flags, "--output", run / "scores.json", **env)
     (row,) = json.loads((run / "scores.json").read_text(encoding="utf-8"))["results"]
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    speeds = [row["tokens_per_second"] for row in rows if "train_loss" in row]
+    speeds = [row["tokens_per_second"] for row in read_rows(run / "metrics.jsonl") if "train_loss" in row]
     return row["bits_per_byte"], statistics.median(speeds)
 
 
@@ -112,7 +110,8 @@ def print_table(results: dict[str, list[tuple[float, float]]]) -> None:
         difference = mean - statistics.mean(scores[RECIPE])
         spread = max(max(some) - min(some) for some in (scores[change], scores[RECIPE]))
         verdict = "no difference" if abs(difference) <= spread else "better" if difference < 0 else "worse"
-        verdict *= len(runs) > 1  # one run has no spread
+        if len(runs) == 1:  # which has no spread
+            verdict = ""
         compared = f"{difference:+.4f} | {verdict}" if change != RECIPE else "| "
         each = ", ".join(f"{score:.4f}" for score in scores[change])
         speed = statistics.median(speed for _, speed in runs)

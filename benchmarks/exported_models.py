@@ -59,7 +59,8 @@ def main() -> None:
             file = folder / f"{dtype}.gguf"
             script("export.py", *places, "--format", "gguf", "--dtype", dtype, "--output", file)
             for exact in (True, False) if dtype == "float32" else (False,):
-                how = f"llama.cpp, {dtype}, {file.stat().st_size / 1e6:.1f} MB{', float32 attention' * exact}"
+                attention = ", float32 attention" if exact else ""
+                how = f"llama.cpp, {dtype}, {file.stat().st_size / 1e6:.1f} MB{attention}"
                 compare(how, stories, with_llama_cpp(file, settings.max_tokens, exact))
 
 

@@ -38,6 +38,7 @@ from model.decoder import Decoder, KVCache, choose_weights
 from model.errors import UserError
 from model.generation import Sampling, generate_all
 from model.gpt import GPT
+from model.loss import bits_per_byte
 from model.packed_data import load_data, real_stories
 from model.runtime import choose_device, device_name
 from model.settings import REPO, read_settings
@@ -260,7 +261,7 @@ def print_cost(path: Path, device: torch.device, stories: list[str]) -> None:
                     logits, ids[:, position + 1], reduction="sum", ignore_index=-1
                 )
                 nats += loss.item()
-        bits = nats / math.log(2) / size
+        bits = bits_per_byte(nats, size)
         exact = exact or bits
         print(
             f"{weights + ', bits per byte':<44} {bits:>11.5f}  ({bits / exact - 1:+.4%}; {len(stories)} stories)"

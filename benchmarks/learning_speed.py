@@ -26,10 +26,11 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.checkpoint import list_checkpoints, load_checkpoint
-from model.errors import UserError, require
+from model.errors import UserError
+from model.metrics import read_rows
 from model.runtime import choose_device
 from model.script import run_script
-from model.settings import REPO, read_settings
+from model.settings import REPO, read_settings, require_within
 
 MINUTES: float = 8.0  # minutes of training per recipe
 SHORT: float = 0.05  # fraction of MINUTES for a second run of the default recipe; 0 skips it
@@ -47,9 +48,7 @@ OURS, REFERENCE = "default recipe", "nanoGPT's recipe"
 
 def main() -> None:
     settings = read_settings(__file__)
-    require(settings.minutes > 0, f"--minutes must be above 0, not {settings.minutes:g}")
-    require(0 <= settings.short < 1, f"--short must be at least 0 and below 1, not {settings.short:g}")
-    require(settings.points >= 2, f"--points must be at least 2, not {settings.points}")
+    require_within(settings, minutes="(0, inf)", short="[0, 1)", points="[2, inf)")
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
         for arm in (REFERENCE, OURS):
@@ -90,7 +89,7 @@ def learn(arm: str, folder: Path, settings: SimpleNamespace, minutes: float, poi
         arm, folder, settings, "--max-minutes", minutes, *warmup, "--save-interval", max(1, steps // points)
     )
     waited = time.perf_counter() - started
-    paths = sorted(list_checkpoints(folder), key=lambda path: int(path.stem.split("_")[1]))
+    paths = list_checkpoints(folder)[::-1]
     flags = [
         "--data-dir",
         settings.data_dir,
@@ -129,8 +128,7 @@ def train(arm: str, folder: Path, settings: SimpleNamespace, *limits: object) ->
         if choose_device(settings.device).type == "cpu":
             flags += ["--dtype", settings.reference_dtype]
     script("train.py", *flags, *limits)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    ends = [row["seconds"] for row in rows if "train_loss" in row]
+    ends = [row["seconds"] for row in read_rows(folder / "metrics.jsonl") if "train_loss" in row]
     steps = sorted(after - before for before, after in itertools.pairwise(ends[1:]))
     return steps[len(steps) // 2]
 

@@ -86,16 +86,14 @@ def make_corpus(path: Path, source: str | None, size: int) -> None:
     stories = read_file(Path(source), "text") if source else sample_stories(20_000, 1)
     originals = [story.strip().split(" ") for story in stories if story.strip()]
     with path.open("w", encoding="utf-8") as file:
-        copy = 0
         while file.tell() < size:
             names = [
                 "".join(rng.choice(LETTERS) + rng.choice("aeiou") for _ in range(4)) for _ in range(1_000)
             ]
             for words in originals:
                 changed = list(words)
-                changed[rng.randrange(len(words))] = f"{rng.choice(names).title()}"
+                changed[rng.randrange(len(words))] = rng.choice(names).title()
                 file.write(" ".join(changed) + "\n<|endoftext|>\n")
-            copy += 1
 
 
 # Measuring

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model.config import PRESETS
+from model.config import PRESETS, GPTConfig
 from model.errors import UserError, needs
 from model.gpt import GPT
 from model.packed_data import load_data
@@ -74,7 +74,8 @@ def main() -> None:
     results = {arm: [] for arm in arms}
     for turn in range(settings.rounds):
         for arm in arms:
-            results[arm].append(run_arm(arm, settings, config.block_size))
+            with tempfile.TemporaryDirectory() as folder:
+                results[arm].append(run_arm(Path(folder), arm, settings, config.block_size))
             speed, first = results[arm][-1]["speed"], results[arm][-1]["first"]
             print(
                 f"round {turn + 1}  {arm:32s} {speed:10,.0f} tokens/s, first step after {first:.1f} s",
@@ -83,13 +84,8 @@ def main() -> None:
     print_table(results, GPT(config).flops_per_token(), device)
 
 
-def run_arm(arm: str, settings: SimpleNamespace, block_size: int) -> dict[str, float]:
+def run_arm(folder: Path, arm: str, settings: SimpleNamespace, block_size: int) -> dict[str, float]:
     """Run one arm in its own process: median tokens/s, seconds to the first step, peak memory in GB."""
-    with tempfile.TemporaryDirectory() as folder:
-        return run_arm_in(Path(folder), arm, settings, block_size)
-
-
-def run_arm_in(folder: Path, arm: str, settings: SimpleNamespace, block_size: int) -> dict[str, float]:
     common = [
         "--device",
         settings.device,
@@ -140,7 +136,9 @@ def run_arm_in(folder: Path, arm: str, settings: SimpleNamespace, block_size: in
     }
 
 
-def run_peer(name: str, settings: SimpleNamespace, config, device: torch.device, tokens: np.ndarray) -> None:
+def run_peer(
+    name: str, settings: SimpleNamespace, config: GPTConfig, device: torch.device, tokens: np.ndarray
+) -> None:
     """The plain loop that most people would write; prints one JSON line per step."""
     from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -152,10 +150,7 @@ def run_peer(name: str, settings: SimpleNamespace, config, device: torch.device,
     else:
         shape |= {"hidden_size": config.n_embd, "num_hidden_layers": config.n_layer}
         shape |= {"num_attention_heads": config.n_head, "num_key_value_heads": config.n_head}
-        shape |= {
-            "head_dim": config.head_dim,
-            "intermediate_size": config.n_hidden,
-        }
+        shape |= {"head_dim": config.head_dim, "intermediate_size": config.n_hidden}
         model = Qwen3ForCausalLM(Qwen3Config(max_position_embeddings=config.block_size, **shape))
     model.to(device).train()
     forward = torch.compile(model) if name.endswith("compiled") else model

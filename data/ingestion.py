@@ -66,7 +66,7 @@ MOST_SAMPLE_STORIES = 50_000
 LATEST = 1_000_000
 
 
-def main():
+def main() -> None:
     settings = read_settings(__file__)
     require_within(settings, validation_fraction="(0, 1)", max_stories="[0, inf)")
     sources = find_sources(settings.source, settings.data_dir)

@@ -51,7 +51,7 @@ WORKER_BYTES = 10_000_000
 CONTEXT = GPTConfig().block_size
 
 
-def main():
+def main() -> None:
     settings = read_settings(__file__)
     require_within(settings, workers="[0, inf)")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallelism is across processes

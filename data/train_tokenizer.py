@@ -48,7 +48,7 @@ GPT2_SHA256 = "7af2255eedd60b16dd34cbba614d328a4b0726f23b66fb09c942a867f3ccac38"
 EXAMPLE = "Once upon a time, there was a little dragonfly named Lily."
 
 
-def main():
+def main() -> None:
     settings = read_settings(__file__)
     check(settings)
     manifest = read_manifest(settings.data_dir)

@@ -3,11 +3,23 @@
 A checkpoint is a dictionary of plain values and tensors, loaded with weights_only=True, so that a file
 from elsewhere cannot run code:
 
-    format    version of this layout  config    GPTConfig's fields
-    weights   the model's state_dict  settings  of the run, with all values filled in
-    optimizers, scaler  their states  defaults  of the script when the run was last started
-    step, seconds, best_loss, last_evaluation, depth (blocks trained so far), device (its type)
-    tokenizer its JSON, eot_id        data      SHA-256 of the stories and the tokenizer
+    format           version of this layout
+    config           GPTConfig's fields
+    settings         of the run, all filled in, except run.NOT_KEPT
+    defaults         train.py's constants when the run was last started
+    weights          the model's state_dict
+    optimizers       their state_dicts
+    scaler           the GradScaler's, {} unless in float16
+    depth            blocks that train
+    flex             whether FlexAttention masks the stories; None: not compiled, so not chosen
+    step             optimizer steps done
+    seconds          training time in them
+    best_loss        lowest validation loss so far, nats per token
+    last_evaluation  step of the latest evaluation, -1 before the first
+    device           cpu, cuda or mps
+    tokenizer        its JSON
+    eot_id           the end-of-text token
+    data             SHA-256 of both splits and of the tokenizer
 """
 
 import contextlib
@@ -92,7 +104,8 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
         raise BadCheckpoint(f"{shown(path)} is not a checkpoint of this project")
     if checkpoint["format"] != FORMAT:
         raise BadCheckpoint(f"{shown(path)} has format {checkpoint['format']}; this version reads {FORMAT}")
-    missing = [entry for entry in ENTRIES + TO_RESUME * to_resume if entry not in checkpoint]
+    required = ENTRIES + TO_RESUME if to_resume else ENTRIES
+    missing = [entry for entry in required if entry not in checkpoint]
     if missing:
         raise BadCheckpoint(f"{shown(path)} lacks {', '.join(missing)}")
     return checkpoint

@@ -71,7 +71,8 @@ class GPTConfig:
 
     @property
     def n_hidden(self) -> int:
-        """Width of the feed-forward layer: 4 n_embd; for SwiGLU's three matrices 8/3 of it, up to a multiple of 64."""
+        """Width of the feed-forward layer: 4 n_embd; with SwiGLU, which has three matrices instead of two, 8/3 n_embd,
+        rounded up to a multiple of 64."""
         if self.n_inner is not None:
             return self.n_inner
         return 4 * self.n_embd if self.blocks == "gpt2" else -(-8 * self.n_embd // (3 * 64)) * 64
@@ -82,19 +83,19 @@ CONFIG_FIELDS = tuple(f.name for f in fields(GPTConfig))
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a preset is trained. Learning rates are peaks; tokens are per optimizer step, over all processes.
+    """How a model is trained.
 
-    The defaults suit all shapes and budgets: Muon's updates have the same size as AdamW's in matrices of any
+    The defaults suit most shapes and budgets: Muon's updates have the same size as AdamW's in matrices of any
     shape (Liu et al. 2025), so a learning rate carries over; batches are as small as keeps the hardware busy;
     decay is a fraction of the run, and warm-up is short enough for the shortest run.
     For what else was tried, see benchmarks/RESULTS.md.
     """
 
-    batch_tokens: int = 65_536
+    batch_tokens: int = 65_536  # per optimizer step, over all processes
     max_steps: int | None = 20_000  # the run ends at this limit or the next, whichever comes first
     max_minutes: float | None = None  # of training steps
     optimizer: str = "muon"
-    learning_rate: float = 6e-3
+    learning_rate: float = 6e-3  # at its peak
     weight_decay: float = 0.1
     warmup_steps: int = 10
     schedule: str = "linear"
@@ -106,7 +107,6 @@ class Recipe:
     grow_at: float = 0.0  # when the second half of the blocks joins, as a fraction of the run; 0: at once
     sampled_softmax: bool = False  # compute the training loss from part of the vocabulary
     eval_interval: int = 1_000
-    cpu: dict[str, object] = field(default_factory=lambda: CPU_STEPS | CPU_SHORTCUTS)  # other values on a CPU
 
     def __post_init__(self):
         require_within(self, batch_tokens="[1, inf)", max_steps="[1, inf)", eval_interval="[1, inf)")
@@ -118,15 +118,6 @@ class Recipe:
         require(self.max_steps or self.max_minutes, "a run needs an end: set max_steps or max_minutes")
         require(self.optimizer in OPTIMIZERS, f"optimizer must be muon or adamw, not {self.optimizer!r}")
         require(self.schedule in SCHEDULES, f"schedule must be linear or cosine, not {self.schedule!r}")
-
-    def on_cpu(self) -> "Recipe":
-        """The recipe on a CPU; a run of few minutes takes still smaller steps."""
-        recipe = replace(self, **self.cpu)
-        if "batch_tokens" in self.cpu and self.max_minutes and self.max_minutes < SHORT_MINUTES:
-            recipe = replace(
-                recipe, batch_tokens=recipe.batch_tokens // 2, eval_interval=2 * recipe.eval_interval
-            )
-        return recipe
 
     def windows_per_step(self, block_size: int) -> int:
         """Whole windows of block_size tokens per step, at least one."""
@@ -151,7 +142,7 @@ class Recipe:
         return min(1 - self.decay_fraction, self.grow_at or 1)
 
 
-RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if f.name != "cpu")
+RECIPE_FIELDS = tuple(f.name for f in fields(Recipe))
 
 ADAMW = Recipe(
     optimizer="adamw",
@@ -162,7 +153,6 @@ ADAMW = Recipe(
     final_learning_rate=0.1,
     mask_stories=False,
     bigram_start=False,
-    cpu=CPU_STEPS,
 )
 
 # The default learning rate if another optimizer than the preset's is chosen
@@ -173,6 +163,21 @@ LEARNING_RATES = {recipe.optimizer: recipe.learning_rate for recipe in (Recipe()
 class Preset:
     config: GPTConfig  # vocab_size is the intended one; training uses the tokenizer's
     recipe: Recipe = field(default_factory=Recipe)
+    cpu: dict[str, object] = field(
+        default_factory=lambda: CPU_STEPS | CPU_SHORTCUTS
+    )  # of the recipe, on a CPU
+
+    def recipe_on(self, device_type: str, **limits: int | float | None) -> Recipe:
+        """The recipe on a type of device, for a run with these limits; on a CPU, one of few minutes takes still
+        smaller steps."""
+        recipe = replace(self.recipe, **limits)
+        if device_type != "cpu":
+            return recipe
+        recipe = replace(recipe, **self.cpu)
+        if "batch_tokens" in self.cpu and recipe.max_minutes and recipe.max_minutes < SHORT_MINUTES:
+            half = recipe.batch_tokens // 2
+            recipe = replace(recipe, batch_tokens=half, eval_interval=2 * recipe.eval_interval)
+        return recipe
 
 
 SLM_SHAPE = {
@@ -183,19 +188,20 @@ SLM_SHAPE = {
     "dropout": 0.1,
     "blocks": "gpt2",
 }
-PUBLISHED = replace(ADAMW, cpu={}, eval_interval=250)  # the same on any device
+PUBLISHED = replace(ADAMW, eval_interval=250)
 SLM = replace(PUBLISHED, batch_tokens=32 * 32 * 128, learning_rate=1e-4, warmup_steps=1_000)
 
 PRESETS = {
     # 4 heads learn more per token than 8, and run faster; an untied output head allows the bigram start
     "stories-9m": Preset(GPTConfig(n_head=4, tie_weights=False)),
-    "tinystories-gpt": Preset(GPTConfig(blocks="gpt2"), ADAMW),
-    "slm-30m": Preset(GPTConfig(block_size=128, **SLM_SHAPE), SLM),
-    "slm-50m": Preset(GPTConfig(block_size=128, tie_weights=False, **SLM_SHAPE), SLM),
+    "tinystories-gpt": Preset(GPTConfig(blocks="gpt2"), ADAMW, CPU_STEPS),
+    "slm-30m": Preset(GPTConfig(block_size=128, **SLM_SHAPE), SLM, cpu={}),  # the same on any device
+    "slm-50m": Preset(GPTConfig(block_size=128, tie_weights=False, **SLM_SHAPE), SLM, cpu={}),
     "tinystories-33m": Preset(
         GPTConfig(block_size=512, **SLM_SHAPE),
         # 80 windows of 512 tokens, 16 times per step; 20 epochs of 470 million tokens
         replace(PUBLISHED, batch_tokens=80 * 16 * 512, max_steps=14_300, learning_rate=5e-4, grad_clip=0.5),
+        cpu={},
     ),
     "stories-15m": Preset(GPTConfig(vocab_size=32_000, n_layer=6, n_head=6, n_embd=288)),
     "stories-42m": Preset(GPTConfig(vocab_size=32_000, block_size=1_024, n_embd=512)),
@@ -206,6 +212,7 @@ PRESETS = {
     ),
     "quickstart": Preset(
         GPTConfig(vocab_size=2_048, n_layer=4, n_head=4, n_embd=192, tie_weights=False),
-        Recipe(batch_tokens=2_048, max_steps=2_400, max_minutes=3.5, eval_interval=200, cpu=CPU_SHORTCUTS),
+        Recipe(batch_tokens=2_048, max_steps=2_400, max_minutes=3.5, eval_interval=200),
+        CPU_SHORTCUTS,
     ),
 }

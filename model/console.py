@@ -12,24 +12,24 @@ import torch
 from tqdm import tqdm
 
 from model.errors import note
-from model.files import command, shown
+from model.files import command, count_text, shown
+from model.loss import bits_per_byte
 from model.processes import StopRequest
-from model.run import NOT_KEPT, Run, changed_settings
+from model.run import NOT_KEPT, Run
 from model.runtime import peak_flops
 from model.script import close_output
 from model.settings import flag_name
 from model.training_state import TrainingState
-from model.validation import bits_per_byte
 
 # Up to about four epochs are nearly as good as new data (Muennighoff et al. 2023)
 MANY_EPOCHS = 4
 QUIET_SECONDS = 20  # between progress lines when not on a terminal
 
 
-def print_finished(run: Run, state: TrainingState, checkpoint: dict) -> None:
-    """Say that the run had ended already, and what would extend it."""
+def print_finished(run: Run, state: TrainingState, changes: dict[str, str]) -> None:
+    """Say that the run had ended already, and what would extend it. `changes` are those of its settings."""
     limit = "max_steps" if run.recipe.max_steps and state.step >= run.recipe.max_steps else "max_minutes"
-    if limit in changed_settings(run.settings, checkpoint):
+    if limit in changes:
         beyond = f"step {state.step:,} is already beyond this {flag_name(limit)}"
         print(f"{beyond}: nothing is left to train, and the saved run keeps its own limit")
     else:
@@ -44,11 +44,11 @@ def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> Non
     steps = f"{recipe.max_steps:,} steps" if recipe.max_steps else ""
     minutes = f"{recipe.max_minutes:g} minutes" if recipe.max_minutes else ""
     epochs = (recipe.max_steps or 0) * run.tokens_per_step / len(train.tokens)
-    where = f" on {run.processes.count} processes" if run.processes.count > 1 else ""
+    where = f" on {run.processes.world_size} processes" if run.processes.world_size > 1 else ""
     softmax = f"; softmax over {run.softmax_size:,} tokens" if run.shortlists else ""
     growth = ""
     if (depth := state.model.depth) < config.n_layer and recipe.grow_at:
-        growth = f"; {depth} layer{'s' * (depth > 1)} until {100 * recipe.grow_at:g} % are done"
+        growth = f"; {count_text(depth, 'layer', 'layers')} until {100 * recipe.grow_at:g} % are done"
     print(
         f"stories      {train.stories:,} ({len(train.tokens):,} tokens) for training, "
         f"{data.validation.stories:,} ({len(data.validation.tokens):,} tokens) for validation\n"
@@ -81,7 +81,7 @@ class ProgressBar:
         self.run, self.state, self.stop, self.shows = run, state, stop, run.processes.first
         half = run.runtime.dtype != torch.float32
         peak = peak_flops(run.runtime.device) if half else None
-        self.peak = peak * run.processes.count if peak else None  # FLOP/s
+        self.peak = peak * run.processes.world_size if peak else None  # FLOP/s
         self.step, self.seconds, self.printed = state.step, state.seconds, time.monotonic()
         self.speed = 0.0  # tokens per second
         self.loss, self.weight = 0.0, 0.0  # a moving average, and how much of it has been seen
@@ -155,11 +155,12 @@ class ProgressBar:
 def print_end(run: Run, state: TrainingState) -> None:
     """Print the result of a finished run as `key: value` lines."""
     folder, tokens = shown(run.folder), state.step * run.tokens_per_step
+    best_bits = bits_per_byte(state.best_loss, run.data.validation.bytes_per_token)
     print(
         f"steps: {state.step}\ntokens: {tokens}\ntraining_seconds: {state.seconds:.1f}\n"
         f"tokens_per_second: {tokens / max(state.seconds, 1e-9):.0f}\n"
         f"best_validation_loss: {state.best_loss:.4f}\n"
-        f"best_bits_per_byte: {bits_per_byte(run, state.best_loss):.4f}\n"
+        f"best_bits_per_byte: {best_bits:.4f}\n"
         f"best_checkpoint: {folder}/best.pt\nloss_curve: {folder}/loss_curve.png\n"
         f"stories_on_the_way: {folder}/samples.md\n"
         f"next: {command('generate.py', checkpoint_dir=run.folder)}"

@@ -108,7 +108,7 @@ class KVCache:
         places = kernels.whole(capacity, kernels.POSITIONS) if decoder.native else capacity
         shape = (2 * config.n_layer, batch, config.n_head, places, config.head_dim)
         if decoder.native:
-            memory = kernels.large_pages(math.prod(shape) * decoder.cache_dtype.itemsize)
+            memory = kernels.huge_pages(math.prod(shape) * decoder.cache_dtype.itemsize)
             both = memory.view(decoder.cache_dtype).view(shape)
         else:
             both = like.new_zeros(shape, dtype=decoder.cache_dtype)

@@ -18,8 +18,7 @@ from model.settings import REPO, flag_name, read_constants
 
 @contextlib.contextmanager
 def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Within this block, let the system's errors that name no file, such as a full disk, or its temporary name, name
-    this one."""
+    """Give an OSError that names no file, such as that of a full disk, or only the temporary one, the name `path`."""
     try:
         yield
     except OSError as error:

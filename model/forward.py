@@ -147,9 +147,9 @@ def prepare_forward(run: Run, model: GPT, windows: int) -> nn.Module:
     settings, runtime, processes = run.settings, run.runtime, run.processes
     _, most = processes.extremes(windows)
     micro_batch = min(settings.micro_batch, most) or equal_parts(most, guess_micro_batch(model, runtime))
-    if model.flex is None:  # used if all processes choose it
-        least, _ = processes.extremes(choose_flex(run, micro_batch))
-        model.flex = bool(least)
+    # used if all processes choose it, or chose it before and still can
+    flex = choose_flex(run, micro_batch) if model.flex is None else model.flex and flex_may_pay(run)
+    model.flex = bool(processes.extremes(flex)[0])
     forward = compile_model(model) if runtime.compile else model
     agreed = False
     while not agreed:

@@ -76,6 +76,8 @@ class Attention(nn.Module):
 
 
 class GELUMLP(nn.Module):
+    """down(gelu(up(x))), (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.up = nn.Linear(config.n_embd, config.n_hidden)
@@ -86,7 +88,7 @@ class GELUMLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), Shazeer 2020; gate and up are one matrix."""
+    """down(silu(gate(x)) * up(x)), (B, T, C) -> (B, T, C), Shazeer 2020; gate and up are one matrix."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -105,6 +107,8 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 class Block(nn.Module):
+    """Attention, then an MLP, each normalised before and added to the residual stream, (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.attention_norm = make_norm(config)

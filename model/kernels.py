@@ -221,7 +221,7 @@ class Network:
         position_embedding: Tensor | None,
     ):
         matrices = [part for block in blocks for part in block if isinstance(part, PackedLinear)]
-        memory = large_pages(sum(whole(matrix.tensors[0].nbytes, CACHE_LINE) for matrix in (*matrices, head)))
+        memory = huge_pages(sum(whole(matrix.tensors[0].nbytes, CACHE_LINE) for matrix in (*matrices, head)))
         for matrix in (*matrices, head):
             memory = matrix.move(memory)
         self.parts = blocks, head  # which keep the tensors
@@ -322,9 +322,8 @@ def sample(logits: Tensor, filters: Filters, uniforms: Tensor) -> Tensor:
     return tokens
 
 
-def large_pages(size: int) -> Tensor:
-    """Memory (size,) of zeros, uint8; in large pages where the system has them, in which a processor finds numbers
-    faster than in those of 4 KB, whose places it cannot all remember."""
+def huge_pages(size: int) -> Tensor:
+    """Zeros (size,), uint8, in huge pages where the system has them, which saves TLB misses."""
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:

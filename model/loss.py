@@ -1,7 +1,9 @@
-"""The training loss: cross-entropy over the vocabulary, or over a shortlist of it."""
+"""The training loss: cross-entropy over the vocabulary, or over a shortlist of it; and bits per byte."""
 
+import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,12 @@ from torch import Tensor, nn
 # On M1 and M2, PyTorch 2.13 sums wrongly over 32,767 numbers or more, as in the gradient of a large output matrix
 # (pytorch#177116). So that is multiplied in parts, and micro-batches have fewer tokens.
 MPS_TERMS = 32_000
+
+
+def bits_per_byte(nats: float | np.ndarray, size: float | np.ndarray) -> float | np.ndarray:
+    """A loss that compares models with different tokenizers, from nats and bytes of text: both in all, or both per
+    token."""
+    return nats / (math.log(2) * size)
 
 
 class Shortlist(NamedTuple):

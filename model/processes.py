@@ -22,7 +22,7 @@ class Processes:
     """The processes that train together; just one without torchrun."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     store: dist.Store | None = None  # what they share; it outlives restarts
 
     @property
@@ -38,13 +38,13 @@ class Processes:
     def remembers(self, what: str) -> bool:
         return self.store is not None and self.store.check([what])
 
-    def wait(self) -> None:
-        """Until all processes are here."""
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
         self.extremes(0)
 
     def extremes(self, number: int) -> tuple[int, int]:
         """The smallest and the largest of the processes' numbers."""
-        if self.count == 1:
+        if self.world_size == 1:
             return number, number
         facts = torch.tensor([-number, number])  # on the CPU, to avoid waiting for the GPU
         dist.all_reduce(facts, op=dist.ReduceOp.MAX)
@@ -52,23 +52,23 @@ class Processes:
 
     def total(self, value: Tensor) -> float:
         """Sum of a scalar tensor over all processes."""
-        if self.count > 1:
+        if self.world_size > 1:
             dist.all_reduce(value)
         return value.item()
 
-    def take_first(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor's values by those of the first process: computed on other hardware, they may differ."""
-        if self.count > 1:
+        if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
 
-    def add_up(self, gradients: list[Tensor]) -> None:
+    def all_reduce(self, gradients: list[Tensor]) -> None:
         """Sum each tensor over all processes, in place.
 
         All at once, after the backward pass: DistributedDataParallel arranges them anew after its first step, and the
         order of the additions with them, so that a resumed run of three processes would not repeat every bit.
         """
-        if self.count > 1:
+        if self.world_size > 1:
             together = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(together)
             parts = together.split([gradient.numel() for gradient in gradients])
@@ -79,12 +79,12 @@ def start_processes(device: str) -> Processes:
     """Join torchrun's process group (nccl on CUDA, gloo elsewhere), if there is one."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return Processes()
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     require(
-        count == 1 or not device.startswith("cuda:"),
+        world_size == 1 or not device.startswith("cuda:"),
         f"torchrun's processes take a GPU each: leave out --device {device} (CUDA_VISIBLE_DEVICES chooses among GPUs)",
     )
-    shares_mps = count > 1 and device in ("auto", "mps") and torch.backends.mps.is_available()
+    shares_mps = world_size > 1 and device in ("auto", "mps") and torch.backends.mps.is_available()
     require(not shares_mps, "several processes cannot share this GPU: add --device cpu")
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if cuda:
@@ -99,8 +99,10 @@ def start_processes(device: str) -> Processes:
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     # The others wait while the first evaluates and saves
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(hours=2))
-    return Processes(rank, count, dist.PrefixStore("ours", shared))
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(hours=2)
+    )
+    return Processes(rank, world_size, dist.PrefixStore("ours", shared))
 
 
 def stop_processes() -> None:
@@ -142,7 +144,7 @@ class StopRequest:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        if self.processes.count == 1:  # several processes stop together, in synchronise()
+        if self.processes.world_size == 1:  # several processes stop together, in synchronise()
             self.agreed = number
         if self.processes.first:
             words = "\nstopping after this step; press Ctrl-C again to stop at once\n"
@@ -153,7 +155,7 @@ class StopRequest:
     def synchronise(self, seconds: float) -> float:
         """Let all processes know whether one is to stop; return the first one's training time. (That of the others
         may include waiting for the first while it evaluates and saves.)"""
-        if self.processes.count > 1:
+        if self.processes.world_size > 1:
             facts = torch.tensor([self.received, seconds if self.processes.first else 0], dtype=torch.float64)
             dist.all_reduce(facts, op=dist.ReduceOp.MAX)
             self.agreed, seconds = int(facts[0]), float(facts[1])

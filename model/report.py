@@ -2,12 +2,13 @@
 
 import html
 import io
-import math
 import re
 import string
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+from model.loss import bits_per_byte
 
 TEMPLATE = Path(__file__).with_name("report.html")
 # One per model, legible on white and on black
@@ -31,18 +32,19 @@ Columns = list[tuple[str, Callable[[dict], str]]]
 
 def number(name: str, form: str) -> Callable[[dict], str]:
     """A cell with a row's figure, or – if it has none."""
-    return lambda row: "–" if row.get(name) is None else figure(row[name], form)
+    return lambda row: "–" if row.get(name) is None else format_figure(row[name], form)
 
 
 def span(name: str, form: str) -> Callable[[dict], str]:
     """A cell with an interval: low to high."""
-    return lambda row: " to ".join(figure(end, form) for end in row[name]) if row.get(name) else "–"
+    return lambda row: " to ".join(format_figure(end, form) for end in row[name]) if row.get(name) else "–"
 
 
-def figure(value: float, form: str) -> str:
+def format_figure(value: float, form: str) -> str:
     """format(), but without a minus for what is rounded to zero."""
     text = format(value, form)
-    return text.replace("-", "+" * form.startswith("+")) if not text.strip("-0.%") else text
+    plus = "+" if form.startswith("+") else ""
+    return text if text.strip("-0.%") else text.replace("-", plus)
 
 
 SCORE_COLUMNS: Columns = [
@@ -105,24 +107,17 @@ def render(report: dict) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         "seed": report["seed"],
     } | ({"notes": "; ".join(report["notes"])} if report["notes"] else {})
+    stories = "".join(map(beginning, report["written"][:SHOWN_PROMPTS]))
+    facts = [["", ""], *([key, str(value)] for key, value in about.items())]
     sections = [
-        section("", SCORE_NOTE, table(transposed(cells(SCORE_COLUMNS, results))) if results else ""),
-        section("", "", "".join(f"<figure>{chart}</figure>" for chart in charts), "figures"),
+        section(table(transposed(cells(SCORE_COLUMNS, results))) if results else "", note=SCORE_NOTE),
+        section("".join(f"<figure>{chart}</figure>" for chart in charts), kind="figures"),
         section(
-            "Story quality",
-            QUALITY_NOTE,
-            table(quality_table(quality)) + copies(quality) if quality else "",
+            table(quality_table(quality)) + copies(quality) if quality else "", "Story quality", QUALITY_NOTE
         ),
-        section(
-            "Stories from the same prompts", "", "".join(map(beginning, report["written"][:SHOWN_PROMPTS]))
-        ),
-        section("Settings", "", table(compare_settings(results)) if results else ""),
-        section(
-            "About this page",
-            "",
-            table([["", ""], *([key, str(value)] for key, value in about.items())]),
-            "text",
-        ),
+        section(stories, "Stories from the same prompts"),
+        section(table(compare_settings(results)) if results else "", "Settings"),
+        section(table(facts), "About this page", kind="text"),
     ]
     title = headline(results) or "Story quality"
     when = f"{report['date'][:16].replace('T', ' ')} UTC"
@@ -132,12 +127,12 @@ def render(report: dict) -> str:
     return page.substitute(title=html.escape(title), about=about_stories, body=body)
 
 
-def section(heading: str, note: str, body: str, kind: str = "") -> str:
+def section(body: str, heading: str = "", note: str = "", kind: str = "") -> str:
     """A section of the page; empty if its body is empty."""
     if not body:
         return ""
-    title = f"<h2>{heading}</h2>\n" * bool(heading)
-    remark = f'<p class="note">{note}</p>\n' * bool(note)
+    title = f"<h2>{heading}</h2>\n" if heading else ""
+    remark = f'<p class="note">{note}</p>\n' if note else ""
     return f'<section>\n{title}<div class="{kind}">{body}</div>\n{remark}</section>'
 
 
@@ -200,7 +195,7 @@ def draw_positions(results: list[dict]) -> str:
         bytes_per_token = result["bytes"] / result["tokens"]
         ranges = [r for r in result["by_position"] if r["tokens"] >= 20]
         where = [(r["first"] + r["end"]) / 2 * bytes_per_token for r in ranges]
-        lines.append((where, [r["loss"] / math.log(2) / bytes_per_token for r in ranges], {}))
+        lines.append((where, [bits_per_byte(r["loss"], bytes_per_token) for r in ranges], {}))
     labels = [result["checkpoint"] for result in results]
     return draw(labels, lines, "bytes into the story (log scale)", "Bits per byte along the story", log=True)
 

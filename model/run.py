@@ -4,7 +4,7 @@ from its checkpoint."""
 import functools
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,6 +52,9 @@ STARTED_EARLIER = (
 
 @dataclass(frozen=True)
 class Run:
+    """A run's settings, shape, data and device. Fixed once training begins; before that, prepare_forward() sets
+    settings.micro_batch and runtime.compile to what works here."""
+
     settings: SimpleNamespace  # all filled in
     config: GPTConfig
     recipe: Recipe
@@ -105,8 +108,8 @@ def plan_run(settings: SimpleNamespace, processes: Processes, checkpoint: dict |
         pretrained = pretrained.with_context(config.block_size)
     windows = recipe.windows_per_step(config.block_size)
     require(
-        windows >= processes.count,
-        f"a step has {windows} windows for {processes.count} processes: use fewer, or a larger --batch-tokens",
+        windows >= processes.world_size,
+        f"a step has {windows} windows for {processes.world_size} processes: use fewer, or a larger --batch-tokens",
     )
     most = max(1, MPS_TERMS // config.block_size)
     require(
@@ -162,9 +165,7 @@ def fill_from_preset(
     settings: SimpleNamespace, data: Data, device: torch.device, pretrained: Pretrained | None
 ) -> None:
     preset, chosen = PRESETS[settings.preset], chosen_settings(settings, kept_settings(settings))
-    recipe = replace(preset.recipe, **{name: getattr(settings, name) for name in chosen & LIMITS})
-    if device.type == "cpu":
-        recipe = recipe.on_cpu()
+    recipe = preset.recipe_on(device.type, **{name: getattr(settings, name) for name in chosen & LIMITS})
     values = {**vars(recipe), **vars(preset.config), "vocab_size": data.vocab_size}
     if settings.optimizer not in (None, recipe.optimizer):
         values["learning_rate"] = LEARNING_RATES[settings.optimizer]

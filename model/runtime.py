@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from model.errors import UserError, warn
-from model.files import lives, nearest_existing
+from model.files import count_text, lives, nearest_existing
 from model.settings import REPO
 
 # Dense bfloat16 (float16 on the T4 and V100) peak in FLOP/s, from the vendors' data sheets
@@ -115,8 +115,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "mps":
         return "Apple GPU"
     name = cpu_facts().get("model name") or platform.processor() or platform.machine()
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' * (threads > 1)}"
+    return f"{name}, {count_text(torch.get_num_threads(), 'thread', 'threads')}"
 
 
 def choose_dtype(device: torch.device, name: str) -> tuple[torch.dtype, str]:

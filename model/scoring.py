@@ -20,6 +20,7 @@ from tqdm import tqdm
 from model.batches import to_device
 from model.candidates import Candidate
 from model.errors import UserError, ran_out_of_memory, require
+from model.loss import bits_per_byte
 from model.runtime import GPU_LOGITS, Runtime, tokens_at_once
 
 # Logits computed at once. A CPU is fastest while they fit in its caches.
@@ -71,10 +72,6 @@ class Scores:
             loss = float(self.position_loss[first:end].sum()) / tokens
             ranges.append({"first": first, "end": end, "tokens": tokens, "loss": loss})
         return ranges
-
-
-def bits_per_byte(nats: np.ndarray, size: np.ndarray) -> np.ndarray:
-    return nats / (math.log(2) * size)
 
 
 def sliding_windows(story: int, length: int, block_size: int) -> list[Window]:

@@ -72,7 +72,8 @@ class Constant:
     def type_name(self) -> str:
         """The type in words: "a list of numbers or None"."""
         name = "True or False" if self.kind is bool else TYPE_NAMES[self.kind]
-        return (f"a list of {name.removeprefix('a ')}s" if self.many else name) + " or None" * self.optional
+        words = f"a list of {name.removeprefix('a ')}s" if self.many else name
+        return f"{words} or None" if self.optional else words
 
 
 def read_constants(script: str | Path) -> list[Constant]:

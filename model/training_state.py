@@ -70,6 +70,7 @@ class TrainingState:
             "defaults": run.settings.defaults,
             "device": run.runtime.device.type,
             "depth": self.model.depth,
+            "flex": self.model.flex if run.runtime.compile else None,
             "weights": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
@@ -120,6 +121,10 @@ def initial_state(run: Run, checkpoint: dict | None) -> TrainingState:
                 f"the parts of the checkpoint after step {checkpoint['step']} do not fit together "
                 f"({first_line(error)}): move it away, and the run goes on from the one before"
             ) from error
+        if (
+            checkpoint.get("device") == device.type
+        ):  # measured anew, it might be chosen otherwise, and rounds otherwise
+            model.flex = checkpoint.get("flex")
         # best.pt may be later than the checkpoint
         state.best_loss = best_loss(run, *filter(None, (checkpoint, peek(run.folder / "best.pt"))))
         return state

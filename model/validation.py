@@ -1,13 +1,12 @@
 """What train.py evaluates on the way: the loss on validation windows, and a sample story."""
 
-import math
-
 import torch
 
 from model.batches import to_device
 from model.decoder import Decoder
 from model.generation import Sampling, generate_all
 from model.gpt import GPT
+from model.loss import bits_per_byte
 from model.run import Run
 from model.runtime import tokens_at_once
 from model.tokenizer import readable, text_tokenizer
@@ -26,12 +25,10 @@ def validate(run: Run, model: GPT) -> dict[str, float]:
             total += model(inputs, targets, story_ids).item() * len(windows)
     model.train()
     loss = total / len(run.validation)
-    return {"validation_loss": loss, "bits_per_byte": bits_per_byte(run, loss)}
-
-
-def bits_per_byte(run: Run, loss: float) -> float:
-    """Of a validation loss in nats per token."""
-    return loss / math.log(2) / run.data.validation.bytes_per_token
+    return {
+        "validation_loss": loss,
+        "bits_per_byte": bits_per_byte(loss, run.data.validation.bytes_per_token),
+    }
 
 
 def write_sample(run: Run, model: GPT) -> str:

@@ -34,7 +34,7 @@ from model.report import (
     draw,
     draw_curves,
     draw_positions,
-    figure,
+    format_figure,
     headline,
     quality_table,
     transposed,
@@ -181,8 +181,9 @@ def test_a_verdict_needs_more_than_rounding_and_a_few_stories(stories, differenc
 
 
 def test_what_is_rounded_to_zero_has_no_minus():
-    assert [figure(value, "+.4f") for value in (-1e-9, 1e-9, -0.5)] == ["+0.0000", "+0.0000", "-0.5000"]
-    assert [figure(value, ".1%") for value in (-1e-9, -0.5)] == ["0.0%", "-50.0%"]
+    figures = [format_figure(value, "+.4f") for value in (-1e-9, 1e-9, -0.5)]
+    assert figures == ["+0.0000", "+0.0000", "-0.5000"]
+    assert [format_figure(value, ".1%") for value in (-1e-9, -0.5)] == ["0.0%", "-50.0%"]
 
 
 def test_each_figure_is_in_its_column():

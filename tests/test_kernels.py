@@ -241,7 +241,7 @@ def test_what_does_not_fit_the_cache_or_the_context_is_refused():
 
 def test_too_large_a_piece_of_memory_is_a_memory_error():
     with pytest.raises(MemoryError, match=f"allocate {1 << 60} bytes"):
-        kernels.large_pages(1 << 60)
+        kernels.huge_pages(1 << 60)
 
 
 @pytest.fixture

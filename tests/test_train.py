@@ -355,7 +355,7 @@ def make_progress_bar(recipe, depth):
     model.set_depth(depth)
     state = TrainingState(model, [], None, step=100, seconds=50.0)
     runtime = Runtime(torch.device("cpu"), torch.float32, False, "")
-    run = make_run(recipe=recipe, config=config, runtime=runtime, processes=Processes(rank=1, count=2))
+    run = make_run(recipe=recipe, config=config, runtime=runtime, processes=Processes(rank=1, world_size=2))
     vars(run)["shortlists"] = SimpleNamespace(size=100)
     return ProgressBar(run, state, stop=None)
 
@@ -552,13 +552,13 @@ from model.processes import start_processes, stop_processes
 processes = start_processes("cpu")
 group = dist.group.WORLD  # held, and its threads with it, as by what training imports
 try:
-    processes.wait()
+    processes.barrier()
     for thread in os.listdir("/proc/self/task"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it may have ended
             with open(f"/proc/self/task/{thread}/comm") as name:
                 if "gloo" in name.read():
                     os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
-    processes.wait()
+    processes.barrier()
 finally:
     stop_processes()
 """
@@ -782,7 +782,7 @@ def test_only_a_run_in_its_decay_goes_back(train):
         run = make_run(
             settings=settings_of(then, folder),
             recipe=Recipe(max_steps=80),
-            processes=Processes(rank=1, count=2),
+            processes=Processes(rank=1, world_size=2),
         )
         rewound, checkpoint = rewind(run, path, then)
         assert checkpoint["step"] == (12 if max_steps == steps["far from it"] else 5)
@@ -1364,7 +1364,7 @@ def test_micro_batches_are_equal_if_slightly_smaller_ones_are(monkeypatch, windo
 
 def test_all_processes_take_the_smallest_micro_batch(monkeypatch):
     """One of them, with 36 windows to the other's 35, has memory for 6 at once, the other for 9."""
-    others = iter([36, 6, 6])
+    others = iter([36, 0, 6, 6])  # windows, no FlexAttention, micro-batches
 
     def all_reduce(facts, op):
         other = next(others)
@@ -1375,9 +1375,9 @@ def test_all_processes_take_the_smallest_micro_batch(monkeypatch):
     tried = []
     monkeypatch.setattr("model.forward.try_out", lambda run, forward, size: tried.append(size))
     model = GPT(GPTConfig(vocab_size=16, block_size=4, n_layer=1, n_head=1, n_embd=4))
-    model.flex = False  # chosen already
+    model.flex = False
     settings, runtime = SimpleNamespace(micro_batch=0), Runtime(CPU, torch.float32, False, "")
-    run = make_run(settings=settings, config=model.config, runtime=runtime, processes=Processes(count=2))
+    run = make_run(settings=settings, config=model.config, runtime=runtime, processes=Processes(world_size=2))
     prepare_forward(run, model, 35)
     assert settings.micro_batch == 6 and sorted(tried) == [5, 6, 8, 9]
 
@@ -1400,6 +1400,25 @@ def test_flex_attention_is_tried_where_it_may_pay(monkeypatch, changes, capabili
     runtime = Runtime(torch.device("cuda"), torch.bfloat16, True, "")
     parts = {"config": GPTConfig(block_size=129), "recipe": Recipe(), "runtime": runtime}
     assert flex_may_pay(make_run(**{**parts, **changes})) == expected
+
+
+def test_a_resumed_run_keeps_the_choice_of_flex_attention_on_the_same_kind_of_device(train, monkeypatch):
+    flags, chosen = ["--decay-fraction", "0.01", "--grow-at", 0], []
+    folder, _ = train("run", "--max-steps", 1, *flags)
+    prepare = train_script.prepare_forward
+
+    def noting(run, model, windows):
+        chosen.append(model.flex)
+        return prepare(run, model, windows)
+
+    monkeypatch.setattr(train_script, "prepare_forward", noting)
+    for step, device in ((1, "cpu"), (2, "cuda")):
+        path = folder / f"ckpt_{step}.pt"
+        checkpoint = load_checkpoint(path)
+        assert checkpoint["flex"] is None  # not compiled
+        save_checkpoint(path, {**checkpoint, "flex": True, "device": device})
+        train("run", "--max-steps", step + 1, *flags)
+    assert chosen == [True, None]
 
 
 @pytest.mark.parametrize("blocks", ["modern", "gpt2"])
@@ -1496,7 +1515,7 @@ def test_several_processes_stop_together(monkeypatch, ours, other):
 
     monkeypatch.setattr("model.processes.dist.all_reduce", all_reduce)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    stop = StopRequest(Processes(rank=0, count=2))
+    stop = StopRequest(Processes(rank=0, world_size=2))
     if ours:
         stop.receive(ours, None)
     assert not stop
@@ -1514,7 +1533,7 @@ def test_training_time_is_the_first_process_own(monkeypatch, rank):
 
     monkeypatch.setattr("model.processes.dist.all_reduce", all_reduce)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert StopRequest(Processes(rank=rank, count=2)).synchronise(seconds) == 5.0
+    assert StopRequest(Processes(rank=rank, world_size=2)).synchronise(seconds) == 5.0
 
 
 def test_float16_trains_like_float32_and_its_scaler_is_kept(train):
