@@ -20,7 +20,6 @@ from types import SimpleNamespace
 from model.script import run_script  # before torch: see there
 
 # isort: split
-import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -216,28 +215,27 @@ class Writer:
         ended."""
         encodings = {prompt: self.encode(prompt) for prompt in dict.fromkeys(prompts)}
         encoded = [encodings[prompt] for prompt in prompts]
-        started = time.monotonic()
-        with tqdm(total=len(prompts), unit="story", disable=None, delay=2, leave=False) as bar:
+
+        def store(place: int, ids: list[int]) -> None:
+            rows[place] = self.row(prompts[place], encoded[place], ids, seed + place)
+
+        # miniters=0: whether the bar is drawn depends on time alone
+        with tqdm(total=len(prompts), unit="story", disable=None, delay=2, miniters=0, leave=False) as bar:
             for part in self.batches(encoded):
-                seeds = [seed + place for place in part]
-                written: list[list[int]] = [[] for _ in part]
-                beginnings = [encoded[place] for place in part]
+                written: dict[int, list[int]] = {place: [] for place in part}
+                beginnings, seeds = [encoded[place] for place in part], [seed + place for place in part]
                 steps = generate(self.decoder, beginnings, self.max_tokens, self.eot_id, self.sampling, seeds)
-                ended: list[int] = []  # rows of the batch
-                try:
-                    for position, tokens in enumerate(steps):
-                        for ids, token in zip(written, tokens, strict=True):
-                            if token is not None:
-                                ids.append(token)
-                        ended = [k for k, token in enumerate(tokens) if token is None and written[k]]
-                        if position % 16 == 0 and time.monotonic() - started > 2:
-                            bar.set_postfix_str(f"{position + 1} tokens", refresh=False)
-                            bar.update(len(rows) + len(ended) - bar.n)
-                            bar.refresh()
-                    ended = list(range(len(part)))
-                finally:
-                    for k in ended:
-                        rows[part[k]] = self.row(prompts[part[k]], beginnings[k], written[k], seeds[k])
+                for position, tokens in enumerate(steps, start=1):
+                    for (place, ids), token in zip(written.items(), tokens, strict=True):
+                        if token is not None:
+                            ids.append(token)
+                        elif ids and place not in rows:  # it has ended
+                            store(place, ids)
+                    bar.set_postfix_str(f"{position} tokens", refresh=False)
+                    bar.update(len(rows) - bar.n)
+                for place, ids in written.items():
+                    if place not in rows:  # cut at max_tokens, or ended at once
+                        store(place, ids)
                 bar.update(len(rows) - bar.n)
 
     def batches(self, encoded: list[list[int]]) -> Iterator[list[int]]:
@@ -298,5 +296,4 @@ def converse(writer: Writer, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     run_script(main)

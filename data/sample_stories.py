@@ -9,7 +9,7 @@ To add a plot, add a block.
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import permutations
 
 BRACKET = re.compile(r"\[([^\]]*)\]")
@@ -262,7 +262,7 @@ First, {a} turned left and walked and walked, until {he} came to a {mark}. Then 
 """
 
 
-def _read(block):
+def read_block(block: str) -> tuple[dict[str, tuple], str]:
     """Parse a block into {slot: (name of its list, texts)} and its paragraphs as one text."""
     slots, paragraphs = {}, []
     for line in block.strip().replace("\n ", " ").split("\n"):
@@ -276,40 +276,40 @@ def _read(block):
     return slots, "\n\n".join(paragraphs)
 
 
-def _read_plots():
+def read_plots() -> list[list[tuple]]:
     """Parse PLOTS into one list per plot, of its variants by cast and sex: (title, text, slots, lists shown)."""
     plots = []
     for block in PLOTS.strip("# \n").split("\n# "):
         title, casts, body = block.split(" | ", 2)
-        own, text = _read(body)
+        own, text = read_block(body)
         names = re.findall(r"{(\w+)}", BRACKET.sub("", text).lower())
         variants = []
         for cast in casts.split():
             for hero, friend in permutations(PEOPLE[cast]):
                 people = HERO.format(*hero) + FRIEND.format(*friend)
-                slots = _read(f"{COMMON}\n{CASTS[cast]}{people}")[0] | own
+                slots = read_block(f"{COMMON}\n{CASTS[cast]}{people}")[0] | own
                 variants.append((title, text, slots, sorted({slots[name][0] for name in names})))
         plots.append(variants)
     return plots
 
 
-class _Words(dict):
+class Words(dict):
     """The words of one story by slot name, each drawn on first use."""
 
-    def __init__(self, slots, below):
+    def __init__(self, slots: dict[str, tuple], below: Callable[[int], int]):
         self.slots, self.below, self.rows = slots, below, {}
 
-    def fill(self, text, picks):
+    def fill(self, text: str, picks: list[int]) -> str:
         """Choose an option for every bracket, append its index to picks, and fill in the slots."""
 
-        def choose(match):
+        def choose(match: re.Match) -> str:
             options = match[1].split("|")
             picks.append(self.below(len(options)))
             return options[picks[-1]]
 
         return BRACKET.sub(choose, text).format_map(self)
 
-    def __missing__(self, name):
+    def __missing__(self, name: str) -> str:
         if name[0].isupper():
             word = self[name.lower()][0].upper() + self[name.lower()][1:]
         else:
@@ -327,16 +327,16 @@ def sample_stories(count: int, seed: int = 1) -> Iterator[str]:
     No two stories are near copies: two stories of one plot differ in at least three separate choices.
     """
     rng = random.Random(seed)
-    plots = _read_plots()
+    plots = read_plots()
 
-    def below(size):  # random() gives the same numbers on every platform and Python version
+    def below(size: int) -> int:  # random() gives the same numbers on every platform and Python version
         return int(rng.random() * size)
 
     seen = set()
     while count > 0:
         variants = plots[below(len(plots))]
         title, text, slots, shown = variants[below(len(variants))]
-        words, picks = _Words(slots, below), []
+        words, picks = Words(slots, below), []
         story = words.fill(text, picks)
         # Deal the choices that every story of this plot shows (the brackets and word lists in the plot's own
         # text) into three hands, like cards. A story is kept only if all three hands are new, so two stories

@@ -170,11 +170,10 @@ def rewind(run: Run, path: Path, checkpoint: dict) -> tuple[Path, dict]:
     saved, step, earlier = checkpoint["settings"], checkpoint["step"], run.folder / BEFORE_DECAY
     before = Recipe(**{name: saved[name] for name in RECIPE_FIELDS})
     then, now = (recipe.progress(step, checkpoint["seconds"]) for recipe in (before, run.recipe))
-    if then <= before.turning_point:
-        if 0 < run.recipe.turning_point <= now and run.processes.first and path != earlier:
-            save_checkpoint(earlier, checkpoint)
-        return path, checkpoint
-    if now >= min(then, 1):
+    decaying, extended = then > before.turning_point, now < min(then, 1)
+    if not decaying and 0 < run.recipe.turning_point <= now and path != earlier and run.processes.first:
+        save_checkpoint(earlier, checkpoint)  # the run is now so short that its decay should have started
+    if not (decaying and extended):
         return path, checkpoint
     if before.turning_point == 0:  # there is no step before the decay
         if run.processes.first:
