@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from data.prepare_data import available_cores
+from data.raw_stories import read_manifest
 from data.sample_stories import sample_stories
-from data.stories import read_manifest
 from data.story_files import read_file
 from model.errors import require
 from model.files import sha256_file

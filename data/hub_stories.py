@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.stories import BATCH, Progress, quiet_datasets, slices
+from data.raw_stories import BATCH, Progress, quiet_datasets, slices
 from data.story_files import require_column
 from model.errors import require
 from model.files import require_space

@@ -33,7 +33,7 @@ import numpy as np
 
 from data.hub_stories import open_hub
 from data.near_duplicates import count_near_duplicates
-from data.stories import (
+from data.raw_stories import (
     BATCH,
     BATCH_BYTES,
     SPLITS,

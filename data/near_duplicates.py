@@ -7,7 +7,7 @@ if they share a sentence that is not commonplace.
 import string
 from itertools import chain
 
-from data.stories import Progress, raw_batches
+from data.raw_stories import Progress, raw_batches
 
 COMPARED = 25_000  # maximum number of validation stories to check, evenly spaced, to bound memory
 TELLING = 20  # letters; shorter sentences may match by chance

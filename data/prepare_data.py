@@ -25,7 +25,7 @@ from model.script import run_script  # before torch: see there
 import numpy as np
 
 from data.encoder import Encoder, encode_all
-from data.stories import SPLITS, Progress, open_split, raw_batches, read_manifest
+from data.raw_stories import SPLITS, Progress, open_split, raw_batches, read_manifest
 from model.config import GPTConfig
 from model.errors import UserError, note, require
 from model.files import (

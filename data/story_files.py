@@ -14,7 +14,7 @@ from typing import BinaryIO, TextIO
 
 from tqdm import tqdm
 
-from data.stories import BATCH, Progress, slices
+from data.raw_stories import BATCH, Progress, slices
 from model.errors import UserError, first_line, require
 from model.files import shown
 from model.tokenizer import END_OF_TEXT

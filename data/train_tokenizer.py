@@ -29,7 +29,7 @@ from model.script import run_script  # before torch: see there
 # isort: split
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data.stories import Progress, open_split, raw_batches, read_manifest
+from data.raw_stories import Progress, open_split, raw_batches, read_manifest
 from model.errors import UserError, first_line, require
 from model.files import command, read_json, sha256_file, shown, write_json, write_text
 from model.hub import hub_errors

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PLAIN_UP_TO = 512
 
 
-def causal(T: int, device: torch.device) -> Tensor:
+def causal_mask(T: int, device: torch.device) -> Tensor:
     """Causal mask (T, T), bool: True where the row's token may attend to the column's."""
     return torch.ones(T, T, dtype=torch.bool, device=device).tril()
 
@@ -30,7 +30,7 @@ def story_mask(story_ids: Tensor, flex: bool = False) -> "Tensor | BlockMask":
     """
     B, T = story_ids.shape
     if not flex:
-        return causal(T, story_ids.device) & (story_ids[:, None, :, None] == story_ids[:, None, None, :])
+        return causal_mask(T, story_ids.device) & (story_ids[:, None, :, None] == story_ids[:, None, None, :])
     from torch.nn.attention.flex_attention import create_block_mask
 
     def same(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropou
     """
     T = q.size(2)
     if mask is None:
-        mask = causal(T, q.device)
+        mask = causal_mask(T, q.device)
     q = q * q.size(-1) ** -0.5
     rows = -(-T // 4) if v.dtype == torch.float32 else T
     parts = []

@@ -124,13 +124,13 @@ def shuffled(positions: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
     while len(beyond):
         left, right = result[beyond] >> half, result[beyond] & low
         for key in keys:
-            left, right = right, left ^ (scrambled(right ^ key) & low)
+            left, right = right, left ^ (splitmix64(right ^ key) & low)
         result[beyond] = left << half | right
         beyond = beyond[result[beyond] >= count]
     return result.astype(np.int64)
 
 
-def scrambled(x: np.ndarray) -> np.ndarray:
+def splitmix64(x: np.ndarray) -> np.ndarray:
     """SplitMix64's mixing function (Steele et al. 2014), elementwise, modulo 2**64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

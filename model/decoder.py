@@ -71,18 +71,19 @@ class FusedLinear:
 
 
 def attend(
-    qkv: Tensor, turn: Tensor | None, keys: Tensor, values: Tensor, window: CacheWindow, eps: float
+    qkv: Tensor, rotary: Tensor | None, keys: Tensor, values: Tensor, window: CacheWindow, eps: float
 ) -> Tensor:
     """qkv (N, 3 H D) -> (N, H D), for keys and values (B, H, capacity, D) of all positions, which are extended.
 
-    `turn`, a DecoderBlock's for the new positions, turns queries and keys after they are normalised; None: neither.
+    `rotary`, a DecoderBlock's for the new positions, is applied to queries and keys after they are normalised; None:
+    neither.
     """
     B, H, _, D = keys.shape
     heads = qkv.view(B, -1, 3, H, D).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
     qk, v = heads[:2], heads[2]
-    if turn is not None:
+    if rotary is not None:
         qk = F.rms_norm(qk, (D,), eps=eps)
-        cos, sin = turn[:, :, None, None]
+        cos, sin = rotary[:, :, None, None]
         qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
     q, k = qk
     keys[:, :, window.new], values[:, :, window.new] = k, v
@@ -94,7 +95,7 @@ def attend(
 
 class DecoderBlock(NamedTuple):
     qkv: FusedLinear | kernels.PackedLinear
-    turn: Tensor | None  # (2, 2, positions, D): rotary cosines and sines, each for queries and for keys
+    rotary: Tensor | None  # (2, 2, positions, D): rotary cosines and sines, each for queries and for keys
     project: FusedLinear | kernels.PackedLinear
     up: FusedLinear | kernels.PackedLinear
     down: FusedLinear | kernels.PackedLinear
@@ -164,10 +165,10 @@ class Decoder:
         self.embedding, self.position_embedding = model.token_embedding.weight.detach().to(self.dtype), None
         if self.config.blocks == "gpt2":
             self.position_embedding = model.position_embedding.weight.detach().to(self.dtype)
-        self.turns = [None] * self.config.n_layer
+        self.rotary = [None] * self.config.n_layer
         if self.config.blocks == "modern":
-            self.turns = torch.stack([self.turn(block, model) for block in model.blocks])
-        self.blocks = [self.arrange(*parts) for parts in zip(model.blocks, self.turns, strict=True)]
+            self.rotary = torch.stack([self.rotary_of(block, model) for block in model.blocks])
+        self.blocks = [self.arrange(*parts) for parts in zip(model.blocks, self.rotary, strict=True)]
         self.head = self.linear(model.head_weight, None, model.norm)
         self.network = None
         if self.native:
@@ -188,15 +189,15 @@ class Decoder:
             return kernels.PackedLinear(weight.detach(), bias, prepare, int8=self.weights == "int8")
         return FusedLinear(weight.detach().to(self.dtype), bias, prepare, self.eps)
 
-    def turn(self, block: Block, model: GPT) -> Tensor:
-        """A DecoderBlock's `turn`, with the weights of the norms of queries and keys."""
+    def rotary_of(self, block: Block, model: GPT) -> Tensor:
+        """A DecoderBlock's `rotary`, with the weights of the norms of queries and keys."""
         half = self.config.head_dim // 2
         scale = torch.stack((block.attention.q_norm.weight, block.attention.k_norm.weight))[:, None]
         signs = torch.cat((-torch.ones(half), torch.ones(half))).to(scale)
         cos, sin = model.rotary_cos * scale, model.rotary_sin * signs * scale.roll(half, -1)
         return torch.stack((cos, sin)).to(self.dtype)
 
-    def arrange(self, block: Block, turn: Tensor | None) -> DecoderBlock:
+    def arrange(self, block: Block, rotary: Tensor | None) -> DecoderBlock:
         attention, mlp = block.attention, block.mlp
         modern = self.config.blocks == "modern"
         up, activation = (mlp.gate_up, "swiglu") if modern else (mlp.up, "gelu")
@@ -208,7 +209,7 @@ class Decoder:
             weight = torch.cat(parts).flatten(0, 1)
         return DecoderBlock(
             self.linear(weight, attention.qkv.bias, block.attention_norm),
-            turn,
+            rotary,
             self.linear(attention.proj.weight, attention.proj.bias),
             self.linear(up.weight, up.bias, block.mlp_norm),
             self.linear(mlp.down.weight, mlp.down.bias, activation),
@@ -239,12 +240,12 @@ class Decoder:
         elif start and T > 1:  # causal mask: the past, and new tokens up to itself
             window = window._replace(mask=torch.ones(T, end, dtype=torch.bool, device=x.device).tril(start))
         x = x.view(B * T, -1)
-        turns = self.turns  # of the new positions in all layers: for a graph, one operation
+        tables = self.rotary  # of the new positions in all layers: for a graph, one operation
         if self.config.blocks == "modern":
-            turns = turns[:, :, :, window.new]
-        for (qkv, _, project, up, down), turn, keys, values in zip(
-            self.blocks, turns, cache.k, cache.v, strict=True
+            tables = tables[:, :, :, window.new]
+        for (qkv, _, project, up, down), rotary, keys, values in zip(
+            self.blocks, tables, cache.k, cache.v, strict=True
         ):
-            x = project(attend(qkv(x), turn, keys, values, window, self.eps), x)
+            x = project(attend(qkv(x), rotary, keys, values, window, self.eps), x)
             x = down(up(x), x)
         return self.head(x.view(B, T, -1)[:, -1])

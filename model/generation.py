@@ -14,7 +14,7 @@ from model.errors import first_line, warn
 from model.settings import require_seed, require_within
 
 # Tokens that are prefilled together: with more, the results of layers would take gigabytes
-AT_ONCE = 16_384
+PREFILL_TOKENS = 16_384
 # The likeliest tokens, which nearly always include all that the filters keep: to sort the whole vocabulary takes longer
 # than the model. On a GPU more, as in a CUDA graph too few cost more.
 LIKELIEST, LIKELIEST_ON_GPU = 64, 1_024
@@ -227,7 +227,7 @@ class Batch:
     def mark_occurred(self) -> None:
         self.occurred.zero_().scatter_(1, self.tokens[:, : int(self.position)], True)
 
-    def write(self, logits: Tensor, short: Tensor | None = None) -> None:
+    def sample_next(self, logits: Tensor, short: Tensor | None = None) -> None:
         """Sample each sequence's next token from logits (B, V); sequences still in their prompt keep its token."""
         if self.occurred is not None and 0 <= self.eot_id < logits.size(1):
             self.occurred[:, self.eot_id] = False  # every story starts with it, and must still be able to end
@@ -241,17 +241,17 @@ class Batch:
             self.occurred.scatter_(1, new, True)
         self.position += 1
 
-    def refill(self, first: int, position: int) -> None:
+    def prefill(self, first: int, position: int) -> None:
         """Prefill an empty cache with the tokens from `first` on, and write the next ones."""
         self.cache.clear()
-        for piece in self.tokens[:, first:position].split(max(1, AT_ONCE // len(self.tokens)), dim=1):
+        for piece in self.tokens[:, first:position].split(max(1, PREFILL_TOKENS // len(self.tokens)), dim=1):
             logits = self.decoder(piece, self.cache)
-        self.write(logits)
+        self.sample_next(logits)
 
     def step(self, graph: bool = False, short: Tensor | None = None) -> None:
         """Feed the latest tokens to the model and write the next ones."""
         latest = self.tokens.index_select(1, self.position - 1)
-        self.write(self.decoder(latest, self.cache, graph), short)
+        self.sample_next(self.decoder(latest, self.cache, graph), short)
 
     def advance(self, most: int) -> int:
         """One step, or up to `most` at once; returns how many.
@@ -287,7 +287,7 @@ class Batch:
         self.cache.extend(done)
         if logits is not None:  # to draw the next tokens takes more than the likeliest
             self.cache.extend(1)
-            self.write(logits)
+            self.sample_next(logits)
             done += 1
         return done
 
@@ -379,7 +379,7 @@ def generate(
         begin = context_start(position, block_size)
         if position == min(lengths) or begin != context_start(position - 1, block_size):
             batch.settle()
-            batch.refill(begin, position)
+            batch.prefill(begin, position)
             position += 1
         else:  # up to where the context starts later
             position += batch.advance(min(batch.total, begin + block_size + 1) - position)

@@ -165,7 +165,7 @@ class PackedBlock(ctypes.Structure):
 
     def __init__(self, block: "DecoderBlock"):
         matrices = block.qkv, block.project, block.up, block.down
-        cos, sin = (None, None) if block.turn is None else block.turn
+        cos, sin = (None, None) if block.rotary is None else block.rotary
         super().__init__(*matrices, address(cos), address(sin))
 
 
@@ -228,8 +228,8 @@ class Network:
         self.embedding = embedding.contiguous()
         self.position_embedding = None if position_embedding is None else position_embedding.contiguous()
         self.blocks = (PackedBlock * len(blocks))(*map(PackedBlock, blocks))
-        self.head, self.eps, turn = head, eps, blocks[0].turn
-        self.positions = 0 if turn is None else turn.size(-2)
+        self.head, self.eps, rotary = head, eps, blocks[0].rotary
+        self.positions = 0 if rotary is None else rotary.size(-2)
         self.deepest = max(matrix.inputs for matrix in (*matrices, head))
         self.widest = max(matrix.outputs for matrix in matrices)
         self.scratch = torch.empty(0)

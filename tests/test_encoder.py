@@ -117,7 +117,7 @@ def test_processes_do_not_change_a_byte(packed, tmp_path, monkeypatch):
     for name in ("raw", "tokenizer"):
         (data / name).symlink_to(packed / name)
     monkeypatch.setattr(prepare_data, "WORKER_BYTES", 1)
-    monkeypatch.setattr("data.stories.BATCH", 16)
+    monkeypatch.setattr("data.raw_stories.BATCH", 16)
     monkeypatch.setattr("sys.argv", ["prepare_data.py", "--workers", "3", "--data-dir", str(data)])
     prepare_data.main()
     for name in ("train.bin", "validation.bin"):

@@ -268,7 +268,7 @@ def test_a_long_prefill_goes_in_pieces(blocks, monkeypatch):
     decoder, fed = Decoder(make_model(blocks)), []
     arguments = ([LONG[1][:14], LONG[1][1:14], LONG[1]], 20, EOT, WAYS[2], [1, 2, 3])
     whole = generate_all(decoder, *arguments)
-    monkeypatch.setattr("model.generation.AT_ONCE", 12)
+    monkeypatch.setattr("model.generation.PREFILL_TOKENS", 12)
     call = Decoder.__call__
     monkeypatch.setattr(
         Decoder, "__call__", lambda self, ids, *rest: [fed.append(ids.numel()), call(self, ids, *rest)][1]

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from data import ingestion
 from data.hub_stories import open_hub
-from data.stories import BATCH_BYTES, raw_batches
+from data.raw_stories import BATCH_BYTES, raw_batches
 from data.story_files import find_files, read_file
 from model.errors import UserError
 

@@ -16,7 +16,7 @@ from conftest import PATIENCE, REPO, assert_one_line_error
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data import prepare_data
-from data.stories import read_manifest
+from data.raw_stories import read_manifest
 from model.config import PRESETS
 from model.errors import UserError
 
@@ -83,7 +83,7 @@ def meta(data_dir):
 
 def test_the_files_hold_each_storys_tokens_and_an_end_of_text(data_dir, monkeypatch, capsys):
     assert PRESETS["stories-9m"].config.block_size == prepare_data.CONTEXT  # the default model's
-    monkeypatch.setattr("data.stories.BATCH", 7)  # several batches, the last one short
+    monkeypatch.setattr("data.raw_stories.BATCH", 7)  # several batches, the last one short
     monkeypatch.setattr(prepare_data, "CONTEXT", 42)  # between the lengths of these stories
     monkeypatch.setattr("sys.argv", ["prepare_data.py", "--data-dir", str(data_dir)])
     prepare_data.main()
