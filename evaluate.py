@@ -173,6 +173,8 @@ def prepare_settings(settings: SimpleNamespace) -> None:
     if settings.num_stories is None:
         printed = len(settings.prompt) if "prompt" in settings.given else 0
         settings.num_stories = max(printed, REPORT_STORIES if settings.report else 0)
+    last_seed = settings.seed + max(0, settings.num_stories - 1)
+    require(last_seed < 2**63, f"--seed {settings.seed} is too large for {settings.num_stories:,} stories")
     require(not (settings.text and "split" in settings.given), "--text and --split: give one of the two")
     without = sorted(settings.given & {"text_column", "story_per_file"})
     require(
@@ -297,7 +299,11 @@ def describe_run(
 
 
 def show(report: dict, settings: SimpleNamespace) -> None:
-    """Print the results and write the requested files."""
+    """Write the requested files, and print the results."""
+    if settings.output is not None:
+        write_json(settings.output, report)
+    if settings.report is not None:
+        write_text(settings.report, render(report))
     if "prompt" in settings.given:
         for row in report["written"]:
             for name, story in row["stories"].items():
@@ -318,12 +324,9 @@ def show(report: dict, settings: SimpleNamespace) -> None:
     if report["quality"]:
         print()
         print_table(quality_table(report["quality"]))
-    if settings.output is not None:
-        write_json(settings.output, report)
-        print(f"results written to {shown(settings.output)}")
-    if settings.report is not None:
-        write_text(settings.report, render(report))
-        print(f"report written to {shown(settings.report)}")
+    for what, path in (("results", settings.output), ("report", settings.report)):
+        if path is not None:
+            print(f"{what} written to {shown(path)}")
 
 
 def widths(rows: list[list[str]]) -> list[int]:

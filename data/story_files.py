@@ -32,10 +32,10 @@ def find_files(word: str, generated: Path) -> list[Path] | None:
     """
     require(word.strip(), "a source name is empty: give a file, folder, glob or hub data set")
     path = Path(os.path.expanduser(word))
-    ours = [generated / name for name in ("raw", "tokenizer", "processed")]
+    ours = [(generated / name).resolve() for name in ("raw", "tokenizer", "processed")]
     if path.is_dir():
         files = [file for file in files_below(path.absolute()) if file_type(file) in FILE_TYPES]
-        files = [file for file in files if not any(file.is_relative_to(folder) for folder in ours)]
+        files = [file for file in files if not any(file.resolve().is_relative_to(folder) for folder in ours)]
     elif path.exists():
         files = [path.absolute()]
     elif any(mark in word for mark in "*?["):
@@ -53,15 +53,19 @@ def find_files(word: str, generated: Path) -> list[Path] | None:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files that are neither hidden nor in a hidden folder, sorted. Raises OSError for a folder that cannot be
-    read."""
+    """All files that are neither hidden nor in a hidden folder, sorted; links are followed, but no folder is read
+    twice. Raises OSError for a folder that cannot be read."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    files = []
-    for place, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        if os.path.realpath(place) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(files)
 

@@ -23,6 +23,7 @@ from elsewhere cannot run code:
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -201,7 +202,7 @@ def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a checkpoint folder for this process; create it if missing, remove it if it stays empty.
+    """Lock a checkpoint folder for this process; create it if missing, and then remove it if it stays empty.
 
     Raises UserError if another process holds the lock. The system releases it when a process ends, however it
     ends. Deletes partially written files left by a killed process.
@@ -209,6 +210,7 @@ def locked(folder: Path) -> Iterator[None]:
     existing = nearest_existing(folder)
     require(existing.is_dir(), f"--checkpoint-dir {shown(folder)}: {shown(existing)} is a file, not a folder")
     require_writable(folder)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -218,6 +220,10 @@ def locked(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"another train.py is running in {shown(folder)}: wait for it, stop it, or use another --checkpoint-dir"
             ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            warn(f"the disk of {shown(folder)} has no locks: do not start a second train.py there")
         try:
             for pattern in RUN_FILES:
                 remove_leftovers(folder, pattern)
@@ -226,7 +232,8 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:  # by the holder alone: without its folder, the lock would be none
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                if made:
+                    folder.rmdir()
     finally:
         os.close(descriptor)
 

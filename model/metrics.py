@@ -59,11 +59,11 @@ def read_history(path: Path, checkpoint: dict) -> list[dict]:
     """The evaluation rows of the run that wrote this checkpoint.
 
     A run that is made longer goes back, and writes new rows; those of the shorter one are kept in another file, named
-    after its last checkpoint. best.pt may be from either; its loss tells from which.
+    after its last checkpoint. best.pt and best_{step}.pt may be from either; their loss tells from which.
     """
     shorter = re.match(r"shorter_[\d-]+_", path.name)
     files = [path.with_name(f"{shorter[0] if shorter else ''}metrics.jsonl")]
-    if path.name == "best.pt":
+    if re.match(r"best[._]", path.name):
         files += sorted(path.parent.glob("shorter_*_metrics.jsonl"))
     histories = [[row for row in read_rows(file) if row.get("bits_per_byte") is not None] for file in files]
     best = (checkpoint["step"], checkpoint.get("best_loss"))

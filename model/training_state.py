@@ -125,8 +125,9 @@ def initial_state(run: Run, checkpoint: dict | None) -> TrainingState:
             checkpoint.get("device") == device.type
         ):  # measured anew, it might be chosen otherwise, and rounds otherwise
             model.flex = checkpoint.get("flex")
-        # best.pt may be later than the checkpoint
-        state.best_loss = best_loss(run, *filter(None, (checkpoint, peek(run.folder / "best.pt"))))
+        # best.pt may be later than the checkpoint; if it is lost, the next evaluation writes it
+        best = peek(run.folder / "best.pt")
+        state.best_loss = best_loss(run, checkpoint, best) if best else math.inf
         return state
     if recipe.bigram_start:
         with ThreadPoolExecutor(1) as background:

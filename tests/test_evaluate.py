@@ -343,6 +343,16 @@ def test_stories_of_a_checkpoint_are_the_same_each_time(evaluate):
     assert [row["prompt"] for row in one["written"]] == script.PROMPT
 
 
+def test_the_files_are_written_even_if_nobody_reads_what_is_printed(evaluate, monkeypatch, tmp_path):
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    with pytest.raises(BrokenPipeError):
+        evaluate("--max-samples", 2, "--report", tmp_path / "report.html")
+    assert (tmp_path / "scores.json").exists() and (tmp_path / "report.html").exists()
+
+
 def test_a_checkpoint_writes_the_stories_that_generate_writes(
     evaluate, run, checkpoint, tmp_path, monkeypatch
 ):
@@ -660,6 +670,7 @@ def test_names_that_are_not_utf8_spoil_neither_results_nor_report(evaluate, chec
         (["--max-samples", "-1"], "--max-samples must be at least 0"),
         (["--num-stories", "-1"], "--num-stories must be at least 0"),
         (["--seed", "-1"], "seed must be 0 or more"),
+        (["--seed", 2**63 - 9, "--num-stories", 10], "is too large for 10 stories"),
         (["--checkpoint", "best", "41"], "there is no checkpoint '41'"),
         (["--checkpoint", "gpt2"], "on the Hugging Face hub is named owner/name"),
         (["--text", "none.txt"], "there is no file or folder none.txt"),

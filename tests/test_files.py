@@ -104,6 +104,9 @@ def test_a_full_disk_is_said_with_the_name_of_the_file(tmp_path):
         with pytest.raises(OSError) as caught, block():
             raise OSError(errno.ENOSPC, "No space left on device")
         assert caught.value.filename == str(tmp_path / "a")
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "a") as temporary:
+        raise PermissionError(errno.EACCES, "Permission denied", str(temporary))
+    assert caught.value.filename == str(tmp_path / "a")
 
 
 def test_the_digest_is_of_the_whole_file(tmp_path):
@@ -127,6 +130,21 @@ def test_only_the_lock_is_taken_for_another_run(tmp_path):
             pass
         assert (tmp_path / "new").exists()  # with it, the lock of the first
     assert not (tmp_path / "new").exists()
+    (tmp_path / "a user's").mkdir()
+    with locked(tmp_path / "a user's"):
+        pass
+    assert (tmp_path / "a user's").exists()
+
+
+def test_on_a_disk_without_locks_one_warning_is_all(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("model.checkpoint.fcntl.flock", flock)
+    with locked(tmp_path / "run"):
+        (tmp_path / "run" / "a").touch()
+    assert "has no locks" in capsys.readouterr().err
+    assert (tmp_path / "run" / "a").exists()
 
 
 def test_compiled_code_is_discarded_after_a_kill_only(tmp_path):

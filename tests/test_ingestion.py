@@ -199,13 +199,25 @@ def test_folders_and_globs(tmp_path):
     assert found == ["b.txt"]
     found = [path.name for path in find_files(str(tmp_path / "in" / "**" / "*.jsonl"), tmp_path)]
     assert found == ["a.jsonl"]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "c.txt").write_text("x", encoding="utf-8")
+    (tmp_path / "in" / "link").symlink_to("../elsewhere")
+    (tmp_path / "in" / "deep" / "round").symlink_to("..")
+    found = [path.name for path in find_files(str(tmp_path / "in"), tmp_path)]
+    assert found == ["a.csv", "b.txt", "a.jsonl", "c.txt"]  # each once
 
 
 def test_a_folder_source_leaves_out_what_the_scripts_wrote(tmp_path):
     write_stories(tmp_path / "mine.json")
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}", encoding="utf-8")
-    assert [path.name for path in find_files(str(tmp_path), tmp_path)] == ["mine.json"]
+    (tmp_path / "link").symlink_to(".")
+    for source, generated in (
+        (tmp_path, tmp_path),
+        (tmp_path, tmp_path / "link"),
+        (tmp_path / "link", tmp_path),
+    ):
+        assert [path.name for path in find_files(str(source), generated)] == ["mine.json"]
 
 
 BROKEN = {

@@ -194,8 +194,9 @@ def test_a_best_model_that_is_later_than_the_checkpoint_is_kept(train):
     save_checkpoint(path, {**load_checkpoint(path), "best_loss": 0.5, "step": 6})
     _, result = train("run", "--max-steps", 8, tiny=[])
     assert "best so far" not in result.out and load_checkpoint(path)["step"] == 6
-    path.write_bytes(b"damaged")
+    path.write_bytes(b"damaged")  # then the next evaluation replaces it
     train("run", "--max-steps", 12, tiny=[])
+    assert load_checkpoint(path)["step"] == 12
 
 
 def test_a_checkpoint_that_lacks_a_weight_is_a_user_error(train):
@@ -696,6 +697,8 @@ def test_a_finished_run_made_longer_is_the_longer_run(train):
         assert read_history(folder / name, load_checkpoint(folder / name)) == rows
     save_checkpoint(folder / "best.pt", best)  # had the longer run become no better
     assert read_history(folder / "best.pt", best) == shorter
+    save_checkpoint(folder / "best_12.pt", best)  # as it is called after a change of --eval-tokens
+    assert read_history(folder / "best_12.pt", best) == shorter
     assert (folder / "shorter_12_ckpt_8.pt").exists()  # all that --keep had kept
 
 
