@@ -163,9 +163,8 @@ LEARNING_RATES = {recipe.optimizer: recipe.learning_rate for recipe in (Recipe()
 class Preset:
     config: GPTConfig  # vocab_size is the intended one; training uses the tokenizer's
     recipe: Recipe = field(default_factory=Recipe)
-    cpu: dict[str, object] = field(
-        default_factory=lambda: CPU_STEPS | CPU_SHORTCUTS
-    )  # of the recipe, on a CPU
+    # what the recipe has instead on a CPU
+    cpu: dict[str, object] = field(default_factory=lambda: CPU_STEPS | CPU_SHORTCUTS)
 
     def recipe_on(self, device_type: str, **limits: int | float | None) -> Recipe:
         """The recipe on a type of device, for a run with these limits; on a CPU, one of few minutes takes still

@@ -121,9 +121,8 @@ def initial_state(run: Run, checkpoint: dict | None) -> TrainingState:
                 f"the parts of the checkpoint after step {checkpoint['step']} do not fit together "
                 f"({first_line(error)}): move it away, and the run goes on from the one before"
             ) from error
-        if (
-            checkpoint.get("device") == device.type
-        ):  # measured anew, it might be chosen otherwise, and rounds otherwise
+        # measured anew, FlexAttention might be chosen otherwise, and it rounds otherwise
+        if checkpoint.get("device") == device.type:
             model.flex = checkpoint.get("flex")
         # best.pt may be later than the checkpoint; if it is lost, the next evaluation writes it
         best = peek(run.folder / "best.pt")
