@@ -13,6 +13,7 @@ import re
 import shlex
 from pathlib import Path
 
+from model.sampling import Sampling
 from model.script import run_script  # before torch: see there
 
 # isort: split
@@ -24,7 +25,6 @@ from model.checkpoint import find_checkpoint, load_model
 from model.config import GPTConfig, Recipe
 from model.errors import needs, require
 from model.files import atomic_folder, atomic_write, nearest_existing, shown, size_text
-from model.generation import Sampling
 from model.huggingface import to_config_json, to_huggingface
 from model.llama_cpp import write_gguf
 from model.metrics import read_history

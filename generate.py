@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+from model.sampling import Sampling
 from model.script import run_script  # before torch: see there
 
 # isort: split
@@ -29,7 +30,7 @@ from model.checkpoint import load_model
 from model.decoder import Decoder, choose_weights
 from model.errors import require
 from model.files import count_text, file_to_write, read_text, shown, write_text
-from model.generation import Sampling, context_start, generate
+from model.generation import context_start, generate
 from model.huggingface import load_pretrained_model
 from model.runtime import choose_device
 from model.settings import flag_name, read_settings, require_seed, require_within

@@ -25,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.sampling import Sampling
 from model.script import run_script  # before torch: see there
 
 # isort: split
@@ -36,7 +37,7 @@ from model.checkpoint import find_checkpoint, load_model
 from model.config import PRESETS, GPTConfig
 from model.decoder import Decoder, KVCache, choose_weights
 from model.errors import UserError
-from model.generation import Sampling, generate_all
+from model.generation import generate_all
 from model.gpt import GPT
 from model.loss import bits_per_byte
 from model.packed_data import load_data, real_stories

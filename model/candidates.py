@@ -17,9 +17,10 @@ from model.checkpoint import find_checkpoint, load_model
 from model.decoder import Decoder, choose_weights
 from model.errors import UserError, first_line, needs, require, warn
 from model.files import sha256_file, shown
-from model.generation import Sampling, generate_all
+from model.generation import generate_all
 from model.hub import why_offline
 from model.metrics import read_history
+from model.sampling import Sampling
 from model.story_quality import Story
 from model.tokenizer import readable, require_room, text_tokenizer
 

@@ -1,4 +1,4 @@
-/* Decoding on a CPU: the network of decoder.py, and sampling as in generation.py. Compiled and called by kernels.py.
+/* Decoding on a CPU: the network of decoder.py, and sampling as in sampling.py. Compiled and called by kernels.py.
 
    All numbers are float32, or weights are int8 with a scale for each of their rows; then each row of inputs is rounded
    to int8, too, with a scale of its own, for products that many processors have instructions for. Keys and values may
@@ -523,7 +523,7 @@ static void normalise(float *p, int count)
 }
 
 /* A token drawn from n logits with a uniform number in [0, 1); -1 if more than filters->count may pass the filters. As
-   filter_top() and draw() in generation.py. */
+   filter_top() and draw() in sampling.py. */
 static int64_t draw(const float *logits, int n, const Filters *filters, float uniform)
 {
     int count = filters->count, top_k = filters->top_k, kept = top_k && top_k < count ? top_k : count;

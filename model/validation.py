@@ -4,11 +4,12 @@ import torch
 
 from model.batches import to_device
 from model.decoder import Decoder
-from model.generation import Sampling, generate_all
+from model.generation import generate_all
 from model.gpt import GPT
 from model.loss import bits_per_byte
 from model.run import Run
 from model.runtime import tokens_at_once
+from model.sampling import Sampling
 from model.tokenizer import readable, text_tokenizer
 
 

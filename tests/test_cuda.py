@@ -12,8 +12,9 @@ import train as train_script
 from model.checkpoint import load_checkpoint
 from model.config import GPTConfig
 from model.decoder import Decoder
-from model.generation import Batch, Sampling, generate_all
+from model.generation import Batch, generate_all
 from model.gpt import GPT
+from model.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 DEVICE = "cuda"

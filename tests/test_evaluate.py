@@ -25,7 +25,6 @@ from model.candidates import TransformersModel
 from model.checkpoint import save_checkpoint
 from model.decoder import choose_weights
 from model.errors import UserError
-from model.generation import Sampling
 from model.report import (
     COLOURS,
     NOT_HTML,
@@ -39,6 +38,7 @@ from model.report import (
     quality_table,
     transposed,
 )
+from model.sampling import Sampling
 from model.scoring import score_stories
 
 TRAIN = [f"Cat {k} sat on the mat and saw a dog." for k in range(10)]

@@ -25,7 +25,7 @@ from model.checkpoint import load_checkpoint, load_model, save_checkpoint
 from model.config import GPTConfig
 from model.decoder import Decoder
 from model.errors import UserError
-from model.generation import Sampling, generate_all
+from model.generation import generate_all
 from model.gpt import GPT
 from model.huggingface import (
     from_config_json,
@@ -36,6 +36,7 @@ from model.huggingface import (
 )
 from model.packed_data import load_data
 from model.run import complete_settings
+from model.sampling import Sampling
 from model.settings import read_settings
 from model.tokenizer import token_table
 

@@ -23,7 +23,7 @@ from test_decoder import needs_kernels
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from model.candidates import MAX_TOKENS
-from model.generation import Sampling
+from model.sampling import Sampling
 from model.settings import read_constants, read_settings
 from model.story_quality import read_written
 
@@ -302,7 +302,7 @@ def test_stories_beyond_the_memory_for_one_batch_wait_for_the_next(trained, monk
     import generate as script
     from model.checkpoint import find_checkpoint, load_model
     from model.decoder import Decoder
-    from model.generation import Sampling
+    from model.sampling import Sampling
 
     model, tokenizer, checkpoint = load_model(find_checkpoint(trained, "best", "best"))
     writer = script.Writer(Decoder(model.double()), tokenizer, checkpoint["eot_id"], Sampling(), 12)
@@ -334,7 +334,7 @@ def test_prompts_of_similar_length_are_continued_together(trained, monkeypatch):
     import generate as script
     from model.checkpoint import find_checkpoint, load_model
     from model.decoder import Decoder
-    from model.generation import Sampling
+    from model.sampling import Sampling
 
     model, tokenizer, checkpoint = load_model(find_checkpoint(trained, "best", "best"))
     writer = script.Writer(Decoder(model.double()), tokenizer, checkpoint["eot_id"], Sampling(), 6)
