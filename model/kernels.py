@@ -1,4 +1,4 @@
-"""The kernels of decoding on a CPU (kernels.c), compiled by the machine's C compiler when first needed.
+"""The kernels of decoding on a CPU (kernels.c and its headers), compiled by the machine's C compiler when first needed.
 
 PyTorch's operations take some 5 microseconds each, and a token of a small model needs some 150: about as much time as
 its weights take to arrive from memory, or more.
@@ -44,7 +44,7 @@ OPENMP = ("-fopenmp", "-fopenmp-simd")
 # Keys lie in blocks of so many positions, or half as many
 POSITIONS = 16
 CACHE_LINE = 64  # bytes
-# As in kernels.c
+# As in kernels.h
 PREPARATIONS = ("nothing", "rms_norm", "layer_norm", "swiglu", "gelu")
 
 
@@ -74,13 +74,16 @@ def load() -> Kernels:
             library.write_tokens.argtypes = [*library.decode.argtypes, pointer, pointer]
             library.sample.argtypes = [pointer, integer, integer, pointer, pointer, pointer]
             library.decode.restype = library.sample.restype = None
+            library.decode_memory.argtypes = [ctypes.c_size_t, *[integer] * 4]
+            library.decode_memory.restype = ctypes.c_size_t
             return Kernels(library, f"one thread only with {compiler[0]}" if openmp == OPENMP[1] else "")
     return Kernels(None, reason)
 
 
 def compiled(command: list[str]) -> Path:
-    """The path of the shared library that `command` makes of SOURCE, for this CPU."""
-    facts = [*command, *processor(), SOURCE.read_text(encoding="utf-8")]
+    """The path of the shared library that `command` makes of SOURCE and its headers, for this CPU."""
+    code = [path.read_text(encoding="utf-8") for path in sorted(SOURCE.parent.glob("*.[ch]"))]
+    facts = [*command, *processor(), *code]
     path = CACHE / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
     if not path.exists():
         try:
@@ -279,7 +282,7 @@ class Network:
             block.keys, block.values = keys.data_ptr(), values.data_ptr()
         timed = new == 1 and batch <= self.FEW
         threads = self.choose_threads() if timed else torch.get_num_threads()
-        needed = batch * new * (self.deepest + -(-self.deepest // 4) + 2 + self.widest + width + heads * size)
+        needed = load().library.decode_memory(batch * new, self.deepest, self.widest, width, heads * size)
         if len(self.scratch) < needed:
             self.scratch = x.new_empty(needed)
         logits = x.new_empty(batch, self.head.outputs)

@@ -84,6 +84,11 @@ def test_a_sequence_has_the_same_bits_in_any_company(blocks, weights, monkeypatc
     assert torch.equal(decoder(ids, KVCache(decoder, 40, 32)), logits[40])
 
 
+def library_of(**functions):
+    """load() of a library that has these functions."""
+    return lambda: kernels.Kernels(SimpleNamespace(decode_memory=lambda *_: 1, **functions), "")
+
+
 @pytest.mark.parametrize(
     ("seconds", "ones", "faster"),
     [({1: 1.5, 3: 1.0}, 8, 3), ({1: 1.0, 3: 2.0}, 8, 1), ({1: 20.0, 3: 1.0}, 1, 3)],
@@ -95,7 +100,11 @@ def test_the_faster_number_of_threads_is_taken(monkeypatch, seconds, ones, faste
         used.append(arguments[-1])
         now[0] += seconds[used[-1]] * (1 + len(used) % 3 / 10)  # the fastest step counts
 
-    monkeypatch.setattr(kernels, "load", lambda: kernels.Kernels(SimpleNamespace(decode=decode), ""))
+    monkeypatch.setattr(
+        kernels,
+        "load",
+        library_of(decode=decode),
+    )
     monkeypatch.setattr(kernels.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     few, trial, period = decoder.network.FEW, decoder.network.TRIAL, decoder.network.PERIOD
@@ -112,7 +121,11 @@ def test_threads_that_become_slow_are_left_before_the_next_trial(monkeypatch):
         slow = len(used) in (20, 22) or len(used) > 40  # a few steps, and all from one on
         now[0] += 1.5 if used[-1] == 1 else 30.0 if slow else 1.0
 
-    monkeypatch.setattr(kernels, "load", lambda: kernels.Kernels(SimpleNamespace(decode=decode), ""))
+    monkeypatch.setattr(
+        kernels,
+        "load",
+        library_of(decode=decode),
+    )
     monkeypatch.setattr(kernels.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for _ in range(60):
@@ -131,8 +144,7 @@ def test_a_number_of_threads_without_a_time_gets_a_single_step(monkeypatch):
         now[0] += sequences.steps * (1e-2 if threads == 1 else 1e-4)
         return sequences.steps
 
-    library = SimpleNamespace(write_tokens=write_tokens)
-    monkeypatch.setattr(kernels, "load", lambda: kernels.Kernels(library, ""))
+    monkeypatch.setattr(kernels, "load", library_of(write_tokens=write_tokens))
     monkeypatch.setattr(kernels.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     cache, filters = KVCache(decoder, 1, 32), kernels.Filters(1, 1, 1.0, 1.0, 0.0)
@@ -307,7 +319,8 @@ def test_other_code_another_compiler_or_processor_has_a_library_of_its_own(monke
     paths = [kernels.compiled(["cc"]), kernels.compiled(["cc", "-O1"])]
     monkeypatch.setattr(kernels, "processor", lambda: ["another"])
     paths.append(kernels.compiled(["cc"]))
-    (tmp_path / "other.c").write_text("int x;")
     monkeypatch.setattr(kernels, "SOURCE", tmp_path / "other.c")
-    paths.append(kernels.compiled(["cc"]))
-    assert len(set(paths)) == 4
+    for name in ("other.c", "other.h"):
+        (tmp_path / name).write_text("int x;")
+        paths.append(kernels.compiled(["cc"]))
+    assert len(set(paths)) == 5
