@@ -32,7 +32,7 @@ from model.candidates import MAX_TOKENS, Candidate, find_candidate, load_candida
 from model.errors import UserError, note, require
 from model.files import count_text, file_to_write, shown, size_text, write_json, write_text
 from model.packed_data import Data, fingerprints, load_data, real_stories, spread
-from model.report import SCORE_COLUMNS, cells, quality_table, render, transposed
+from model.report import print_scores, print_table, quality_table, render
 from model.runtime import Runtime, choose_device, choose_runtime
 from model.scoring import Scores, bootstrap, interval, score_stories
 from model.settings import flag_name, read_settings, require_seed, require_within
@@ -319,33 +319,13 @@ def show(report: dict, settings: SimpleNamespace) -> None:
                 value = f"{value[0]:.4f} to {value[1]:.4f}"
             print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
     elif results:
-        table = cells(SCORE_COLUMNS, results)
-        print_table(min(transposed(table), table, key=width))
+        print_scores(results)
     if report["quality"]:
         print()
         print_table(quality_table(report["quality"]))
     for what, path in (("results", settings.output), ("report", settings.report)):
         if path is not None:
             print(f"{what} written to {shown(path)}")
-
-
-def widths(rows: list[list[str]]) -> list[int]:
-    return [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-
-def width(rows: list[list[str]]) -> int:
-    """Of a table as it is printed, in characters."""
-    return sum(widths(rows)) + 2 * (len(rows[0]) - 1)
-
-
-def print_table(rows: list[list[str]]) -> None:
-    sizes = widths(rows)
-    for row in rows:
-        first, *rest = (
-            cell.ljust(size) if k == 0 else cell.rjust(size)
-            for k, (cell, size) in enumerate(zip(row, sizes, strict=True))
-        )
-        print("  ".join([first, *rest]).rstrip())
 
 
 if __name__ == "__main__":

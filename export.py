@@ -13,7 +13,6 @@ import re
 import shlex
 from pathlib import Path
 
-from model.sampling import Sampling
 from model.script import run_script  # before torch: see there
 
 # isort: split
@@ -28,6 +27,7 @@ from model.files import atomic_folder, atomic_write, nearest_existing, shown, si
 from model.huggingface import to_config_json, to_huggingface
 from model.llama_cpp import write_gguf
 from model.metrics import read_history
+from model.sampling import Sampling
 from model.settings import REPO, read_settings
 from model.tokenizer import END_OF_TEXT, readable, text_tokenizer
 

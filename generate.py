@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from model.sampling import Sampling
 from model.script import run_script  # before torch: see there
 
 # isort: split
@@ -33,6 +32,7 @@ from model.files import count_text, file_to_write, read_text, shown, write_text
 from model.generation import context_start, generate
 from model.huggingface import load_pretrained_model
 from model.runtime import choose_device
+from model.sampling import Sampling
 from model.settings import flag_name, read_settings, require_seed, require_within
 from model.tokenizer import readable
 

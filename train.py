@@ -32,17 +32,16 @@ from model.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from model.config import BLOCK_FAMILIES, OPTIMIZERS, PRESETS, SCHEDULES
 from model.console import ProgressBar, print_end, print_finished, print_plan, print_stop
 from model.errors import UserError, ran_out_of_memory, require
 from model.files import shown
 from model.forward import prepare_forward
-from model.metrics import Metrics
+from model.metrics import DRAW_EVERY, Metrics
 from model.optimizer import learning_rate, set_rates
 from model.processes import Processes, StopRequest, start_processes, stop_processes
-from model.run import Run, changed_settings, plan_run
-from model.settings import read_settings, require_within
-from model.training_state import TrainingState, initial_state, rewind, ruined
+from model.run import ALIASES, CHOICES, HINTS, Run, changed_settings, check_settings, plan_run
+from model.settings import read_settings
+from model.training_state import TrainingState, diverged, initial_state, rewind, ruined
 from model.validation import validate, write_sample
 
 # Edit these or pass them as flags: MAX_STEPS is --max-steps.
@@ -102,51 +101,8 @@ GIVE_UP, GIVE_UP_SCALED = 5, 20
 
 
 def main() -> None:
-    settings = read_settings(
-        __file__,
-        choices={
-            "preset": tuple(PRESETS),
-            "blocks": BLOCK_FAMILIES,
-            "optimizer": OPTIMIZERS,
-            "schedule": SCHEDULES,
-            "dtype": ("auto", "bfloat16", "float16", "float32"),
-            "compile": ("auto", "on", "off"),
-        },
-        aliases={
-            "max-iters": "max-steps",
-            "lr": "learning-rate",
-            "warmup-iters": "warmup-steps",
-            "n-layers": "n-layer",
-            "n-heads": "n-head",
-            "context-length": "block-size",
-            "out-dir": "checkpoint-dir",
-        },
-        hints={  # of nanoGPT's flags
-            "batch-size": "a step takes --batch-tokens, a forward pass --micro-batch windows",
-            "gradient-accumulation-steps": "a step takes --batch-tokens, a forward pass --micro-batch windows",
-            "epochs": "--max-steps or --max-minutes limits a run, and it prints how many epochs that is",
-            "eval-iters": "--eval-tokens sets how much is evaluated, --eval-interval how often",
-            "lr-decay-iters": "the learning rate always decays to the end of the run",
-            "min-lr": "--final-learning-rate is a fraction of the peak",
-            "resume": "it resumes by itself, unless --fresh starts a new run",
-            "decay-lr": "--schedule and --decay-fraction set how the learning rate falls",
-            "always-save-checkpoint": "it always saves, every --save-interval steps",
-            "eval-only": "evaluate.py scores a checkpoint",
-            "dataset": "--data-dir is the folder of steps 1 to 3",
-            "bias": "--blocks gpt2 has biases, modern has none",
-            "beta1": "AdamW's betas are in model/optimizer.py",
-            "beta2": "AdamW's betas are in model/optimizer.py",
-            "wandb-log": "metrics.jsonl has every number, loss_curve.png the plot",
-            "wandb-project": "metrics.jsonl has every number, loss_curve.png the plot",
-            "gradient-checkpointing": "a lower --micro-batch saves memory",
-        },
-    )
-    require_within(settings, keep="[1, inf)", log_interval="[1, inf)", eval_tokens="[1, inf)")
-    require_within(settings, save_interval="[1, inf)", micro_batch="[0, inf)", sample_tokens="[0, inf)")
-    require(
-        settings.init_from not in ("scratch", "resume") or Path(settings.init_from).exists(),
-        "--init-from names a model to fine-tune: without it, a run resumes, or starts from scratch, by itself",
-    )
+    settings = read_settings(__file__, choices=CHOICES, aliases=ALIASES, hints=HINTS)
+    check_settings(settings)
     processes = start_processes(settings.device)
     try:
         start(settings, processes)
@@ -154,7 +110,7 @@ def main() -> None:
         if not ran_out_of_memory(error):
             raise
         half = settings.micro_batch // 2
-        advice = f"resume with --micro-batch {half} or less" if half else "use a smaller model"
+        advice = f"run it again with --micro-batch {half} or less" if half else "use a smaller model"
         raise UserError(f"the GPU ran out of memory: {advice}") from None
     finally:
         stop_processes()
@@ -163,23 +119,23 @@ def main() -> None:
 def start(settings: SimpleNamespace, processes: Processes) -> None:
     """Start a new run, or resume the one in the folder."""
     # After torchrun's restart, the run that it began is resumed
-    folder, fresh = settings.checkpoint_dir, settings.fresh and not processes.remembers("begun")
+    folder, fresh = settings.checkpoint_dir, settings.fresh and not processes.begun
     with locked(folder) if processes.first else contextlib.nullcontext():
         processes.barrier()
         path, checkpoint = (None if fresh else load_latest(folder)) or (None, None)
         run = plan_run(settings, processes, checkpoint)
         processes.barrier()  # all have read, so the first may move files
         if checkpoint:
-            if processes.first and (changes := changed_settings(settings, checkpoint)):
-                print(f"changed      {'; '.join(changes.values())}")
+            if changes := changed_settings(settings, checkpoint):
+                processes.say(f"changed      {'; '.join(changes.values())}")
             path, checkpoint = rewind(run, path, checkpoint)
-        changes = changed_settings(settings, checkpoint) if checkpoint else {}
+        unsaved = changed_settings(settings, checkpoint) if checkpoint else {}
         state, resumed = begin(run, path, checkpoint), checkpoint is not None
         del checkpoint  # frees its memory
         if not (resumed and run.recipe.progress(state.step, state.seconds) >= 1):
-            train(run, state, resumed, changed=bool(changes))
+            train(run, state, resumed, unsaved=bool(unsaved))
         elif processes.first:
-            print_finished(run, state, changes)
+            print_finished(run, state, unsaved)
 
 
 def begin(run: Run, path: Path | None, checkpoint: dict | None) -> TrainingState:
@@ -197,35 +153,37 @@ def begin(run: Run, path: Path | None, checkpoint: dict | None) -> TrainingState
     # Only now: a model that is too large moves no run
     if processes.first and not checkpoint and (moved := set_aside(run.folder)):
         print(f"moved the earlier run to {shown(moved)}")
-    processes.remember("begun")
+    processes.mark_begun()
     processes.broadcast(state.model.parameters())
     if processes.first:
         print_plan(run, state, path)
     return state
 
 
-def train(run: Run, state: TrainingState, resumed: bool, changed: bool) -> None:
-    """Train until the run is finished or a signal stops it. `changed`: the settings have, since the checkpoint."""
+def train(run: Run, state: TrainingState, resumed: bool, unsaved: bool) -> None:
+    """Train until the run is finished or a signal stops it. `unsaved`: the checkpoint has other settings."""
     settings, recipe, processes, folder = run.settings, run.recipe, run.processes, run.folder
     device = run.runtime.device
     # This process's windows of each step, and the forward pass for them
-    mine = np.array_split(np.arange(run.batches.windows_per_step), processes.world_size)[processes.rank]
-    forward = prepare_forward(run, state.model, len(mine))
-    if processes.first:
-        micro_batches = -(-len(mine) // settings.micro_batch)
-        flex = "; FlexAttention within stories" if state.model.flex else ""
-        print(f"micro-batch  {settings.micro_batch} windows, {micro_batches} per step{flex}", flush=True)
+    my_windows = np.array_split(np.arange(run.batches.windows_per_step), processes.world_size)[processes.rank]
+    forward = prepare_forward(run, state.model, len(my_windows))
+    micro_batches = -(-len(my_windows) // settings.micro_batch)
+    flex = "; FlexAttention within stories" if state.model.flex else ""
+    processes.say(f"micro-batch  {settings.micro_batch} windows, {micro_batches} per step{flex}")
     metrics = Metrics(folder, state.step, state.last_evaluation) if processes.first else None
     stop = StopRequest(processes)
     progress_bar = ProgressBar(run, state, stop)
     eval_interval, save_interval = recipe.eval_interval, settings.save_interval or recipe.eval_interval
-    saved_at = state.step if resumed and not changed else None
+    saved_at = state.step if resumed else None
+    if unsaved and processes.first:  # now, so that a run that is killed soon can be resumed with them
+        save_checkpoint(folder / f"ckpt_{state.step}.pt", state.snapshot(run))
+    # A new run's is 0: if counting bigrams took until the turning point, that is noticed below
     progress = recipe.progress(state.step, state.seconds) if resumed else 0.0
-    state.seconds = stop.synchronise(state.seconds)  # counting bigrams took a different time in each process
+    state.seconds = stop.share(state.seconds)  # counting bigrams took a different time in each process
 
     while True:
         # After state.step steps: evaluate, save, or stop
-        before, progress = progress, recipe.progress(state.step, state.seconds)
+        progress_before, progress = progress, recipe.progress(state.step, state.seconds)
         finished = progress >= 1
         if processes.first and state.step != state.last_evaluation:
             begun = state.step or run.pretrained  # an untrained model is not worth evaluating
@@ -233,14 +191,13 @@ def train(run: Run, state: TrainingState, resumed: bool, changed: bool) -> None:
                 progress_bar.say(evaluate_and_keep_best(run, state, metrics))
         stopping = bool(stop)  # a signal may come at any time
         if processes.first and state.step != saved_at:
-            if before < recipe.turning_point <= progress:  # from here on, a longer run would differ
+            if progress_before < recipe.turning_point <= progress:  # from here on, a longer run would differ
                 save_checkpoint(folder / BEFORE_DECAY, state.snapshot(run))
             due = state.step and state.step % save_interval == 0
-            # settings that have changed are saved before the first step, so that it can be resumed with them
-            if due or changed or finished or stopping:
+            if due or finished or stopping:
                 save_checkpoint(folder / f"ckpt_{state.step}.pt", state.snapshot(run))
                 prune(folder, settings.keep, state.step)
-                saved_at, changed = state.step, False
+                saved_at = state.step
         if finished or stopping:
             break
 
@@ -251,11 +208,11 @@ def train(run: Run, state: TrainingState, resumed: bool, changed: bool) -> None:
                 f"step {state.step:,}: from here on, all {run.config.n_layer} layers train{anew}"
             )
             state.model.set_depth(run.config.n_layer)
-            forward = prepare_forward(run, state.model, len(mine))
+            forward = prepare_forward(run, state.model, len(my_windows))
 
         started = time.perf_counter()
         rate = learning_rate(recipe, state.step, progress)
-        loss, norm = take_step(run, state, forward, mine, rate)
+        loss, norm = take_step(run, state, forward, my_windows, rate)
 
         # Reading the loss waits for the GPU: do it only to log, and before evaluating or saving, to time all steps.
         logging = state.step % settings.log_interval == 0
@@ -263,17 +220,13 @@ def train(run: Run, state: TrainingState, resumed: bool, changed: bool) -> None:
         reading = logging or pausing or state.step == recipe.max_steps or device.type == "cpu"
         if reading:
             loss = processes.total(loss)
-            if state.not_finite >= (GIVE_UP_SCALED if state.scaler.is_enabled() else GIVE_UP):
-                raise UserError(
-                    f"the loss or its gradient is not finite, {state.not_finite.item()} steps in a row up to step "
-                    f"{state.step}; none of them was applied. Try a lower --learning-rate than "
-                    f"{recipe.learning_rate:g}, or --dtype float32. If that happens at once when resuming, the model "
-                    "was ruined before it was saved: delete the latest checkpoint, or start a new run with --fresh"
-                )
+            limit = GIVE_UP_SCALED if state.scaler.is_enabled() else GIVE_UP
+            if state.not_finite >= limit:
+                raise UserError(diverged(run, state))
         state.seconds += time.perf_counter() - started
         if reading:
             progress_bar.update(loss)
-        state.seconds = stop.synchronise(state.seconds)
+        state.seconds = stop.share(state.seconds)
         last = recipe.progress(state.step, state.seconds) >= 1  # by time, perhaps
         if last and not reading:
             loss = processes.total(loss)
@@ -283,6 +236,7 @@ def train(run: Run, state: TrainingState, resumed: bool, changed: bool) -> None:
     progress_bar.close()
     processes.barrier()
     if processes.first:
+        metrics.draw()
         print_end(run, state) if finished else print_stop(run, state)
     if not finished:
         sys.exit(128 + stop.agreed)
@@ -297,7 +251,7 @@ def evaluate_and_keep_best(run: Run, state: TrainingState, metrics: Metrics) -> 
     loss, mark = row["validation_loss"], ""
     require(math.isfinite(loss), ruined(run, state.step, f"the validation loss is {loss}"))
     metrics.add({**row, "sample": write_sample(run, state.model)})
-    metrics.draw()
+    metrics.draw(every=DRAW_EVERY)
     state.last_evaluation = state.step
     if loss < state.best_loss:
         if state.best_loss == math.inf:  # a best.pt that is there was evaluated on other tokens
@@ -331,21 +285,21 @@ def training_row(
 
 
 def take_step(
-    run: Run, state: TrainingState, forward: nn.Module, mine: np.ndarray, rate: float
+    run: Run, state: TrainingState, forward: nn.Module, my_windows: np.ndarray, rate: float
 ) -> tuple[Tensor, Tensor]:
-    """One step of batch_tokens tokens, of which this process takes the windows `mine`, one micro-batch after another.
+    """One step of batch_tokens tokens, of which this process takes `my_windows`, one micro-batch after another.
 
     Returns this process's share of the loss, and the gradient's norm, without waiting for a GPU.
     """
     settings, batches, device = run.settings, run.batches, run.runtime.device
-    starts = batches.starts(state.step)[mine]
+    starts = batches.starts(state.step)[my_windows]
     shortlist = run.shortlist(state.step)
     loss = torch.zeros((), device=device)
-    for place in range(0, len(mine), settings.micro_batch):
-        chosen = starts[place : place + settings.micro_batch]
+    for first in range(0, len(starts), settings.micro_batch):
+        chosen = starts[first : first + settings.micro_batch]
         inputs, targets, story_ids = run.inputs_and_targets(batches.tensor(chosen, device))
         if run.config.dropout:  # seeded per step and window, so that resumed runs drop the same activations
-            torch.manual_seed(dropout_seed(settings.seed, state.step, int(mine[place])))
+            torch.manual_seed(dropout_seed(settings.seed, state.step, int(my_windows[first])))
         share = len(chosen) / batches.windows_per_step
         with run.runtime.autocast():
             mean = forward(inputs, targets, story_ids, shortlist)

@@ -25,7 +25,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.sampling import Sampling
 from model.script import run_script  # before torch: see there
 
 # isort: split
@@ -42,6 +41,7 @@ from model.gpt import GPT
 from model.loss import bits_per_byte
 from model.packed_data import load_data, real_stories
 from model.runtime import choose_device, device_name
+from model.sampling import Sampling
 from model.settings import REPO, read_settings
 
 PRESET: str = "stories-15m"  # model shape

@@ -16,7 +16,7 @@ from elsewhere cannot run code:
     seconds          training time in them
     best_loss        lowest validation loss so far, nats per token
     last_evaluation  step of the latest evaluation, -1 before the first
-    device           cpu, cuda or mps
+    device           cpu, or the GPU's name and the version of PyTorch
     tokenizer        its JSON
     eot_id           the end-of-text token
     data             SHA-256 of both splits and of the tokenizer

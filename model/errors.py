@@ -51,6 +51,10 @@ def is_file_error(error: BaseException) -> bool:
 
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU ran out of memory; the compiler and cuBLAS report this as other errors."""
+    if "out of resource" in str(
+        error
+    ):  # Triton's word for a kernel that needs too much of a GPU's shared memory
+        return False
     signs = r"(CUDA|HIP|MPS)\b.*out of memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
     # torch.OutOfMemoryError by its name: this module is imported before torch
     return type(error).__name__ == "OutOfMemoryError" or re.search(signs, str(error)) is not None

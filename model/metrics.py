@@ -1,10 +1,15 @@
 """A run's metrics.jsonl, and the loss curve and samples drawn from it alone."""
 
 import json
+import math
 import re
+import time
 from pathlib import Path
 
 from model.files import atomic_write, naming, write_text
+
+# Seconds between two drawings, which take half a second each, as long as 30 steps on a fast GPU
+DRAW_EVERY = 20
 
 
 class Metrics:
@@ -24,6 +29,7 @@ class Metrics:
             if row["step"] <= (last_evaluation if "validation_loss" in row else step)
         ]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.drawn_rows, self.drawn_at = 0, -math.inf
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
@@ -35,10 +41,12 @@ class Metrics:
         losses = [row["train_loss"] for row in self.rows if row.get("train_loss") is not None]
         return smooth(losses)[-1] if losses else None
 
-    def draw(self) -> None:
-        """Rewrite loss_curve.png and samples.md."""
-        draw_loss_curve(self.rows, self.folder / "loss_curve.png")
-        write_samples(self.rows, self.folder / "samples.md")
+    def draw(self, every: float = 0) -> None:
+        """Rewrite loss_curve.png and samples.md if there are new rows, at most once in so many seconds."""
+        if len(self.rows) > self.drawn_rows and time.monotonic() >= self.drawn_at + every:
+            draw_loss_curve(self.rows, self.folder / "loss_curve.png")
+            write_samples(self.rows, self.folder / "samples.md")
+            self.drawn_rows, self.drawn_at = len(self.rows), time.monotonic()
 
 
 def read_rows(path: Path) -> list[dict]:

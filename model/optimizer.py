@@ -76,8 +76,7 @@ class Muon(torch.optim.Optimizer):
         momenta = [self.state[parameter]["momentum"] for parameter in parameters]
         gradients = [parameter.grad for parameter in parameters]
         if isinstance(applied, Tensor):  # a momentum that moves towards itself stays where it is
-            apply = applied > 0
-            gradients = [torch.where(apply, g, m) for g, m in zip(gradients, momenta, strict=True)]
+            gradients = torch.where(applied > 0, torch.stack(gradients), torch.stack(momenta)).unbind()
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         directions = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
         pieces = cut(directions.bfloat16() if self.low_precision else directions, *group["pieces"])

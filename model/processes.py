@@ -30,13 +30,19 @@ class Processes:
         """The process that prints and writes."""
         return self.rank == 0
 
-    def remember(self, what: str) -> None:
-        """Let remembers(what) be true from now on, after a restart, too."""
-        if self.store and self.first:
-            self.store.set(what, "")
+    def say(self, text: str) -> None:
+        """Print a line, once for all processes."""
+        if self.first:
+            print(text, flush=True)
 
-    def remembers(self, what: str) -> bool:
-        return self.store is not None and self.store.check([what])
+    def mark_begun(self) -> None:
+        """Let `begun` be true from now on, also after torchrun has restarted the processes."""
+        if self.store and self.first:
+            self.store.set("begun", "")
+
+    @property
+    def begun(self) -> bool:
+        return self.store is not None and self.store.check(["begun"])
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
@@ -87,6 +93,9 @@ def start_processes(device: str) -> Processes:
     shares_mps = world_size > 1 and device in ("auto", "mps") and torch.backends.mps.is_available()
     require(not shares_mps, "several processes cannot share this GPU: add --device cpu")
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    # of PyTorch's compiler: by default, each of our processes would start one for every core
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
     if cuda:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
@@ -144,7 +153,7 @@ class StopRequest:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        if self.processes.world_size == 1:  # several processes stop together, in synchronise()
+        if self.processes.world_size == 1:  # several processes stop together, in share()
             self.agreed = number
         if self.processes.first:
             words = "\nstopping after this step; press Ctrl-C again to stop at once\n"
@@ -152,7 +161,7 @@ class StopRequest:
             with contextlib.suppress(OSError):
                 os.write(sys.stderr.fileno(), words.encode())
 
-    def synchronise(self, seconds: float) -> float:
+    def share(self, seconds: float) -> float:
         """Let all processes know whether one is to stop; return the first one's training time. (That of the others
         may include waiting for the first while it evaluates and saves.)"""
         if self.processes.world_size > 1:

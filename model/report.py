@@ -96,6 +96,24 @@ def quality_table(quality: dict[str, dict]) -> list[list[str]]:
     return transposed(cells(QUALITY_COLUMNS, [{"name": name, **row} for name, row in quality.items()]))
 
 
+def print_scores(results: list[dict]) -> None:
+    """A table of the figures, in whichever direction is narrower."""
+    table = cells(SCORE_COLUMNS, results)
+    print_table(min(transposed(table), table, key=lambda rows: sum(widths(rows)) + 2 * len(rows[0])))
+
+
+def print_table(rows: list[list[str]]) -> None:
+    sizes = widths(rows)
+    for first, *rest in rows:
+        words = [first.ljust(sizes[0]), *map(str.rjust, rest, sizes[1:])]
+        print("  ".join(words).rstrip())
+
+
+def widths(rows: list[list[str]]) -> list[int]:
+    """Of each column, in characters."""
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+
 def render(report: dict) -> str:
     """The whole page, from the same report that evaluate.py --output writes."""
     results, quality = report["results"], report["quality"]

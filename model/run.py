@@ -13,17 +13,65 @@ import torch
 from torch import Tensor
 
 from model.batches import Batches, number_stories, validation_windows
-from model.config import CONFIG_FIELDS, LEARNING_RATES, PRESETS, RECIPE_FIELDS, GPTConfig, Recipe
+from model.config import (
+    BLOCK_FAMILIES,
+    CONFIG_FIELDS,
+    LEARNING_RATES,
+    OPTIMIZERS,
+    PRESETS,
+    RECIPE_FIELDS,
+    SCHEDULES,
+    GPTConfig,
+    Recipe,
+)
 from model.errors import UserError, require
 from model.files import command, shown
 from model.huggingface import Pretrained, load_pretrained
 from model.loss import MPS_TERMS, Shortlist
 from model.packed_data import Data, fingerprints, load_data
 from model.processes import Processes
-from model.runtime import Runtime, choose_device, choose_runtime
+from model.runtime import Runtime, choose_device, choose_runtime, hardware
 from model.sampled_softmax import Shortlists, make_shortlists
+from model.settings import require_within
 from model.tokenizer import token_table
 
+# Of train.py: the words that settings take, their other names, and what does the same as flags of nanoGPT
+CHOICES = {
+    "preset": tuple(PRESETS),
+    "blocks": BLOCK_FAMILIES,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "dtype": ("auto", "bfloat16", "float16", "float32"),
+    "compile": ("auto", "on", "off"),
+}
+ALIASES = {
+    "max-iters": "max-steps",
+    "lr": "learning-rate",
+    "warmup-iters": "warmup-steps",
+    "n-layers": "n-layer",
+    "n-heads": "n-head",
+    "context-length": "block-size",
+    "out-dir": "checkpoint-dir",
+}
+HINTS = {
+    "batch-size": "a step takes --batch-tokens, a forward pass --micro-batch windows",
+    "gradient-accumulation-steps": "a step takes --batch-tokens, a forward pass --micro-batch windows",
+    "epochs": "--max-steps or --max-minutes limits a run, and it prints how many epochs that is",
+    "eval-iters": "--eval-tokens sets how much is evaluated, --eval-interval how often",
+    "lr-decay-iters": "the learning rate always decays to the end of the run",
+    "min-lr": "--final-learning-rate is a fraction of the peak",
+    "resume": "it resumes by itself, unless --fresh starts a new run",
+    "decay-lr": "--schedule and --decay-fraction set how the learning rate falls",
+    "always-save-checkpoint": "it always saves, every --save-interval steps",
+    "eval-only": "evaluate.py scores a checkpoint",
+    "dataset": "--data-dir is the folder of steps 1 to 3",
+    "bias": "--blocks gpt2 has biases, modern has none",
+    "beta1": "AdamW's betas are in model/optimizer.py",
+    "beta2": "AdamW's betas are in model/optimizer.py",
+    "wandb-log": "metrics.jsonl has every number, loss_curve.png the plot",
+    "wandb-project": "metrics.jsonl has every number, loss_curve.png the plot",
+    "gradient-checkpointing": "a lower --micro-batch saves memory",
+}
 # Settings that identify a run; the others may change when it resumes.
 FIXED = {
     "preset",
@@ -91,6 +139,16 @@ class Run:
     @property
     def softmax_size(self) -> int:
         return self.shortlists.size if self.shortlists else self.config.vocab_size
+
+
+def check_settings(settings: SimpleNamespace) -> None:
+    """Raise UserError if a setting that belongs neither to the shape nor to the recipe makes no sense."""
+    require_within(settings, keep="[1, inf)", log_interval="[1, inf)", eval_tokens="[1, inf)")
+    require_within(settings, save_interval="[1, inf)", micro_batch="[0, inf)", sample_tokens="[0, inf)")
+    require(
+        settings.init_from not in ("scratch", "resume") or Path(settings.init_from).exists(),
+        "--init-from names a model to fine-tune: without it, a run resumes, or starts from scratch, by itself",
+    )
 
 
 def plan_run(settings: SimpleNamespace, processes: Processes, checkpoint: dict | None) -> Run:
@@ -238,8 +296,8 @@ def keep_from_checkpoint(
     for name in set(kept) - chosen:
         setattr(settings, name, saved[name])
     differences = [change for name, change in changed_settings(settings, checkpoint).items() if name in FIXED]
-    if checkpoint.get("device", device.type) != device.type and "micro_batch" not in chosen:
-        settings.micro_batch = 0  # what suits a GPU may not fit a CPU's memory
+    if checkpoint.get("device", hardware(device)) != hardware(device) and "micro_batch" not in chosen:
+        settings.micro_batch = 0  # what suits a GPU may not fit another one's memory
     current = fingerprints(data)
     changed = [name for name, value in checkpoint["data"].items() if value != current[name]]
     # with another tokenizer, the packed stories differ in any case

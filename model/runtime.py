@@ -9,7 +9,8 @@ import re
 import shutil
 import sysconfig
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +22,9 @@ from model.settings import REPO
 
 # Dense bfloat16 (float16 on the T4 and V100) peak in FLOP/s, from the vendors' data sheets
 PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-    "L4": 121e12, "A10": 125e12, "T4": 65e12, "V100": 125e12, "RTX 5090": 209e12, "RTX 4090": 165e12,
-    "RTX 4080": 97e12, "RTX 3090": 71e12,
+    "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "T4": 65e12, "V100": 125e12,
+    "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 4080": 97e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
 # For code that torch.compile makes, so that the next run finds it; PyTorch's default is a folder under /tmp.
@@ -62,8 +63,8 @@ def choose_device(name: str) -> torch.device:
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
-        driver = Path("/proc/driver/nvidia/version").exists()
-        if name == "cpu" and torch.version.cuda and driver and not hidden:
+        drivers = Path("/proc/driver/nvidia/version"), Path("/dev/dxg")  # the latter in WSL
+        if name == "cpu" and torch.version.cuda and any(map(Path.exists, drivers)) and not hidden:
             warn(
                 f"using the CPU: this PyTorch (CUDA {torch.version.cuda}) cannot use the GPU here, probably because "
                 "its driver is older. Update the driver, or install a PyTorch build for an older CUDA"
@@ -118,6 +119,15 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {count_text(torch.get_num_threads(), 'thread', 'threads')}"
 
 
+def hardware(device: torch.device) -> str:
+    """What a micro-batch and kernels were chosen for: on GPUs, these differ in memory, and each PyTorch in kernels."""
+    return (
+        "cpu"
+        if device.type == "cpu"
+        else f"{device.type}: {device_name(device)}, PyTorch {torch.__version__}"
+    )
+
+
 def choose_dtype(device: torch.device, name: str) -> tuple[torch.dtype, str]:
     """The dtype of matrix products and activations, and the reason. Master weights are always float32."""
     if name != "auto":
@@ -166,6 +176,13 @@ def compiled_folder() -> str | None:
     """Where compiled code is kept; None, if this repository cannot be written: in PyTorch's folder for it."""
     writable = os.access(nearest_existing(COMPILED), os.W_OK)
     return os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(COMPILED) if writable else None)
+
+
+def compile_whole(function: Callable) -> Callable:
+    # float32 is exact here on purpose, or the user's choice
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return torch.compile(function, dynamic=False, options={"deterministic": deterministic})
 
 
 def keep_headers() -> None:

@@ -30,6 +30,7 @@ from model.gpt import GPT
 from model.optimizer import make_optimizers
 from model.packed_data import fingerprints
 from model.run import STARTED_EARLIER, Run, remembered
+from model.runtime import hardware
 
 
 def ruined(run: Run, step: int, how: str) -> str:
@@ -37,6 +38,16 @@ def ruined(run: Run, step: int, how: str) -> str:
     return (
         f"after step {step} {how}: the model is ruined, and not saved. Try a lower --learning-rate than "
         f"{run.recipe.learning_rate:g}, with --fresh if its checkpoints are ruined, too"
+    )
+
+
+def diverged(run: Run, state: "TrainingState") -> str:
+    """An error's text."""
+    return (
+        f"the loss or its gradient is not finite, {state.not_finite.item()} steps in a row up to step {state.step}; "
+        f"none of them was applied. Try a lower --learning-rate than {run.recipe.learning_rate:g}, or --dtype float32. "
+        "If that happens at once when resuming, the model was ruined before it was saved: delete the latest "
+        "checkpoint, or start a new run with --fresh"
     )
 
 
@@ -68,7 +79,7 @@ class TrainingState:
             "config": asdict(self.model.config),
             "settings": remembered(run.settings),
             "defaults": run.settings.defaults,
-            "device": run.runtime.device.type,
+            "device": hardware(run.runtime.device),
             "depth": self.model.depth,
             "flex": self.model.flex if run.runtime.compile else None,
             "weights": self.model.state_dict(),
@@ -122,7 +133,7 @@ def initial_state(run: Run, checkpoint: dict | None) -> TrainingState:
                 f"({first_line(error)}): move it away, and the run goes on from the one before"
             ) from error
         # measured anew, FlexAttention might be chosen otherwise, and it rounds otherwise
-        if checkpoint.get("device") == device.type:
+        if checkpoint.get("device") == hardware(device):
             model.flex = checkpoint.get("flex")
         # best.pt may be later than the checkpoint; if it is lost, the next evaluation writes it
         best = peek(run.folder / "best.pt")
@@ -175,16 +186,16 @@ def rewind(run: Run, path: Path, checkpoint: dict) -> tuple[Path, dict]:
         save_checkpoint(earlier, checkpoint)  # the run is now so short that its decay should have started
     if not (decaying and extended):
         return path, checkpoint
+    going_on = f"going on from step {step:,}, with the learning rate of the longer run"
     if before.turning_point == 0:  # there is no step before the decay
-        if run.processes.first:
-            print(f"extended run: going on from step {step:,}, with the learning rate of the longer run")
+        run.processes.say(f"extended run: {going_on}")
         return path, checkpoint
     try:
         rewound = load_checkpoint(earlier, to_resume=True)
         require(rewound["step"] <= step, f"{shown(earlier)} is from a later step")
     except UserError as error:
         if run.processes.first:
-            warn(f"{error}; going on from step {step:,}, with the learning rate of the longer run")
+            warn(f"{error}; {going_on}")
         return path, checkpoint
     if rewound["step"] == step:
         return path, checkpoint
@@ -192,9 +203,9 @@ def rewind(run: Run, path: Path, checkpoint: dict) -> tuple[Path, dict]:
     rewound |= {"settings": remembered(run.settings), "defaults": run.settings.defaults}
     if run.processes.first:
         keep_shorter_run(run.folder, path, step, rewound)
-        print(
-            f"extended run: going back to before the learning-rate decay; step {step:,} is kept as shorter_*"
-        )
+    run.processes.say(
+        f"extended run: going back to before the learning-rate decay; step {step:,} is kept as shorter_*"
+    )
     return earlier, rewound
 
 

@@ -123,3 +123,29 @@ def trained(packed, tmp_path_factory):
     command += ["--data-dir", packed, "--checkpoint-dir", folder, "--device", "cpu"]
     subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=PATIENCE)
     return folder
+
+
+@pytest.fixture
+def train(packed, tmp_path, monkeypatch, capsys):
+    """train("name", flags...) trains in tmp_path/name, inside this process, which saves torch's start.
+
+    Returns the folder and what was printed on stdout and stderr.
+    """
+
+    from training import TINY
+
+    from train import main
+
+    def train(name, *flags, tiny=TINY):
+        folder = tmp_path / name
+        words = [*tiny, "--data-dir", packed, "--checkpoint-dir", folder, *flags]
+        monkeypatch.setattr(sys, "argv", [str(REPO / "train.py"), *map(str, words)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return folder, capsys.readouterr()
+
+    return train

@@ -14,6 +14,7 @@ from model.config import GPTConfig
 from model.decoder import Decoder
 from model.generation import Batch, generate_all
 from model.gpt import GPT
+from model.runtime import choose_device
 from model.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -22,6 +23,12 @@ DEVICE = "cuda"
 TINY = """--preset quickstart --n-layer 2 --n-head 2 --n-embd 64 --block-size 64 --batch-tokens 1024 --warmup-steps 2
 --eval-interval 4 --eval-tokens 1024 --log-interval 1 --sample-tokens 8 --max-minutes none
 --grow-at 0.5 --vocab-size 2000 --sampled-softmax""".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    """Those that the scripts choose."""
+    choose_device(DEVICE)
 
 
 @pytest.fixture
@@ -126,18 +133,22 @@ def advance_by_one(batch, most):
     return 1
 
 
+FLAT = Sampling(temperature=1.5, top_p=0.99)
 SAMPLINGS = [
     Sampling(temperature=0),
     Sampling(temperature=0, repetition_penalty=1.6),
     Sampling(temperature=0.8, top_k=12, top_p=0.9, min_p=0.02, repetition_penalty=1.2),
+    FLAT,
 ]
 
 
 @pytest.mark.parametrize("weights", ["float32", "float16"])
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "penalised", "filtered"])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "penalised", "filtered", "too few at first"])
 @pytest.mark.parametrize("blocks", ["modern", "gpt2"])
 def test_a_graph_writes_what_plain_steps_write(blocks, sampling, weights, monkeypatch):
     """And greedily, in float32, what a CPU writes."""
+    if sampling == FLAT:
+        monkeypatch.setattr("model.generation.LIKELIEST_ON_GPU", 4)  # so that steps are repeated
     torch.manual_seed(0)  # the two likeliest tokens then differ by 6e-4 at least, in float32
     model = GPT(GPTConfig(vocab_size=97, block_size=32, n_layer=2, n_head=2, n_embd=64, blocks=blocks)).eval()
     for parameter in model.parameters():
@@ -178,7 +189,7 @@ def test_no_step_between_two_logged_ones_waits_for_the_gpu(packed, tmp_path, mon
 
     steps = itertools.count()
 
-    def synchronise(_, seconds):  # before the first step, and at the end of each
+    def share(_, seconds):  # before the first step, and at the end of each
         torch.cuda.set_sync_debug_mode("error" if 2 <= next(steps) < 8 else "default")
         return seconds
 
@@ -200,7 +211,7 @@ def test_no_step_between_two_logged_ones_waits_for_the_gpu(packed, tmp_path, mon
         *places,
     ]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-    monkeypatch.setattr(train_script.StopRequest, "synchronise", synchronise)
+    monkeypatch.setattr(train_script.StopRequest, "share", share)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         train_script.main()
