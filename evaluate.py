@@ -14,6 +14,7 @@ tokenizer. Intervals are 95 %, by bootstrap over stories.
 """
 
 import hashlib
+import itertools
 import platform
 import shlex
 import sys
@@ -28,10 +29,10 @@ from model.script import run_script  # before torch: see there
 import numpy as np
 
 from data.story_files import find_files, read_file, tidy
-from model.candidates import MAX_TOKENS, Candidate, find_candidate, load_candidate
+from model.candidates import MAX_TOKENS, Candidate, files_of, find_candidate, load_candidate
 from model.errors import UserError, note, require
 from model.files import count_text, file_to_write, shown, size_text, write_json, write_text
-from model.packed_data import Data, fingerprints, load_data, real_stories, spread
+from model.packed_data import Data, data_files, fingerprints, load_data, real_stories, spread
 from model.report import print_scores, print_table, quality_table, render
 from model.runtime import Runtime, choose_device, choose_runtime
 from model.scoring import Scores, bootstrap, interval, score_stories
@@ -92,7 +93,12 @@ def main() -> None:
     names = settings.checkpoint or ([None] if needed else [])
     found = [find_candidate(settings.checkpoint_dir, name) for name in names]
     texts = find_texts(settings)
-    read = (*texts, *settings.stories, *found)
+    read = [
+        *texts,
+        *settings.stories,
+        *data_files(settings.data_dir),
+        *itertools.chain(*map(files_of, found)),
+    ]
     for name in ("output", "report"):
         setattr(settings, name, file_to_write(getattr(settings, name), f"--{name}", read))
     outputs = [path.resolve() for path in (settings.output, settings.report) if path]
@@ -173,6 +179,10 @@ def prepare_settings(settings: SimpleNamespace) -> None:
     if settings.num_stories is None:
         printed = len(settings.prompt) if "prompt" in settings.given else 0
         settings.num_stories = max(printed, REPORT_STORIES if settings.report else 0)
+    require(
+        "prompt" not in settings.given or settings.num_stories >= len(settings.prompt),
+        f"--num-stories {settings.num_stories} for {len(settings.prompt)} prompts: each takes one at least",
+    )
     last_seed = settings.seed + max(0, settings.num_stories - 1)
     require(last_seed < 2**63, f"--seed {settings.seed} is too large for {settings.num_stories:,} stories")
     require(not (settings.text and "split" in settings.given), "--text and --split: give one of the two")
@@ -299,11 +309,20 @@ def describe_run(
 
 
 def show(report: dict, settings: SimpleNamespace) -> None:
-    """Write the requested files, and print the results."""
-    if settings.output is not None:
-        write_json(settings.output, report)
-    if settings.report is not None:
-        write_text(settings.report, render(report))
+    """Write the requested files, and print the results, even if that fails."""
+    try:  # first, since what reads the output may close it
+        if settings.output is not None:
+            write_json(settings.output, report)
+        if settings.report is not None:
+            write_text(settings.report, render(report))
+    finally:
+        print_results(report, settings)
+    for what, path in (("results", settings.output), ("report", settings.report)):
+        if path is not None:
+            print(f"{what} written to {shown(path)}")
+
+
+def print_results(report: dict, settings: SimpleNamespace) -> None:
     if "prompt" in settings.given:
         for row in report["written"]:
             for name, story in row["stories"].items():
@@ -323,9 +342,6 @@ def show(report: dict, settings: SimpleNamespace) -> None:
     if report["quality"]:
         print()
         print_table(quality_table(report["quality"]))
-    for what, path in (("results", settings.output), ("report", settings.report)):
-        if path is not None:
-            print(f"{what} written to {shown(path)}")
 
 
 if __name__ == "__main__":

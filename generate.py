@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from model import kernels
-from model.candidates import find_candidate
+from model.candidates import files_of, find_candidate
 from model.checkpoint import load_model
 from model.decoder import Decoder, choose_weights
 from model.errors import require
@@ -89,7 +89,7 @@ def main() -> None:
     )
     prompts = read_prompts(settings)
     found = find_candidate(settings.checkpoint_dir, settings.checkpoint, prefer="best")
-    read = [found, *filter(None, [settings.prompts_file])]
+    read = [*files_of(found), *filter(None, [settings.prompts_file])]
     settings.output = file_to_write(settings.output, "--output", read)
     seed = secrets.randbelow(1_000_000) if settings.seed is None else settings.seed
     require_seed(seed)

@@ -57,7 +57,9 @@ if ls checkpoints/*.pt >/dev/null 2>&1 && ! cmp -s data/processed/meta.json chec
   printf '\nthe checkpoints there are not of these stories and this tokenizer: moved them to %s\n' "$kept"
 fi
 mkdir -p checkpoints
-cp data/processed/meta.json checkpoints/meta.json
+mark() { cp data/processed/meta.json checkpoints/meta.json; }
+mark
+trap mark EXIT # train.py --fresh moves the mark away with the run that it was for
 run 4 "train the model" train.py "${training[@]}"
 run 5 "write a new story" generate.py
 run 6 "score the model on unseen stories" evaluate.py --checkpoint best

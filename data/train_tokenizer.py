@@ -91,7 +91,7 @@ def check(settings: SimpleNamespace) -> None:
         settings.vocab_size >= bytes_and_end,
         f"--vocab-size must be at least {bytes_and_end}: one token per byte, and {END_OF_TEXT}",
     )
-    require_within(settings, max_stories="[0, inf)")
+    require_within(settings, max_stories="[0, inf)", vocab_size="[0, 1e7]")
     require(kind == "gpt2" or not settings.gpt2_files, "--gpt2-files works only with --kind gpt2")
 
 

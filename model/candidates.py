@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model.checkpoint import find_checkpoint, load_model
+from model.checkpoint import find_checkpoint, load_model, run_files
 from model.decoder import Decoder, choose_weights
 from model.errors import UserError, first_line, needs, require, warn
 from model.files import sha256_file, shown
@@ -243,6 +243,11 @@ def find_candidate(folder: Path, name: str | None, prefer: str = "latest") -> Pa
         if name.count("/") == 1 and not Path(name).parent.is_dir():
             return name  # owner/name: perhaps on the hub
         raise UserError(f"{error}; a model on the Hugging Face hub is named owner/name") from None
+
+
+def files_of(found: Path | str) -> list[Path]:
+    """The files of a candidate: a checkpoint and its run's, or what is in a Hugging Face folder."""
+    return [found, *run_files(found.parent)] if isinstance(found, Path) else list(Path(found).glob("*"))
 
 
 def load_candidate(found: Path | str, device: torch.device) -> Candidate:

@@ -52,6 +52,7 @@ from model.tokenizer import require_room, text_tokenizer
 
 FORMAT = 1
 BEFORE_DECAY = "before_decay.pt"
+MARK = "meta.json"  # by which quickstart.sh knows the stories of its runs
 # A run's files in its folder, and the folder in which they are gathered to be set aside
 RUN_FILES = (
     "ckpt_*.pt",
@@ -62,6 +63,7 @@ RUN_FILES = (
     "metrics.jsonl",
     "loss_curve.png",
     "samples.md",
+    MARK,
 )
 UNFINISHED = ".earlier"
 NAME = re.compile(r"ckpt_(\d+)\.pt")
@@ -127,6 +129,11 @@ def all_checkpoints(folder: Path) -> list[Path]:
     others = [path for path in (folder / BEFORE_DECAY, folder / "best.pt") if path.exists()]
     others.sort(key=lambda path: peek(path).get("step", -1), reverse=True)
     return list_checkpoints(folder) + others
+
+
+def run_files(folder: Path) -> list[Path]:
+    """The files in the folder that belong to its run."""
+    return [file for pattern in RUN_FILES for file in folder.glob(pattern)]
 
 
 def load_latest(folder: Path) -> tuple[Path, dict] | None:
@@ -244,7 +251,7 @@ def set_aside(folder: Path) -> Path | None:
     To be called within locked(). Nothing else in the folder moves, and the folder itself may be a link, or a disk of
     its own.
     """
-    if not any(file.stat().st_size for pattern in RUN_FILES for file in folder.glob(pattern)):
+    if not any(file.stat().st_size for file in run_files(folder) if file.name != MARK):
         return None
     (folder / UNFINISHED).mkdir()
     return move_run_files(folder)
@@ -252,9 +259,8 @@ def set_aside(folder: Path) -> Path | None:
 
 def move_run_files(folder: Path) -> Path:
     """Move a run's files, or the rest of them if a process was killed while it did so. The next one finishes it."""
-    for pattern in RUN_FILES:
-        for file in folder.glob(pattern):
-            file.rename(folder / UNFINISHED / file.name)
+    for file in run_files(folder):
+        file.rename(folder / UNFINISHED / file.name)
     return (folder / UNFINISHED).rename(free_name(folder / f"earlier-{datetime.now():%Y%m%d-%H%M%S}"))
 
 

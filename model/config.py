@@ -37,8 +37,9 @@ class GPTConfig:
     rope_base: float = 10_000.0  # base of the rotary frequencies, rope_base ** (-2i / D)
 
     def __post_init__(self):
-        counts = "vocab_size block_size n_layer n_head n_embd n_kv_head head_size n_inner".split()
-        require_within(self, **dict.fromkeys(counts, "[1, inf)"), rope_base="(0, inf)", dropout="[0, 1)")
+        counts = "vocab_size block_size n_head n_embd n_kv_head head_size n_inner".split()
+        require_within(self, **dict.fromkeys(counts, "[1, 1e9]"), n_layer="[1, 1e4]")
+        require_within(self, rope_base="(0, inf)", dropout="[0, 1)")
         require(
             self.head_size is not None or self.n_embd % self.n_head == 0,
             f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: all heads have the same size",
@@ -109,10 +110,8 @@ class Recipe:
     eval_interval: int = 1_000
 
     def __post_init__(self):
-        require_within(self, batch_tokens="[1, inf)", max_steps="[1, inf)", eval_interval="[1, inf)")
-        require_within(
-            self, learning_rate="(0, inf)", final_learning_rate="[0, inf)", warmup_steps="[0, inf)"
-        )
+        require_within(self, batch_tokens="[1, 1e12]", max_steps="[1, inf)", eval_interval="[1, inf)")
+        require_within(self, learning_rate="(0, inf)", final_learning_rate="[0, 1]", warmup_steps="[0, inf)")
         require_within(self, weight_decay="[0, inf)", grad_clip="[0, inf)", max_minutes="(0, 1e9]")
         require_within(self, decay_fraction="(0, 1]", grow_at="[0, 1)")
         require(self.max_steps or self.max_minutes, "a run needs an end: set max_steps or max_minutes")

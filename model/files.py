@@ -104,7 +104,10 @@ def file_to_write(name: str | None, flag: str, read: Iterable[str | Path] = ()) 
     require(not path.is_dir(), f"{flag} {name or repr(name)} is a folder: name a file in it")
     require(not path.exists() or path.is_file(), f"{flag} {name} is not a regular file")
     overwritten = path.exists() and any(os.path.exists(other) and path.samefile(other) for other in read)
-    require(not overwritten, f"{flag} {name} would replace a file that is read: choose another name")
+    require(
+        not overwritten,
+        f"{flag} {name} would replace a file that is in use: choose another name",
+    )
     target = Path(os.path.realpath(path))
     require(not target.is_symlink(), f"{flag} {name} cannot be written: it is a link that leads to itself")
     folder = nearest_existing(target.parent)
@@ -168,7 +171,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise UserError(f"{shown(path)} is not a JSON object: delete it and rerun the step that writes it")

@@ -56,7 +56,7 @@ def read_rows(path: Path) -> list[dict]:
         for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if is_row(row):
                 rows.append(row)

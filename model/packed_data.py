@@ -87,6 +87,12 @@ def load_data(data_dir: Path, verify: bool = False) -> Data:
     )
 
 
+def data_files(data_dir: Path) -> list[Path]:
+    """The files that load_data() reads, whether they exist or not."""
+    packed = [data_dir / "processed" / name for name in ("meta.json", "train.bin", "validation.bin")]
+    return [*packed, tokenizer_file(data_dir), data_dir / "raw" / "manifest.json"]
+
+
 def packed_from_raw(data_dir: Path, meta: dict) -> bool:
     """Whether step 1's stories are those that were packed, or are not there any more."""
     try:

@@ -144,7 +144,7 @@ class Run:
 def check_settings(settings: SimpleNamespace) -> None:
     """Raise UserError if a setting that belongs neither to the shape nor to the recipe makes no sense."""
     require_within(settings, keep="[1, inf)", log_interval="[1, inf)", eval_tokens="[1, inf)")
-    require_within(settings, save_interval="[1, inf)", micro_batch="[0, inf)", sample_tokens="[0, inf)")
+    require_within(settings, save_interval="[1, inf)", micro_batch="[0, inf)", sample_tokens="[0, 100000]")
     require(
         settings.init_from not in ("scratch", "resume") or Path(settings.init_from).exists(),
         "--init-from names a model to fine-tune: without it, a run resumes, or starts from scratch, by itself",

@@ -263,9 +263,9 @@ def require_within(values: object, **intervals: str) -> None:
         shown = flag_name(name) if isinstance(values, Settings) else name
         require(value is None or isinstance(value, (int, float)), f"{shown} takes a number, not {value!r}")
         low, high = map(float, interval[1:-1].split(","))
-        bounds = [f"above {low:g}" if interval[0] == "(" else f"at least {low:g}"]
+        bounds = [f"above {low:.15g}" if interval[0] == "(" else f"at least {low:.15g}"]
         if high < math.inf:
-            bounds.append(f"below {high:g}" if interval[-1] == ")" else f"at most {high:g}")
+            bounds.append(f"below {high:.15g}" if interval[-1] == ")" else f"at most {high:.15g}")
         elif value == math.inf:
             bounds.append("finite")
         inside = value is None or (

@@ -225,7 +225,7 @@ def read_written(path: str) -> list[Story]:
             (prompt + story).encode()  # which fails for half of a surrogate pair, such as "\ud83d"
             reason = row.get("finish_reason")
             ended = None if reason is None else reason != "length"
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             lacking = f" ({first_line(error)})" if isinstance(error, KeyError) else ""
             raise UserError(
                 f"{path} line {number} is not a story written by generate.py --output{lacking}"

@@ -4,9 +4,17 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import PATIENCE, REPO
+
+from model.checkpoint import set_aside
+
+SET_ASIDE = """
+import sys; from pathlib import Path; from model.checkpoint import set_aside
+set_aside(Path(sys.argv[1]) / 'checkpoints')
+"""
 
 
 @pytest.fixture
@@ -100,6 +108,25 @@ def test_a_run_on_other_stories_is_kept(quickstart, tmp_path):
     quickstart()
     (kept,) = tmp_path.glob("checkpoints-before-*")
     assert (kept / "best.pt").read_text() == "precious" and not (tmp_path / "checkpoints/best.pt").exists()
+
+
+def test_a_run_that_train_py_made_on_other_stories_is_kept(quickstart, tmp_path):
+    """--fresh moves the mark of quickstart.sh away, which is back when that ends, however it ends."""
+    fresh = f'cd "{REPO}"; [ "$1" != train.py ] || exec {sys.executable} -c "{SET_ASIDE}" "{tmp_path}"'
+    packing = 'case "$*" in *prepare_data*) mkdir -p data/processed; echo 1 >data/processed/meta.json ;; esac'
+    write_program(tmp_path / ".venv/bin/python", f"{packing}; {fresh}")
+    quickstart()
+    assert (tmp_path / "checkpoints/meta.json").exists()
+    (tmp_path / "checkpoints/best.pt").write_text("old")
+    quickstart("--fresh")
+    assert (tmp_path / "checkpoints/meta.json").exists()
+    (old,) = (file.read_text() for file in tmp_path.glob("checkpoints/earlier-*/best.pt"))
+    (tmp_path / "checkpoints/best.pt").write_text("ours")
+    set_aside(tmp_path / "checkpoints")  # as train.py --fresh
+    (tmp_path / "checkpoints/best.pt").write_text("theirs")
+    assert "moved them to checkpoints-before-" in quickstart().stdout
+    (kept,) = tmp_path.glob("checkpoints-before-*/best.pt")
+    assert (old, kept.read_text()) == ("old", "theirs")
 
 
 def test_a_run_that_was_started_otherwise_is_kept(quickstart, tmp_path):

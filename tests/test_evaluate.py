@@ -1,5 +1,6 @@
 """evaluate.py as its users run it: splits, files, Hugging Face models, tables, the report."""
 
+import errno
 import hashlib
 import html.parser
 import json
@@ -723,15 +724,41 @@ def test_a_split_that_is_missing_is_named(evaluate, data_dir, tmp_path, facts):
         evaluate("--data-dir", tmp_path / "data")
 
 
-def test_what_is_read_is_not_written_over(run, packed, trained, tmp_path):
+def test_what_is_read_is_not_written_over(run, refused, packed, trained, tmp_path):
     shutil.copy(trained / "best.pt", tmp_path)
     before = (tmp_path / "best.pt").read_bytes()
     flags = ["--data-dir", packed, "--checkpoint-dir", tmp_path, "--checkpoint", "best"]
     result = run("evaluate.py", *flags, "--output", tmp_path / "best.pt")
-    assert_one_line_error(result, "would replace a file that is read")
+    assert_one_line_error(result, "would replace a file that is in use")
     assert (tmp_path / "best.pt").read_bytes() == before
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "a.txt").write_text("Once upon a time.")
+    (tmp_path / "metrics.jsonl").write_text("")
+    for path in (tmp_path / "metrics.jsonl", packed / "processed" / "validation.bin"):
+        before = path.read_bytes()
+        assert "would replace" in refused("evaluate.py", *flags, "--report", path)
+        assert path.read_bytes() == before
     flags += ["--text", tmp_path / "own", "--output", tmp_path / "own" / "a.txt"]
-    assert_one_line_error(run("evaluate.py", *flags), "would replace a file that is read")
+    assert_one_line_error(run("evaluate.py", *flags), "would replace a file that is in use")
     assert (tmp_path / "own" / "a.txt").read_text() == "Once upon a time."
+
+
+def test_results_are_printed_even_if_they_cannot_be_written(packed, trained, monkeypatch, capsys):
+    def fail(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("evaluate.write_json", fail)
+    flags = [
+        "--data-dir",
+        packed,
+        "--checkpoint-dir",
+        trained,
+        "--max-samples",
+        2,
+        "--output",
+        trained / "s.json",
+    ]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+    with pytest.raises(OSError, match="No space left"):
+        script.main()
+    assert "bits_per_byte: " in capsys.readouterr().out

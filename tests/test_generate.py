@@ -108,8 +108,11 @@ def test_what_is_read_is_not_written_over(refused, trained, tmp_path):
         before = (tmp_path / name).read_bytes()
         flags = ["--prompts-file", tmp_path / "beginnings.txt", "--checkpoint", tmp_path / "model.pt"]
         message = refused("generate.py", *flags, "--output", tmp_path / name)
-        assert "would replace a file that is read" in message
+        assert "would replace a file that is in use" in message
         assert (tmp_path / name).read_bytes() == before
+    assert "would replace" in refused(
+        "generate.py", "--checkpoint-dir", trained, "--output", trained / "ckpt_2.pt"
+    )
 
 
 def test_a_sample_is_the_story_that_its_seed_gives_alone(generate, tmp_path):

@@ -341,7 +341,7 @@ def test_flops_are_those_that_torch_counts(blocks, sizes, tied):
         ({"dropout": 1.0}, "dropout"),
         ({"dropout": -0.1}, "dropout"),
         ({"dropout": math.nan}, "dropout"),
-        *(({name: 0}, f"{name} must be at least 1, not 0") for name in SHAPE),
+        *(({name: 0}, f"{name} must be at least 1 and at most \\d+, not 0") for name in SHAPE),
     ],
 )
 def test_a_shape_that_cannot_be_is_a_user_error(changes, message):
