@@ -238,10 +238,11 @@ def read_texts(settings: SimpleNamespace, texts: list[Path]) -> list[str]:
 def note_other_stories(candidate: Candidate, data_dir: Path, data: Data, notes: Notes) -> None:
     """Note it if the model has been trained on other stories than those in the folder."""
     trained_on, here = candidate.facts.get("trained_on") or {}, fingerprints(data)
-    if trained_on.get("tokenizer") == here["tokenizer"] and trained_on != here:
+    if trained_on and trained_on != here:
+        with_ = "" if trained_on["tokenizer"] == here["tokenizer"] else "with another tokenizer, perhaps "
         notes.add(
-            f"{candidate.name} was trained on other stories than those in {shown(data_dir)}; "
-            "the stories scored here may be among them"
+            f"{candidate.name} was trained {with_}on other stories than those in {shown(data_dir)}, some of which may "
+            "be scored here (--data-dir takes another folder)"
         )
     elif trained_on and (origin := candidate.settings.get("init_from")):
         notes.add(

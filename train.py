@@ -126,16 +126,18 @@ def start(settings: SimpleNamespace, processes: Processes) -> None:
         run = plan_run(settings, processes, checkpoint)
         processes.barrier()  # all have read, so the first may move files
         if checkpoint:
-            if changes := changed_settings(settings, checkpoint):
+            changes = changed_settings(settings, checkpoint)
+            if run.recipe.progress(checkpoint["step"], checkpoint["seconds"]) >= 1:
+                if processes.first:
+                    print_finished(run, checkpoint["step"], changes)
+                return
+            if changes:
                 processes.say(f"changed      {'; '.join(changes.values())}")
             path, checkpoint = rewind(run, path, checkpoint)
-        unsaved = changed_settings(settings, checkpoint) if checkpoint else {}
+        unsaved = bool(checkpoint and changed_settings(settings, checkpoint))
         state, resumed = begin(run, path, checkpoint), checkpoint is not None
         del checkpoint  # frees its memory
-        if not (resumed and run.recipe.progress(state.step, state.seconds) >= 1):
-            train(run, state, resumed, unsaved=bool(unsaved))
-        elif processes.first:
-            print_finished(run, state, unsaved)
+        train(run, state, resumed, unsaved)
 
 
 def begin(run: Run, path: Path | None, checkpoint: dict | None) -> TrainingState:
@@ -188,7 +190,7 @@ def train(run: Run, state: TrainingState, resumed: bool, unsaved: bool) -> None:
         if processes.first and state.step != state.last_evaluation:
             begun = state.step or run.pretrained  # an untrained model is not worth evaluating
             if finished or (begun and state.step % eval_interval == 0 and not stop):
-                progress_bar.say(evaluate_and_keep_best(run, state, metrics))
+                progress_bar.say(evaluate_and_keep_best(run, state, metrics, progress_bar.mean_loss))
         stopping = bool(stop)  # a signal may come at any time
         if processes.first and state.step != saved_at:
             if progress_before < recipe.turning_point <= progress:  # from here on, a longer run would differ
@@ -242,7 +244,9 @@ def train(run: Run, state: TrainingState, resumed: bool, unsaved: bool) -> None:
         sys.exit(128 + stop.agreed)
 
 
-def evaluate_and_keep_best(run: Run, state: TrainingState, metrics: Metrics) -> str:
+def evaluate_and_keep_best(
+    run: Run, state: TrainingState, metrics: Metrics, training_loss: float | None
+) -> str:
     """Evaluate the model, add the result to the metrics, and save a model that is the best so far as best.pt.
 
     Returns one line that says how good it is.
@@ -258,7 +262,6 @@ def evaluate_and_keep_best(run: Run, state: TrainingState, metrics: Metrics) -> 
             keep_other_best(run.folder)
         state.best_loss, mark = loss, "; best so far"
         save_checkpoint(run.folder / "best.pt", state.snapshot(run))
-    training_loss = metrics.training_loss()
     beside = "" if training_loss is None else f" (training loss {training_loss:.3f})"
     return (
         f"step {state.step:,}: validation loss {loss:.4f} nats per token{beside}, "

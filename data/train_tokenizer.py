@@ -82,7 +82,10 @@ def check(settings: SimpleNamespace) -> None:
     kind = settings.kind
     bytes_and_end = 257
     known = kind in KINDS or "/" in kind or Path(kind).exists()
-    require(known, f"--kind takes bpe, gpt2 or char, or a Hugging Face folder or name, not {kind!r}")
+    require(
+        known,
+        f"--kind takes bpe, gpt2 or char, or a Hugging Face folder or name; there is no folder {kind} here",
+    )
     require(
         kind == "bpe" or "vocab_size" not in settings.given,
         f"--vocab-size works only with --kind bpe, not {kind}",

@@ -204,7 +204,9 @@ def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
         )
     if (candidates[0] / "config.json").is_file():
         raise UserError(f"{name} is a Hugging Face model, not a checkpoint: see train.py --init-from")
-    raise UserError(f"there is no checkpoint {name!r} (looked for {shown(candidates[0])})")
+    there = [str(step_of(path)) for path in latest] + (["best"] if (folder / "best.pt").is_file() else [])
+    listed = f"{shown(folder)} has {', '.join(there)}" if there else f"looked for {shown(candidates[0])}"
+    raise UserError(f"there is no checkpoint {name!r} ({listed})")
 
 
 @contextlib.contextmanager

@@ -26,11 +26,11 @@ MANY_EPOCHS = 4
 QUIET_SECONDS = 20  # between progress lines when not on a terminal
 
 
-def print_finished(run: Run, state: TrainingState, changes: dict[str, str]) -> None:
+def print_finished(run: Run, step: int, changes: dict[str, str]) -> None:
     """Say that the run had ended already, and what would extend it. `changes` are those of its settings."""
-    limit = "max_steps" if run.recipe.max_steps and state.step >= run.recipe.max_steps else "max_minutes"
+    limit = "max_steps" if run.recipe.max_steps and step >= run.recipe.max_steps else "max_minutes"
     if limit in changes:
-        beyond = f"step {state.step:,} is already beyond this {flag_name(limit)}"
+        beyond = f"step {step:,} is already beyond this {flag_name(limit)}"
         print(f"{beyond}: nothing is left to train, and the saved run keeps its own limit")
     else:
         print(f"already finished: a larger {flag_name(limit)} extends this run, --fresh starts a new one")
@@ -66,6 +66,8 @@ def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> Non
         print(
             f"note         with stories read more than {MANY_EPOCHS} times, --dropout 0.1 prevents overfitting"
         )
+    if recipe.batch_tokens < config.block_size:
+        print(f"note         --batch-tokens {recipe.batch_tokens}: a step takes at least one window")
     if recipe.warmup_steps > (recipe.max_steps or math.inf):
         print(f"note         {recipe.warmup_steps} --warmup-steps: the learning rate will not reach its peak")
     if resumed_from:
@@ -102,13 +104,18 @@ class ProgressBar:
         steps_left, minutes_left = self.remaining()
         if math.isfinite(loss):
             self.loss, self.weight = 0.9 * self.loss + 0.1 * loss, 0.9 * self.weight + 0.1
-            loss = self.loss / self.weight
+            loss = self.mean_loss
         text = f"loss {loss:.3f}, {self.speed:,.0f} tokens/s{mfu}, {minutes_left:.1f} minutes left"
         self.bar.total = self.step + steps_left
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(steps)
         if self.shows and self.bar.disable and time.monotonic() - self.printed > QUIET_SECONDS:
             self.say(f"step {self.step:,} of {self.bar.total:,}: {text}")
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Of the latest steps; None if there were none."""
+        return self.loss / self.weight if self.weight else None
 
     def flops(self, depth: int) -> float:
         return self.state.model.flops_per_token(depth, self.run.softmax_size)

@@ -1,5 +1,6 @@
 """A run's metrics.jsonl, and the loss curve and samples drawn from it alone."""
 
+import itertools
 import json
 import math
 import re
@@ -35,11 +36,6 @@ class Metrics:
         self.rows.append(row)
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-
-    def training_loss(self) -> float | None:
-        """The latest, smoothed; None if there is none yet."""
-        losses = [row["train_loss"] for row in self.rows if row.get("train_loss") is not None]
-        return smooth(losses)[-1] if losses else None
 
     def draw(self, every: float = 0) -> None:
         """Rewrite loss_curve.png and samples.md if there are new rows, at most once in so many seconds."""
@@ -90,12 +86,13 @@ def is_row(row: object) -> bool:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Bias-corrected exponential moving average over about a fortieth of the values, at least four."""
-    weight = 1 - 1 / max(4, len(values) / 40)
-    average, total, smoothed = 0.0, 0.0, []
-    for value in values:
-        average, total = weight * average + (1 - weight) * value, weight * total + (1 - weight)
-        smoothed.append(average / total)
+    """The mean of each value and its neighbours: on either side up to a fortieth of all, but at least two, and fewer
+    near the ends, so that no rise or fall comes late."""
+    reach, sums = max(2, len(values) // 40), [0.0, *itertools.accumulate(values)]
+    smoothed = []
+    for k in range(len(values)):
+        near = min(reach, k, len(values) - 1 - k)
+        smoothed.append((sums[k + near + 1] - sums[k - near]) / (2 * near + 1))
     return smoothed
 
 

@@ -46,7 +46,12 @@ def load_data(data_dir: Path, verify: bool = False) -> Data:
     """
     processed, prepare = data_dir / "processed", command("data/prepare_data.py", data_dir=data_dir)
     meta = read_json(processed / "meta.json")
-    require(meta, f"no packed stories in {shown(processed)} yet: run {prepare}")
+    if not meta:
+        first = "prepare_data" if tokenizer_file(data_dir).exists() else "train_tokenizer"
+        first = first if (data_dir / "raw").exists() else "ingestion"
+        raise UserError(
+            f"no packed stories in {shown(processed)} yet: run {command(f'data/{first}.py', data_dir=data_dir)}"
+        )
     missing = [entry for entry in META if entry not in meta]
     require(not missing, f"{shown(processed / 'meta.json')} lacks {', '.join(missing)}: run {prepare}")
     tokenizer, learn = tokenizer_file(data_dir), command("data/train_tokenizer.py", data_dir=data_dir)

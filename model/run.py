@@ -304,7 +304,8 @@ def keep_from_checkpoint(
     differences += [f"changed {name}" for name in (["tokenizer"] if "tokenizer" in changed else changed)]
     if differences:
         raise UserError(
-            f"the run in {shown(settings.checkpoint_dir)} cannot be resumed with: {'; '.join(differences)}. "
+            f"the run in {shown(settings.checkpoint_dir)} cannot be resumed with: {'; '.join(differences)}"
+            f"{f' (in {shown(settings.data_dir)}; --data-dir takes another folder)' if changed else ''}. "
             "Change that back, or start a new run with --fresh (it moves the old one aside) "
             "or another --checkpoint-dir"
         )

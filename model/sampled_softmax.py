@@ -13,6 +13,7 @@ from model.packed_data import excerpt
 
 SIZE = 0.25  # tokens in a shortlist, as a fraction of the vocabulary
 SURE = 0.75  # fraction of a shortlist that is not drawn: a step's targets, and other tokens by frequency
+FILLED = 0.6  # fraction that the first step's targets may fill, so that all steps' fit in what is sure
 
 
 class Shortlists:
@@ -47,4 +48,4 @@ class Shortlists:
 def make_shortlists(batches: Batches, vocab_size: int) -> Shortlists | None:
     """Shortlists for these batches; None if steps are so large, or the vocabulary so small, that little is saved."""
     shortlists = Shortlists(batches, vocab_size)
-    return shortlists if len(shortlists.targets(0)) <= shortlists.size / 2 else None
+    return shortlists if len(shortlists.targets(0)) <= FILLED * shortlists.size else None

@@ -16,6 +16,7 @@ import difflib
 import io
 import math
 import os
+import shlex
 import sys
 import tokenize
 from dataclasses import dataclass
@@ -142,8 +143,9 @@ def parse_value(text: str, constant: Constant) -> object:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        if message.endswith(("expected one argument", "expected at least one argument")):
-            message += ": one that begins with - follows a =, as in --flag=-value"
+        flag, _, problem = message.removeprefix("argument ").partition(": ")
+        if problem in ("expected one argument", "expected at least one argument"):
+            message = f"{flag} needs a value (one that begins with - is written {flag}=-value)"
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
@@ -174,7 +176,7 @@ def make_parser(
             options |= {"nargs": "?", "const": True}
         if constant.many:
             options |= {"nargs": "+", "action": "extend"}
-        default = " ".join(map(str, constant.value)) if constant.many else constant.value
+        default = shlex.join(map(str, constant.value)) if constant.many else constant.value
         default = "" if default in (None, "") else f" [{default}]"
         words = choices.get(constant.name, ())
         listed = "" if all(word in constant.help for word in words) else f" ({', '.join(words)})"

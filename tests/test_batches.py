@@ -236,8 +236,9 @@ PREPARE = "run python data/prepare_data.py"
 @pytest.mark.parametrize(
     ("spoil", "needles"),
     [
-        (lambda d: shutil.rmtree(d), ["no packed stories", PREPARE]),
-        (lambda d: (d / "processed/meta.json").unlink(), ["no packed stories", PREPARE]),
+        (lambda d: shutil.rmtree(d), ["no packed stories", "run python data/ingestion.py"]),
+        (lambda d: (d / "processed/meta.json").unlink(), ["no packed", "run python data/ingestion.py"]),
+        (lambda d: (shutil.rmtree(d / "processed"), (d / "raw").mkdir()), ["no packed stories", PREPARE]),
         (lambda d: edit(d / "processed/meta.json", lambda c: c[:40]), ["meta.json is not a JSON object"]),
         (lambda d: (d / "processed/meta.json").write_bytes(b"\xff\xfe"), ["meta.json is not a JSON object"]),
         (lambda d: (d / "processed/meta.json").write_text("[1]"), ["meta.json is not a JSON object"]),

@@ -687,9 +687,9 @@ def test_names_that_are_not_utf8_spoil_neither_results_nor_report(evaluate, chec
         (["--text-column", "story"], "--text-column: only for files of --text"),
         (
             ["--text", "empty.txt", "--data-dir", "nothing"],
-            r"run python .*data/prepare_data\.py --data-dir nothing",
+            r"run python .*data/ingestion\.py --data-dir nothing",
         ),
-        (["--data-dir", "nothing"], r"run python .*data/prepare_data\.py --data-dir nothing"),
+        (["--data-dir", "nothing"], r"run python .*data/ingestion\.py --data-dir nothing"),
         (["--checkpoint", "short.pt"], "short.pt has a context of 1 token"),
     ],
 )

@@ -89,7 +89,7 @@ def test_a_line_is_a_story_whatever_it_holds(generate, run, tmp_path):
         (["--output", ""], ["--output takes a name, not an empty one"]),
         (["--checkpoint", ""], ["--checkpoint takes a name, not an empty one"]),
         (["--prompts-file", os.devnull], [f"{os.devnull} holds no prompts"]),
-        (["--prompt", "-x"], ["expected at least one argument", "--flag=-value"]),
+        (["--prompt", "-x"], ["--prompt needs a value", "--prompt=-value"]),
         (["--output", "/dev/null"], ["/dev/null is not a regular file"]),
         (["--interactive", "--output", "x.jsonl", "--prompt", "A"], ["leave out --output and --prompt"]),
         (["--seed", -1], ["seed must be 0 or more"]),

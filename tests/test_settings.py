@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -405,7 +406,7 @@ def test_help_lists_every_setting_with_its_comment(run, tmp_path, name):
     assert constants
     for constant in constants:
         flag = "--" + constant.name.replace("_", "-")
-        value = " ".join(map(str, constant.value)) if constant.many else constant.value
+        value = shlex.join(map(str, constant.value)) if constant.many else constant.value
         shown = constant.help if value in (None, "") else f"{constant.help} [{value}]"
         assert flag in text and "".join(shown.split()) in text, flag
 
