@@ -181,7 +181,7 @@ def prepare_settings(settings: SimpleNamespace) -> None:
         settings.num_stories = max(printed, REPORT_STORIES if settings.report else 0)
     require(
         "prompt" not in settings.given or settings.num_stories >= len(settings.prompt),
-        f"--num-stories {settings.num_stories} for {len(settings.prompt)} prompts: each takes one at least",
+        f"--num-stories must be at least {len(settings.prompt)}, the number of prompts",
     )
     last_seed = settings.seed + max(0, settings.num_stories - 1)
     require(last_seed < 2**63, f"--seed {settings.seed} is too large for {settings.num_stories:,} stories")
@@ -239,10 +239,10 @@ def note_other_stories(candidate: Candidate, data_dir: Path, data: Data, notes: 
     """Note it if the model has been trained on other stories than those in the folder."""
     trained_on, here = candidate.facts.get("trained_on") or {}, fingerprints(data)
     if trained_on and trained_on != here:
-        with_ = "" if trained_on["tokenizer"] == here["tokenizer"] else "with another tokenizer, perhaps "
+        same = trained_on["tokenizer"] == here["tokenizer"]
         notes.add(
-            f"{candidate.name} was trained {with_}on other stories than those in {shown(data_dir)}, some of which may "
-            "be scored here (--data-dir takes another folder)"
+            f"{candidate.name} was trained {'on other stories' if same else 'with another tokenizer'} than those in "
+            f"{shown(data_dir)} (--data-dir takes another folder); some of the stories scored here may be among its own"
         )
     elif trained_on and (origin := candidate.settings.get("init_from")):
         notes.add(

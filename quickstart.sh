@@ -9,6 +9,14 @@ cd "$(dirname "$0")"
 at="" # what leads from the caller's folder to this one
 [ "$here" = "$PWD" ] || at=$PWD/
 source ./environment.sh
+LOCK="
+import fcntl, os
+try:
+    fcntl.flock(os.open('checkpoints', os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    raise SystemExit(1)
+except OSError:  # a disk without locks
+    pass"
 trap 'echo; echo "stopped; run the same command again to continue" >&2; exit 130' INT
 
 ingestion=() tokenizer=() packing=() training=()
@@ -51,13 +59,14 @@ run 1 "collect the stories" data/ingestion.py "${ingestion[@]}"
 run 2 "train the tokenizer" data/train_tokenizer.py ${tokenizer[@]+"${tokenizer[@]}"}
 run 3 "tokenize the stories" data/prepare_data.py ${packing[@]+"${packing[@]}"}
 # Other stories need a new run; the earlier one is kept next to it, and so is one that was not started from here.
-if ls checkpoints/*.pt >/dev/null 2>&1 && ! cmp -s data/processed/meta.json checkpoints/meta.json; then
+if ls checkpoints/*.pt >/dev/null 2>&1 && ! cmp -s data/processed/meta.json checkpoints/quickstart.json; then
+  "$PYTHON" -c "$LOCK" || fail "a train.py is running in checkpoints: wait for it, or stop it"
   kept="checkpoints-before-$(date +%Y%m%d-%H%M%S)"
   mv checkpoints "$kept"
-  printf '\nthe checkpoints there are not of these stories and this tokenizer: moved them to %s\n' "$kept"
+  printf '\nthe checkpoints there are of other stories, or not of quickstart.sh: moved them to %s\n' "$kept"
 fi
 mkdir -p checkpoints
-mark() { cp data/processed/meta.json checkpoints/meta.json; }
+mark() { cp data/processed/meta.json checkpoints/quickstart.json; }
 mark
 trap mark EXIT # train.py --fresh moves the mark away with the run that it was for
 run 4 "train the model" train.py "${training[@]}"

@@ -36,7 +36,7 @@ from model.console import ProgressBar, print_end, print_finished, print_plan, pr
 from model.errors import UserError, ran_out_of_memory, require
 from model.files import shown
 from model.forward import prepare_forward
-from model.metrics import DRAW_EVERY, Metrics
+from model.metrics import Metrics
 from model.optimizer import learning_rate, set_rates
 from model.processes import Processes, StopRequest, start_processes, stop_processes
 from model.run import ALIASES, CHOICES, HINTS, Run, changed_settings, check_settings, plan_run
@@ -124,7 +124,12 @@ def start(settings: SimpleNamespace, processes: Processes) -> None:
         processes.barrier()
         path, checkpoint = (None if fresh else load_latest(folder)) or (None, None)
         run = plan_run(settings, processes, checkpoint)
-        processes.barrier()  # all have read, so the first may move files
+        steps = processes.extremes(checkpoint["step"] if checkpoint else 0)
+        require(
+            min(steps) == max(steps),
+            "the processes found different checkpoints: all must see the same --checkpoint-dir",
+        )
+        # From here on, as all have read, the first may move files
         if checkpoint:
             changes = changed_settings(settings, checkpoint)
             if run.recipe.progress(checkpoint["step"], checkpoint["seconds"]) >= 1:
@@ -147,11 +152,7 @@ def begin(run: Run, path: Path | None, checkpoint: dict | None) -> TrainingState
     if device.type == "cuda":
         run.batches.move_to(device, budget=0.25 * torch.cuda.mem_get_info(device)[0])
     state = initial_state(run, checkpoint)
-    earliest, latest = processes.extremes(state.step)
-    require(
-        earliest == latest,
-        "the processes found different checkpoints: all must see the same --checkpoint-dir",
-    )
+    processes.barrier()
     # Only now: a model that is too large moves no run
     if processes.first and not checkpoint and (moved := set_aside(run.folder)):
         print(f"moved the earlier run to {shown(moved)}")
@@ -195,6 +196,8 @@ def train(run: Run, state: TrainingState, resumed: bool, unsaved: bool) -> None:
         if processes.first and state.step != saved_at:
             if progress_before < recipe.turning_point <= progress:  # from here on, a longer run would differ
                 save_checkpoint(folder / BEFORE_DECAY, state.snapshot(run))
+            if finished:
+                metrics.draw(every=0)
             due = state.step and state.step % save_interval == 0
             if due or finished or stopping:
                 save_checkpoint(folder / f"ckpt_{state.step}.pt", state.snapshot(run))
@@ -238,7 +241,6 @@ def train(run: Run, state: TrainingState, resumed: bool, unsaved: bool) -> None:
     progress_bar.close()
     processes.barrier()
     if processes.first:
-        metrics.draw()
         print_end(run, state) if finished else print_stop(run, state)
     if not finished:
         sys.exit(128 + stop.agreed)
@@ -255,7 +257,7 @@ def evaluate_and_keep_best(
     loss, mark = row["validation_loss"], ""
     require(math.isfinite(loss), ruined(run, state.step, f"the validation loss is {loss}"))
     metrics.add({**row, "sample": write_sample(run, state.model)})
-    metrics.draw(every=DRAW_EVERY)
+    metrics.draw()
     state.last_evaluation = state.step
     if loss < state.best_loss:
         if state.best_loss == math.inf:  # a best.pt that is there was evaluated on other tokens

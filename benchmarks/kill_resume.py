@@ -3,7 +3,7 @@
 python benchmarks/kill_resume.py                      50 kills, a few minutes on two CPU cores
 python benchmarks/kill_resume.py --kills 10 --seed 2
 
-A tiny model trains, by default on built-in stories, saving, evaluating and plotting so often that many kills
+A tiny model trains, by default on built-in stories, saving and evaluating so often that many kills
 (SIGKILL, which cannot be caught) hit these. After each kill, the same `python train.py` command resumes. At the end,
 the metrics (except timings and a GPU's memory) and the weights are compared to the uninterrupted run's. Prints a
 tally; exits with status 1 if they differ.

@@ -16,7 +16,8 @@ from elsewhere cannot run code:
     seconds          training time in them
     best_loss        lowest validation loss so far, nats per token
     last_evaluation  step of the latest evaluation, -1 before the first
-    device           cpu, or the GPU's name and the version of PyTorch
+    device           cpu, or the GPU's kind and name
+    torch            PyTorch's version
     tokenizer        its JSON
     eot_id           the end-of-text token
     data             SHA-256 of both splits and of the tokenizer
@@ -52,7 +53,7 @@ from model.tokenizer import require_room, text_tokenizer
 
 FORMAT = 1
 BEFORE_DECAY = "before_decay.pt"
-MARK = "meta.json"  # by which quickstart.sh knows the stories of its runs
+MARK = "quickstart.json"  # by which quickstart.sh knows the stories of its runs
 # A run's files in its folder, and the folder in which they are gathered to be set aside
 RUN_FILES = (
     "ckpt_*.pt",
@@ -205,7 +206,8 @@ def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:
     if (candidates[0] / "config.json").is_file():
         raise UserError(f"{name} is a Hugging Face model, not a checkpoint: see train.py --init-from")
     there = [str(step_of(path)) for path in latest] + (["best"] if (folder / "best.pt").is_file() else [])
-    listed = f"{shown(folder)} has {', '.join(there)}" if there else f"looked for {shown(candidates[0])}"
+    known_here = there and "/" not in name
+    listed = f"{shown(folder)} has {', '.join(there)}" if known_here else f"looked for {shown(candidates[0])}"
     raise UserError(f"there is no checkpoint {name!r} ({listed})")
 
 

@@ -28,6 +28,8 @@ QUIET_SECONDS = 20  # between progress lines when not on a terminal
 
 def print_finished(run: Run, step: int, changes: dict[str, str]) -> None:
     """Say that the run had ended already, and what would extend it. `changes` are those of its settings."""
+    if run.data.outdated:
+        note(run.data.outdated)
     limit = "max_steps" if run.recipe.max_steps and step >= run.recipe.max_steps else "max_minutes"
     if limit in changes:
         beyond = f"step {step:,} is already beyond this {flag_name(limit)}"

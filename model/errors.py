@@ -51,9 +51,8 @@ def is_file_error(error: BaseException) -> bool:
 
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU ran out of memory; the compiler and cuBLAS report this as other errors."""
-    if "out of resource" in str(
-        error
-    ):  # Triton's word for a kernel that needs too much of a GPU's shared memory
+    # Triton's word for a kernel that needs too much of a GPU's shared memory
+    if "out of resource" in str(error):
         return False
     signs = r"(CUDA|HIP|MPS)\b.*out of memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
     # torch.OutOfMemoryError by its name: this module is imported before torch

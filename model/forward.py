@@ -57,7 +57,7 @@ def prepare_forward(run: Run, model: GPT, windows: int) -> nn.Module:
     fitting = guess_micro_batch(model, runtime)
     micro_batch = min(settings.micro_batch, most) or equal_parts(most, fitting)
     if model.flex is None:
-        right, faster = judge_flex(run, fitting)
+        right, faster = judge_flex(run, min(fitting, settings.micro_batch or fitting))
     else:  # the choice that this run made before
         right = faster = model.flex and flex_may_pay(run)
     # right in all processes, and faster in the first, since they may measure different speeds

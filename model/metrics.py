@@ -37,7 +37,7 @@ class Metrics:
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def draw(self, every: float = 0) -> None:
+    def draw(self, every: float = DRAW_EVERY) -> None:
         """Rewrite loss_curve.png and samples.md if there are new rows, at most once in so many seconds."""
         if len(self.rows) > self.drawn_rows and time.monotonic() >= self.drawn_at + every:
             draw_loss_curve(self.rows, self.folder / "loss_curve.png")

@@ -94,7 +94,7 @@ def start_processes(device: str) -> Processes:
     require(not shares_mps, "several processes cannot share this GPU: add --device cpu")
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     # of PyTorch's compiler: by default, each of our processes would start one for every core
-    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    threads = max(1, min(32, os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
     if cuda:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))

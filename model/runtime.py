@@ -63,7 +63,7 @@ def choose_device(name: str) -> torch.device:
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
-        drivers = Path("/proc/driver/nvidia/version"), Path("/dev/dxg")  # the latter in WSL
+        drivers = Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1")
         if name == "cpu" and torch.version.cuda and any(map(Path.exists, drivers)) and not hidden:
             warn(
                 f"using the CPU: this PyTorch (CUDA {torch.version.cuda}) cannot use the GPU here, probably because "
@@ -120,12 +120,8 @@ def device_name(device: torch.device) -> str:
 
 
 def hardware(device: torch.device) -> str:
-    """What a micro-batch and kernels were chosen for: on GPUs, these differ in memory, and each PyTorch in kernels."""
-    return (
-        "cpu"
-        if device.type == "cpu"
-        else f"{device.type}: {device_name(device)}, PyTorch {torch.__version__}"
-    )
+    """What a micro-batch was chosen for: cpu, or a GPU's kind and name."""
+    return "cpu" if device.type == "cpu" else f"{device.type}: {device_name(device)}"
 
 
 def choose_dtype(device: torch.device, name: str) -> tuple[torch.dtype, str]:

@@ -80,6 +80,7 @@ class TrainingState:
             "settings": remembered(run.settings),
             "defaults": run.settings.defaults,
             "device": hardware(run.runtime.device),
+            "torch": str(torch.__version__),  # without its own type
             "depth": self.model.depth,
             "flex": self.model.flex if run.runtime.compile else None,
             "weights": self.model.state_dict(),
@@ -132,8 +133,8 @@ def initial_state(run: Run, checkpoint: dict | None) -> TrainingState:
                 f"the parts of the checkpoint after step {checkpoint['step']} do not fit together "
                 f"({first_line(error)}): move it away, and the run goes on from the one before"
             ) from error
-        # measured anew, FlexAttention might be chosen otherwise, and it rounds otherwise
-        if checkpoint.get("device") == hardware(device):
+        # measured anew, FlexAttention might be chosen otherwise, and it rounds otherwise; but it may be wrong elsewhere
+        if (checkpoint.get("device"), checkpoint.get("torch")) == (hardware(device), torch.__version__):
             model.flex = checkpoint.get("flex")
         # best.pt may be later than the checkpoint; if it is lost, the next evaluation writes it
         best = peek(run.folder / "best.pt")

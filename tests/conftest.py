@@ -13,7 +13,7 @@ import pytest
 import torch
 
 # a model so small that a run takes moments
-TINY = "--preset quickstart --n-layer 1 --n-head 1 --n-embd 16 --block-size 16 --batch-tokens 64 --compile off".split()
+SMALL = "--preset quickstart --n-layer 1 --n-head 1 --n-embd 16 --block-size 16 --batch-tokens 64 --compile off".split()
 
 # Seconds after which a process hangs; nothing depends on it, and a busy machine may be ten times as slow
 PATIENCE = 600
@@ -119,7 +119,7 @@ def packed(tmp_path_factory):
 def trained(packed, tmp_path_factory):
     """A folder with the checkpoints of a model that trained for two steps. Copy it before changing it."""
     folder = tmp_path_factory.mktemp("trained")
-    command = [sys.executable, REPO / "train.py", *TINY, "--max-steps", 2, "--sample-tokens", 4]
+    command = [sys.executable, REPO / "train.py", *SMALL, "--max-steps", 2, "--sample-tokens", 4]
     command += ["--data-dir", packed, "--checkpoint-dir", folder, "--device", "cpu"]
     subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=PATIENCE)
     return folder

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from conftest import TINY, assert_one_line_error
+from conftest import SMALL, assert_one_line_error
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_steps_out_of_order_name_the_command_to_run(refused, packed, tmp_path):
 )
 def test_train_refuses(refused, packed, tmp_path, flags, needles):
     places = ["--data-dir", packed, "--checkpoint-dir", tmp_path / "checkpoints"]
-    message = refused("train.py", *TINY, *places, *flags)
+    message = refused("train.py", *SMALL, *places, *flags)
     assert all(needle in message for needle in needles), message
     assert not (tmp_path / "checkpoints").exists()
 
@@ -92,7 +92,7 @@ def test_a_damaged_bin_is_found_on_request(run, data, tmp_path):
     path = data / "processed" / "validation.bin"
     path.write_bytes(b"\1\0" + path.read_bytes()[2:])
     result = run(
-        "train.py", *TINY, "--verify", "--data-dir", data, "--checkpoint-dir", tmp_path / "checkpoints"
+        "train.py", *SMALL, "--verify", "--data-dir", data, "--checkpoint-dir", tmp_path / "checkpoints"
     )
     assert_one_line_error(result, "validation.bin", "damaged")
 
@@ -101,7 +101,7 @@ def test_stories_that_are_newer_than_the_packed_ones(run, data, trained, tmp_pat
     here = ["--data-dir", data]
     run("data/ingestion.py", "--source", "sample", "--max-stories", 200, *here, check=0)
     checkpoints = tmp_path / "checkpoints"
-    trains = run("train.py", *TINY, "--max-steps", 1, *here, "--checkpoint-dir", checkpoints, check=0)
+    trains = run("train.py", *SMALL, "--max-steps", 1, *here, "--checkpoint-dir", checkpoints, check=0)
     evaluates = run("evaluate.py", "--checkpoint-dir", trained, "--max-samples", 3, *here, check=0)
     for result in (trains, evaluates):
         assert "raw has other stories than" in result.stderr
@@ -110,7 +110,7 @@ def test_stories_that_are_newer_than_the_packed_ones(run, data, trained, tmp_pat
     assert "tokenizer.json was learned from other stories" in packs.stderr
     assert "learned" not in run("data/prepare_data.py", *here, check=0).stderr  # nothing to do: it is known
     again = run(
-        "train.py", *TINY, "--max-steps", 1, "--fresh", *here, "--checkpoint-dir", checkpoints, check=0
+        "train.py", *SMALL, "--max-steps", 1, "--fresh", *here, "--checkpoint-dir", checkpoints, check=0
     )
     assert "other stories" not in again.stderr
 
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_another_vocabulary(run, data, trained, tmp_path):
     before = contents(folder)
     run("data/train_tokenizer.py", "--vocab-size", 300, "--data-dir", data, check=0)
     run("data/prepare_data.py", "--data-dir", data, check=0)
-    result = run("train.py", *TINY, "--max-steps", 4, "--data-dir", data, "--checkpoint-dir", folder)
+    result = run("train.py", *SMALL, "--max-steps", 4, "--data-dir", data, "--checkpoint-dir", folder)
     assert_one_line_error(result, "changed tokenizer", "--fresh")
     assert contents(folder) == before
 
@@ -130,7 +130,7 @@ def test_no_checkpoint_that_loads(run, packed, trained, tmp_path):
     for path in folder.glob("*.pt"):
         path.write_bytes(path.read_bytes()[:1000])
     before = contents(folder)
-    result = run("train.py", *TINY, "--data-dir", packed, "--checkpoint-dir", folder)
+    result = run("train.py", *SMALL, "--data-dir", packed, "--checkpoint-dir", folder)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("error: none of the")
     assert contents(folder) == before

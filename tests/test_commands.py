@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import PATIENCE, REPO
 
-from model.checkpoint import set_aside
+from model.checkpoint import locked, set_aside
 
 SET_ASIDE = """
 import sys; from pathlib import Path; from model.checkpoint import set_aside
@@ -116,10 +116,10 @@ def test_a_run_that_train_py_made_on_other_stories_is_kept(quickstart, tmp_path)
     packing = 'case "$*" in *prepare_data*) mkdir -p data/processed; echo 1 >data/processed/meta.json ;; esac'
     write_program(tmp_path / ".venv/bin/python", f"{packing}; {fresh}")
     quickstart()
-    assert (tmp_path / "checkpoints/meta.json").exists()
+    assert (tmp_path / "checkpoints/quickstart.json").exists()
     (tmp_path / "checkpoints/best.pt").write_text("old")
     quickstart("--fresh")
-    assert (tmp_path / "checkpoints/meta.json").exists()
+    assert (tmp_path / "checkpoints/quickstart.json").exists()
     (old,) = (file.read_text() for file in tmp_path.glob("checkpoints/earlier-*/best.pt"))
     (tmp_path / "checkpoints/best.pt").write_text("ours")
     set_aside(tmp_path / "checkpoints")  # as train.py --fresh
@@ -127,6 +127,18 @@ def test_a_run_that_train_py_made_on_other_stories_is_kept(quickstart, tmp_path)
     assert "moved them to checkpoints-before-" in quickstart().stdout
     (kept,) = tmp_path.glob("checkpoints-before-*/best.pt")
     assert (old, kept.read_text()) == ("old", "theirs")
+
+
+def test_a_run_that_is_going_on_is_not_moved(quickstart, tmp_path):
+    only_python = f'case "$1" in -c) exec "{sys.executable}" "$@" ;; esac'
+    packing = "mkdir -p data/processed; echo 1 >data/processed/meta.json"
+    write_program(tmp_path / ".venv/bin/python", f"{only_python}; {packing}")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/ckpt_7.pt").write_text("precious")
+    with locked(tmp_path / "checkpoints"):
+        assert_last_line(quickstart(), "a train.py is running in checkpoints")
+    assert (tmp_path / "checkpoints/ckpt_7.pt").exists()
+    assert "moved them to checkpoints-before-" in quickstart().stdout
 
 
 def test_a_run_that_was_started_otherwise_is_kept(quickstart, tmp_path):
@@ -138,4 +150,4 @@ def test_a_run_that_was_started_otherwise_is_kept(quickstart, tmp_path):
     (tmp_path / "checkpoints/ckpt_7.pt").write_text("precious")
     assert "moved them to checkpoints-before-" in quickstart().stdout
     (kept,) = tmp_path.glob("checkpoints-before-*/*.pt")
-    assert kept.read_text() == "precious" and (tmp_path / "checkpoints/meta.json").exists()
+    assert kept.read_text() == "precious" and (tmp_path / "checkpoints/quickstart.json").exists()

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO
-from training import (
-    make_run,
-)
+from training import make_run
 
 from model.config import GPTConfig, Recipe
 from model.console import ProgressBar, print_plan, print_stop
@@ -19,9 +17,7 @@ from model.gpt import GPT
 from model.metrics import Metrics, smooth, write_samples
 from model.packed_data import Data, Split
 from model.processes import Processes
-from model.runtime import (
-    Runtime,
-)
+from model.runtime import Runtime
 from model.settings import read_settings
 from model.training_state import TrainingState
 
@@ -168,3 +164,16 @@ def test_many_epochs_without_dropout_get_a_hint(capsys, steps, minutes, dropout,
         make_run(settings=settings, config=config, recipe=recipe, data=data, runtime=runtime), state, None
     )
     assert ("--dropout 0.1 prevents overfitting" in capsys.readouterr().out) == hinted
+
+
+def test_what_is_drawn_is_drawn_again_after_a_while_or_at_the_end(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("model.metrics.time", SimpleNamespace(monotonic=lambda: now[0]))
+    metrics, drawn = Metrics(tmp_path, 0, 0), []
+    monkeypatch.setattr("model.metrics.draw_loss_curve", lambda rows, path: drawn.append(len(rows)))
+    for later, every in ((0, 20), (5, 20), (16, 20), (1, 20), (0, 0), (50, 0)):
+        now[0] += later
+        if later != 50:
+            metrics.add({"step": 1, "train_loss": 1.0})
+        metrics.draw(every)
+    assert drawn == [1, 3, 5]

@@ -672,7 +672,7 @@ def test_names_that_are_not_utf8_spoil_neither_results_nor_report(evaluate, chec
         (["--num-stories", "-1"], "--num-stories must be at least 0"),
         (["--seed", "-1"], "seed must be 0 or more"),
         (["--seed", 2**63 - 9, "--num-stories", 10], "is too large for 10 stories"),
-        (["--checkpoint", "best", "41"], "there is no checkpoint '41'"),
+        (["--checkpoint", "best", "41"], r"there is no checkpoint '41' \(.* has .*40, best\)"),
         (["--checkpoint", "gpt2"], "on the Hugging Face hub is named owner/name"),
         (["--text", "none.txt"], "there is no file or folder none.txt"),
         (["--text", "none"], "there is no file or folder none"),

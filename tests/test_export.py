@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PATIENCE, REPO, TINY, assert_one_line_error
+from conftest import PATIENCE, REPO, SMALL, assert_one_line_error
 from datasets import Dataset
 from fake_hub import serve_hub
 from safetensors.torch import load_file, save_file
@@ -619,6 +619,6 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(make, tokenizers, t
 def test_the_hub_is_asked_and_its_silence_is_one_line(run, packed, tmp_path):
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     places = ["--data-dir", packed, "--checkpoint-dir", tmp_path / "run"]
-    result = run("train.py", *TINY, *places, "--init-from", "someone/model", env=env)
+    result = run("train.py", *SMALL, *places, "--init-from", "someone/model", env=env)
     assert_one_line_error(result, "someone/model", "127.0.0.1:9")
     assert not (tmp_path / "run").exists()

@@ -18,9 +18,7 @@ from model.flex import flex_may_pay, judge_flex
 from model.forward import prepare_forward
 from model.gpt import GPT
 from model.processes import Processes
-from model.runtime import (
-    Runtime,
-)
+from model.runtime import Runtime
 
 
 def test_compiled_and_eager_runs_agree_and_a_compiled_one_goes_on_exactly(train, tmp_path):
@@ -137,7 +135,7 @@ def test_flex_attention_is_tried_where_it_may_pay(monkeypatch, changes, capabili
     assert flex_may_pay(make_run(**{**parts, **changes})) == expected
 
 
-def test_a_resumed_run_keeps_the_choice_of_flex_attention_on_the_same_kind_of_device(train, monkeypatch):
+def test_a_resumed_run_keeps_the_choice_of_flex_attention_on_the_same_hardware(train, monkeypatch):
     flags, chosen = ["--decay-fraction", "0.01", "--grow-at", 0], []
     folder, _ = train("run", "--max-steps", 1, *flags)
     prepare = train_script.prepare_forward
@@ -147,13 +145,13 @@ def test_a_resumed_run_keeps_the_choice_of_flex_attention_on_the_same_kind_of_de
         return prepare(run, model, windows)
 
     monkeypatch.setattr(train_script, "prepare_forward", noting)
-    for step, device in ((1, "cpu"), (2, "cuda")):
+    for step, changes in enumerate([{}, {"device": "cuda: H100"}, {"torch": "2.0"}], 1):
         path = folder / f"ckpt_{step}.pt"
         checkpoint = load_checkpoint(path)
         assert checkpoint["flex"] is None  # not compiled
-        save_checkpoint(path, {**checkpoint, "flex": True, "device": device})
+        save_checkpoint(path, {**checkpoint, "flex": True, **changes})
         train("run", "--max-steps", step + 1, *flags)
-    assert chosen == [True, None]
+    assert chosen == [True, None, None]
 
 
 @pytest.mark.parametrize("blocks", ["modern", "gpt2"])
@@ -189,6 +187,7 @@ def test_flex_attention_is_used_only_if_it_is_right_and_faster(monkeypatch, caps
 def test_memory_that_runs_out_inside_a_library_is_known_too(message):
     assert ran_out_of_memory(RuntimeError(message))
     assert not ran_out_of_memory(RuntimeError("Triton Error"))
+    assert not ran_out_of_memory(torch.OutOfMemoryError("out of resource: shared memory"))
     assert not ran_out_of_memory(
         RuntimeError("g++ -O3 main.cpp\ncc1plus: out of memory allocating 65536 bytes")
     )

@@ -7,9 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training import (
-    CPU,
-)
+from training import CPU
 
 from model.errors import first_line
 from model.runtime import (

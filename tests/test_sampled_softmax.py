@@ -79,3 +79,9 @@ def test_targets_that_are_too_many_are_trained_over_all_tokens(batches):
     assert len(np.unique(large.windows(large.starts(0))[:, 1:])) > 75
     assert make_shortlists(large, V) is None
     assert Shortlists(large, V).shortlist(0, CPU) is None
+
+
+@pytest.mark.parametrize(("targets", "expected"), [(60, True), (61, False)])
+def test_targets_may_fill_six_tenths_of_a_shortlist(batches, monkeypatch, targets, expected):
+    monkeypatch.setattr(Shortlists, "targets", lambda self, step: np.arange(targets))
+    assert (make_shortlists(batches, 400) is not None) == expected

@@ -18,9 +18,7 @@ from model.config import GPTConfig, Recipe
 from model.errors import UserError
 from model.gpt import GPT
 from model.packed_data import load_data
-from model.runtime import (
-    choose_runtime,
-)
+from model.runtime import choose_runtime
 from model.sampled_softmax import Shortlists
 from model.validation import validate
 
