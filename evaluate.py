@@ -241,7 +241,8 @@ def note_other_stories(candidate: Candidate, data_dir: Path, data: Data, notes: 
     if trained_on and trained_on != here:
         same = trained_on["tokenizer"] == here["tokenizer"]
         notes.add(
-            f"{candidate.name} was trained {'on other stories' if same else 'with another tokenizer'} than those in "
+            f"{candidate.name} was trained "
+            f"{'on other stories than those' if same else 'with another tokenizer than the one'} in "
             f"{shown(data_dir)} (--data-dir takes another folder); some of the stories scored here may be among its own"
         )
     elif trained_on and (origin := candidate.settings.get("init_from")):

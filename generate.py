@@ -91,6 +91,8 @@ def main() -> None:
     found = find_candidate(settings.checkpoint_dir, settings.checkpoint, prefer="best")
     read = [*files_of(found), *filter(None, [settings.prompts_file])]
     settings.output = file_to_write(settings.output, "--output", read)
+    if settings.output and settings.output.exists():
+        remark(f"note: {shown(settings.output)} will be replaced")
     seed = secrets.randbelow(1_000_000) if settings.seed is None else settings.seed
     require_seed(seed)
     count = len(prompts) * settings.num_samples

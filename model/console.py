@@ -44,7 +44,7 @@ def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> Non
     if data.outdated:
         note(data.outdated)
     steps = f"{recipe.max_steps:,} steps" if recipe.max_steps else ""
-    minutes = f"{recipe.max_minutes:g} minutes" if recipe.max_minutes else ""
+    minutes = f"{recipe.max_minutes:g} minute{'s' * (recipe.max_minutes != 1)}" if recipe.max_minutes else ""
     epochs = (recipe.max_steps or 0) * run.tokens_per_step / len(train.tokens)
     where = f" on {run.processes.world_size} processes" if run.processes.world_size > 1 else ""
     softmax = f"; softmax over {run.softmax_size:,} tokens" if run.shortlists else ""
