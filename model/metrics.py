@@ -86,14 +86,10 @@ def is_row(row: object) -> bool:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """The mean of each value and its neighbours: on either side up to a fortieth of all, but at least two, and fewer
-    near the ends, so that no rise or fall comes late."""
-    reach, sums = max(2, len(values) // 40), [0.0, *itertools.accumulate(values)]
-    smoothed = []
-    for k in range(len(values)):
-        near = min(reach, k, len(values) - 1 - k)
-        smoothed.append((sums[k + near + 1] - sums[k - near]) / (2 * near + 1))
-    return smoothed
+    """The mean of each value and its neighbours: on either side a fortieth of all, at least four, as far as there are."""
+    reach, sums = max(4, len(values) // 40), [0.0, *itertools.accumulate(values)]
+    ends = ((max(0, k - reach), min(len(values), k + reach + 1)) for k in range(len(values)))
+    return [(sums[end] - sums[first]) / (end - first) for first, end in ends]
 
 
 def draw_loss_curve(rows: list[dict], path: Path) -> None:
