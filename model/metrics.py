@@ -86,7 +86,7 @@ def is_row(row: object) -> bool:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """The mean of each value and its neighbours: on either side a fortieth of all, at least four, as far as there are."""
+    """The mean of each value and its neighbours, a fortieth of all on either side, at least four, where there are."""
     reach, sums = max(4, len(values) // 40), [0.0, *itertools.accumulate(values)]
     ends = ((max(0, k - reach), min(len(values), k + reach + 1)) for k in range(len(values)))
     return [(sums[end] - sums[first]) / (end - first) for first, end in ends]
