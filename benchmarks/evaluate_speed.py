@@ -46,7 +46,6 @@ def main() -> None:
     sizes = [tokens_at_once(runtime.device, 1) * factor // 2 for factor in (1, 2, 4, 16)]
     if runtime.device.type != "cpu":  # all logits of a forward pass exist at once
         sizes = [size for size in sizes if size * candidate.vocab_size <= 8 * GPU_LOGITS] or sizes[:1]
-    scored, read = count_tokens(candidate, stories, runtime)  # which is the scoring's warm-up, too
     speeds = {f"forward, {size:,} tokens at once": [] for size in sizes} | {"scoring": []}
     for turn in range(settings.rounds + 1):
         for name, size in zip(speeds, [*sizes, 0], strict=True):
@@ -54,8 +53,8 @@ def main() -> None:
             if size:
                 tokens = forward(candidate, size, runtime)
             else:
-                score_stories(candidate, stories, runtime)
-                tokens = scored
+                lengths = score_stories(candidate, stories, runtime).tokens.tolist()
+                tokens = sum(lengths)
             if turn:  # the first round is warm-up
                 speeds[name].append(tokens / (time.perf_counter() - started))
     for name, values in speeds.items():
@@ -63,9 +62,8 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     scoring = medians.pop("scoring")
     share = scoring / max(medians.values())
-    print(
-        f"scoring reaches {share:.0%} of the fastest forward pass; with what is read again, {share * read / scored:.0%}"
-    )
+    of_read = share * tokens_read(lengths, candidate.block_size) / sum(lengths)
+    print(f"scoring reaches {share:.0%} of the fastest forward pass; with what is read again, {of_read:.0%}")
 
 
 @torch.no_grad()
@@ -83,11 +81,10 @@ def forward(candidate: OwnModel, tokens: int, runtime: Runtime) -> int:
     return count
 
 
-def count_tokens(candidate: OwnModel, stories: list[str], runtime: Runtime) -> tuple[int, int]:
-    """The tokens that scoring these stories scores, and those that the model reads meanwhile."""
-    lengths = score_stories(candidate, stories, runtime).tokens.tolist()
-    windows = [window for length in lengths for window in sliding_windows(0, length, candidate.block_size)]
-    return sum(lengths), sum(window.end - window.first for window in windows)
+def tokens_read(lengths: list[int], block_size: int) -> int:
+    """The tokens that a model reads to score stories of these lengths."""
+    windows = [window for length in lengths for window in sliding_windows(0, length, block_size)]
+    return sum(window.end - window.first for window in windows)
 
 
 if __name__ == "__main__":

@@ -748,16 +748,8 @@ def test_results_are_printed_even_if_they_cannot_be_written(packed, trained, mon
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr("evaluate.write_json", fail)
-    flags = [
-        "--data-dir",
-        packed,
-        "--checkpoint-dir",
-        trained,
-        "--max-samples",
-        2,
-        "--output",
-        trained / "s.json",
-    ]
+    flags = ["--data-dir", packed, "--checkpoint-dir", trained, "--max-samples", 2]
+    flags += ["--output", trained / "s.json"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
     with pytest.raises(OSError, match="No space left"):
         script.main()
