@@ -3,7 +3,7 @@
 python train.py                              the default model
 python train.py --preset quickstart          a small model: minutes on two CPU cores
 python train.py --max-minutes 30             finish after 30 minutes, however many steps that takes
-torchrun --nproc_per_node=2 train.py         two GPUs, or two CPU processes
+torchrun --standalone --nproc_per_node=2 train.py     two GPUs, or two CPU processes
 
 Settings without a default take the preset's value (model/config.py), unless their line says otherwise.
 """
@@ -254,7 +254,7 @@ def evaluate_and_keep_best(
     Returns one line that says how good it is.
     """
     row = {"step": state.step, "tokens": state.step * run.tokens_per_step, **validate(run, state.model)}
-    loss, mark = row["validation_loss"], ""
+    loss, mark = row["validation_loss"], f"; best so far: {state.best_loss:.4f}"
     require(math.isfinite(loss), ruined(run, state.step, f"the validation loss is {loss}"))
     metrics.add({**row, "sample": write_sample(run, state.model)})
     metrics.draw()

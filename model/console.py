@@ -180,7 +180,7 @@ def print_stop(run: Run, state: TrainingState) -> None:
     """Print the command that resumes a stopped run."""
     settings, program = run.settings, command("train.py")
     if workers := os.environ.get("LOCAL_WORLD_SIZE"):  # torchrun's
-        program = program.replace("python", f"torchrun --nproc_per_node={workers}", 1)
+        program = program.replace("python", f"torchrun --standalone --nproc_per_node={workers}", 1)
     flags = []  # the checkpoint remembers the others
     forgotten = settings.given & (NOT_KEPT - {"fresh"})
     for name in settings.defaults:
@@ -188,4 +188,6 @@ def print_stop(run: Run, state: TrainingState) -> None:
             value = getattr(settings, name)
             flags += [flag_name(name), shown(value) if isinstance(value, Path) else str(value)]
     resume = " ".join([program, shlex.join(flags)]).strip()
+    if workers and int(workers) < run.processes.world_size:
+        resume = "the same torchrun commands, on all machines"
     print(f"saved step {state.step:,} in {shown(run.folder)}; resume with: {resume}")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.errors import UserError, require
-from model.script import explanation
+from model.script import explanation, leave_terminal
 
 
 @dataclass(frozen=True)
@@ -139,24 +139,29 @@ def end_at_once(status: int) -> None:
 
 
 class StopRequest:
-    """True after Ctrl-C, SIGTERM or a broken pipe; the step is finished and saved. A second Ctrl-C stops at once."""
+    """True after Ctrl-C, SIGTERM, a broken pipe or the end of the terminal (but not with nohup); the step is finished
+    and saved. A second Ctrl-C stops at once."""
 
     def __init__(self, processes: Processes):
         self.received, self.agreed, self.processes = 0, 0, processes
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.receive)
 
     def __bool__(self) -> bool:
         return self.agreed != 0
 
     def receive(self, number: int, _frame: object = None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        if number == signal.SIGINT and self.received:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            leave_terminal()
         self.received = number
         if self.processes.world_size == 1:  # several processes stop together, in share()
             self.agreed = number
         if self.processes.first:
-            words = "\nstopping after this step; press Ctrl-C again to stop at once\n"
+            again = "again " if number == signal.SIGINT else ""
+            words = f"\nstopping after this step; press Ctrl-C {again}to stop at once\n"
             # Not print(): it may have been interrupted. And whoever reads this may be gone.
             with contextlib.suppress(OSError):
                 os.write(sys.stderr.fileno(), words.encode())

@@ -35,7 +35,8 @@ from model.sampled_softmax import Shortlists, make_shortlists
 from model.settings import require_within
 from model.tokenizer import token_table
 
-# Of train.py: the words that settings take, their other names, and what does the same as flags of nanoGPT
+# Of train.py: the words that settings take; their names in nanoGPT, llama2.c, nanochat and transformers; and what does
+# the same as flags of theirs that have no counterpart
 CHOICES = {
     "preset": tuple(PRESETS),
     "blocks": BLOCK_FAMILIES,
@@ -46,31 +47,52 @@ CHOICES = {
 }
 ALIASES = {
     "max-iters": "max-steps",
+    "num-iterations": "max-steps",
     "lr": "learning-rate",
     "warmup-iters": "warmup-steps",
+    "max-grad-norm": "grad-clip",
+    "total-batch-size": "batch-tokens",
+    "device-batch-size": "micro-batch",
     "n-layers": "n-layer",
     "n-heads": "n-head",
+    "n-kv-heads": "n-kv-head",
+    "dim": "n-embd",
     "context-length": "block-size",
+    "max-seq-len": "block-size",
+    "eval-every": "eval-interval",
+    "eval-steps": "eval-interval",
+    "save-every": "save-interval",
+    "save-steps": "save-interval",
+    "logging-steps": "log-interval",
+    "save-total-limit": "keep",
+    "precision": "dtype",
     "out-dir": "checkpoint-dir",
+    "output-dir": "checkpoint-dir",
 }
 HINTS = {
-    "batch-size": "a step takes --batch-tokens, a forward pass --micro-batch windows",
-    "gradient-accumulation-steps": "a step takes --batch-tokens, a forward pass --micro-batch windows",
-    "epochs": "--max-steps or --max-minutes limits a run, and it prints how many epochs that is",
-    "eval-iters": "--eval-tokens sets how much is evaluated, --eval-interval how often",
-    "lr-decay-iters": "the learning rate always decays to the end of the run",
-    "min-lr": "--final-learning-rate is a fraction of the peak",
-    "resume": "it resumes by itself, unless --fresh starts a new run",
-    "decay-lr": "--schedule and --decay-fraction set how the learning rate falls",
-    "always-save-checkpoint": "it always saves, every --save-interval steps",
-    "eval-only": "evaluate.py scores a checkpoint",
-    "dataset": "--data-dir is the folder of steps 1 to 3",
-    "bias": "--blocks gpt2 has biases, modern has none",
-    "beta1": "AdamW's betas are in model/optimizer.py",
-    "beta2": "AdamW's betas are in model/optimizer.py",
-    "wandb-log": "metrics.jsonl has every number, loss_curve.png the plot",
-    "wandb-project": "metrics.jsonl has every number, loss_curve.png the plot",
-    "gradient-checkpointing": "a lower --micro-batch saves memory",
+    name: hint
+    for names, hint in {
+        "batch-size gradient-accumulation-steps per-device-train-batch-size": "a step takes --batch-tokens, a forward "
+        "pass --micro-batch windows",
+        "epochs num-epochs num-train-epochs": "--max-steps or --max-minutes limits a run, and it prints how many "
+        "epochs that is",
+        "wandb wandb-log wandb-project report-to": "metrics.jsonl has every number, loss_curve.png the plot",
+        "eval-iters": "--eval-tokens sets how much is evaluated, --eval-interval how often",
+        "lr-decay-iters": "the learning rate always decays to the end of the run",
+        "min-lr": "--final-learning-rate is a fraction of the peak",
+        "decay-lr": "--schedule and --decay-fraction set how the learning rate falls",
+        "resume": "it resumes by itself, unless --fresh starts a new run",
+        "always-save-checkpoint": "it always saves, every --save-interval steps",
+        "eval-only": "evaluate.py scores a checkpoint",
+        "dataset": "--data-dir is the folder of steps 1 to 3",
+        "bias": "--blocks gpt2 has biases, modern has none",
+        "depth": "--n-layer sets the number of blocks",
+        "beta1 beta2": "AdamW's betas are in model/optimizer.py",
+        "gradient-checkpointing": "a lower --micro-batch saves memory",
+        "bf16 fp16": "--dtype bfloat16 or float16 sets the precision",
+        "threads num-threads": "the environment variable OMP_NUM_THREADS sets their number",
+    }.items()
+    for name in names.split()
 }
 # Settings that identify a run; the others may change when it resumes.
 FIXED = {
@@ -302,10 +324,13 @@ def keep_from_checkpoint(
     changed = [name for name, value in checkpoint["data"].items() if value != current[name]]
     # with another tokenizer, the packed stories differ in any case
     differences += [f"changed {name}" for name in (["tokenizer"] if "tokenizer" in changed else changed)]
+    with_these_weights = ""
+    if changed and "tokenizer" not in changed:
+        with_these_weights = f", there also with --init-from {shlex.quote(shown(settings.checkpoint_dir))} (its weights)"
     if differences:
         raise UserError(
             f"the run in {shown(settings.checkpoint_dir)} cannot be resumed with: {'; '.join(differences)}"
             f"{f' (in {shown(settings.data_dir)}; --data-dir takes another folder)' if changed else ''}. "
             "Change that back, or start a new run with --fresh (it moves the old one aside) "
-            "or another --checkpoint-dir"
+            f"or another --checkpoint-dir{with_these_weights}"
         )

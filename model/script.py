@@ -1,10 +1,12 @@
 """How every script starts and ends. To be imported before torch, whose import takes seconds."""
 
+import importlib.util
 import io
 import logging
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable
@@ -25,6 +27,10 @@ def fail(message: str) -> NoReturn:
 
 if os.name == "nt":
     fail("on Windows, use WSL: run wsl --install, and this repository in there")
+if importlib.util.find_spec("torch") is None:
+    has_environment = (REPO / ".venv" / "bin" / "activate").exists()
+    get = f"source {REPO}/.venv/bin/activate" if has_environment else "pip install -r requirements.txt"
+    fail(f"{sys.executable} is a Python without PyTorch: run {get}")
 
 # Keep idle OpenMP threads from spinning for long, so that a shared CPU stays usable; torch reads it when imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -56,6 +62,14 @@ def stop_again(failure: object) -> None:
 def close_output() -> None:
     """Discard what is still printed; otherwise, Python would complain at its end that nobody reads it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def leave_terminal() -> None:
+    """Discard what is still printed to a terminal, which is gone; what goes into files stays."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        if stat.S_ISCHR(os.fstat(output).st_mode):
+            os.dup2(nowhere, output)
 
 
 def run_script(main: Callable[[], None]) -> None:

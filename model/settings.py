@@ -230,7 +230,7 @@ def read_settings(
         word = unknown[0].partition("=")[0]
         require(word.startswith("-"), f"{prog} takes flags only, not {word!r} (--help lists them)")
         name = word.lstrip("-").replace("_", "-")
-        nearest = difflib.get_close_matches(name, ["help", *kinds], n=1, cutoff=0.5)
+        nearest = difflib.get_close_matches(name, ["help", *kinds], n=1, cutoff=0.75)
         hint = f"; did you mean --{nearest[0]}?" if nearest else ""
         hint = f": {hints[name]}" if name in (hints or {}) else hint
         raise UserError(f"{prog} has no flag {word}{hint} (--help lists all)")

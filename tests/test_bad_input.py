@@ -77,6 +77,8 @@ def test_steps_out_of_order_name_the_command_to_run(refused, packed, tmp_path):
         (["--max-minutes", "inf"], ["max_minutes must be above 0 and at most 1000000000, not inf"]),
         (["--learning-rate", "nan"], ["learning_rate must be above 0, not nan"]),
         (["--wandb_log=True"], ["no flag --wandb_log: metrics.jsonl has every number"]),
+        (["--num_train_epochs=3"], ["no flag --num_train_epochs: --max-steps or --max-minutes limits a run"]),
+        (["--early_stopping_patience=3"], ["no flag --early_stopping_patience (--help lists all)"]),
         (["--bias=False"], ["no flag --bias: --blocks gpt2 has biases"]),
         (["--eval_only"], ["no flag --eval_only: evaluate.py scores a checkpoint"]),
     ],

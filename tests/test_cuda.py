@@ -212,7 +212,7 @@ def test_no_step_between_two_logged_ones_waits_for_the_gpu(packed, tmp_path, mon
     ]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
     monkeypatch.setattr(train_script.StopRequest, "share", share)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         train_script.main()
     finally:

@@ -184,6 +184,7 @@ def test_a_second_ctrl_c_stops_at_once():
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(("ours", "other"), [(signal.SIGTERM, 0), (0, signal.SIGTERM)])

@@ -1,10 +1,13 @@
 """Runs that are stopped, killed, resumed, made longer or shorter, or begun afresh."""
 
+import json
 import os
+import select
 import shlex
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -119,6 +122,28 @@ def test_an_interrupted_run_goes_on_exactly(train, packed, tmp_path, dtype, how)
     assert_same_run(whole, broken)
     scalers = [load_checkpoint(folder / "ckpt_12.pt")["scaler"] for folder in (whole, broken)]
     assert scalers[0] == scalers[1]
+
+
+def test_a_closed_terminal_ends_in_a_checkpoint(packed, tmp_path):
+    """As when a connection breaks: the terminal's other end is gone, and nothing can be printed any more."""
+    folder = tmp_path / "run"
+    flags = ["--data-dir", packed, "--checkpoint-dir", folder, "--save-interval", 3, "--max-steps", 10**6]
+    command = [sys.executable, str(REPO / "train.py"), *map(str, [*TINY, *flags])]
+    ours, terminal = os.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    # the terminal is the new session's, so its end is a hang-up for this process
+    start = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", start, *command]
+    process = subprocess.Popen(command, **streams, start_new_session=True)
+    os.close(terminal)
+    deadline = time.monotonic() + PATIENCE
+    while not list_checkpoints(folder) and time.monotonic() < deadline:
+        if select.select([ours], [], [], 0.01)[0]:
+            os.read(ours, 4096)
+    os.close(ours)
+    assert process.wait(timeout=PATIENCE) == 128 + signal.SIGHUP
+    last = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
+    assert load_checkpoint(list_checkpoints(folder)[0])["step"] == last
 
 
 def test_a_finished_run_says_so(train):

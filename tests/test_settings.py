@@ -379,6 +379,13 @@ def test_interrupted_while_torch_is_imported_a_script_just_ends(run, tmp_path):
     assert result.returncode == -signal.SIGINT and not result.stderr and not result.stdout
 
 
+def test_a_python_without_the_packages_is_named(tmp_path):
+    """As after quickstart.sh, in a shell that has not activated .venv."""
+    code = f"import sys; sys.path.insert(0, {str(REPO)!r}); import model.script"
+    result = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+    assert_one_line_error(result, sys.executable, "is a Python without PyTorch: run ")
+
+
 def test_a_defect_keeps_its_traceback(tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(repo=str(REPO), error="ZeroDivisionError"), encoding="utf-8")
