@@ -13,6 +13,18 @@ find_python() {
   return 1
 }
 
+# On Linux, pip's own PyTorch comes with gigabytes of CUDA libraries. Where there is neither an NVIDIA GPU nor a package
+# index of the user's choice, install PyTorch's CPU build first, which pip then keeps.
+install_cpu_torch() { # install_cpu_torch torch==VERSION
+  [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 || return 0
+  [ ! -e /proc/driver/nvidia/version ] && [ ! -e /usr/lib/wsl/lib/libcuda.so.1 ] || return 0
+  ! "$PYTHON" -m pip config list | grep -q index-url || return 0
+  ! "$PYTHON" -m pip freeze --disable-pip-version-check | grep -q "^$1" || return 0
+  echo "no NVIDIA GPU here: installing PyTorch without CUDA"
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --retries 1 "$1" \
+    --index-url https://download.pytorch.org/whl/cpu || echo "that failed: installing PyTorch with CUDA instead"
+}
+
 use_environment() {
   local found wanted file arguments=()
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
@@ -25,6 +37,7 @@ use_environment() {
   if [ "$(cat .venv/installed-"${!#}" 2>/dev/null)" != "$wanted" ]; then
     echo "installing $* (takes a few minutes the first time)"
     for file in "$@"; do arguments+=(-r "$file"); done
+    install_cpu_torch "$(grep -h '^torch==' "$@")"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check "${arguments[@]}" ||
       fail "the installation of $* failed; see pip's message above, then run this script again"
     printf '%s\n' "$wanted" >.venv/installed-"${!#}"

@@ -317,20 +317,28 @@ def keep_from_checkpoint(
     chosen = chosen_settings(settings, (settings.given | edited) & set(kept))
     for name in set(kept) - chosen:
         setattr(settings, name, saved[name])
-    differences = [change for name, change in changed_settings(settings, checkpoint).items() if name in FIXED]
+    refuse_differences(settings, checkpoint, data)
     if checkpoint.get("device", hardware(device)) != hardware(device) and "micro_batch" not in chosen:
         settings.micro_batch = 0  # what suits a GPU may not fit another one's memory
+
+
+def refuse_differences(settings: SimpleNamespace, checkpoint: dict, data: Data) -> None:
+    """Raise UserError, with a list, if something that identifies a run is not as in its checkpoint."""
+    differences = [change for name, change in changed_settings(settings, checkpoint).items() if name in FIXED]
     current = fingerprints(data)
     changed = [name for name, value in checkpoint["data"].items() if value != current[name]]
-    # with another tokenizer, the packed stories differ in any case
-    differences += [f"changed {name}" for name in (["tokenizer"] if "tokenizer" in changed else changed)]
-    with_these_weights = ""
-    if changed and "tokenizer" not in changed:
-        with_these_weights = f", there also with --init-from {shlex.quote(shown(settings.checkpoint_dir))} (its weights)"
-    if differences:
-        raise UserError(
-            f"the run in {shown(settings.checkpoint_dir)} cannot be resumed with: {'; '.join(differences)}"
-            f"{f' (in {shown(settings.data_dir)}; --data-dir takes another folder)' if changed else ''}. "
-            "Change that back, or start a new run with --fresh (it moves the old one aside) "
-            f"or another --checkpoint-dir{with_these_weights}"
-        )
+    if "tokenizer" in changed:
+        changed = ["tokenizer"]  # with which the packed stories change in any case
+    differences += [f"changed {name}" for name in changed]
+    if not differences:
+        return
+    folder = shown(settings.checkpoint_dir)
+    where = f" (in {shown(settings.data_dir)}; --data-dir takes another folder)" if changed else ""
+    other_stories = changed and "tokenizer" not in changed
+    weights = (
+        f" (there with --init-from {shlex.quote(folder)}, to begin with its weights)" if other_stories else ""
+    )
+    raise UserError(
+        f"the run in {folder} cannot be resumed with: {'; '.join(differences)}{where}. Change that back, or start a "
+        f"new run with --fresh (it moves the old one aside) or another --checkpoint-dir{weights}"
+    )

@@ -140,7 +140,9 @@ def train(packed, tmp_path, monkeypatch, capsys):
         folder = tmp_path / name
         words = [*tiny, "--data-dir", packed, "--checkpoint-dir", folder, *flags]
         monkeypatch.setattr(sys, "argv", [str(REPO / "train.py"), *map(str, words)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        handlers = {
+            number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        }
         try:
             main()
         finally:

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, REPO
@@ -56,6 +57,31 @@ def test_an_installation_that_fails(quickstart, tmp_path):
     assert_last_line(quickstart(), "installation of requirements.txt failed")
 
 
+PRETEND = 'case "$*" in *"pip config list"*) echo "$INDEX" ;; *pip*) echo "ran $*" ;; *) ;; esac'
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia/version").exists(), reason="has an NVIDIA GPU")
+@pytest.mark.parametrize(
+    "index, gpu, expected",
+    [
+        ("", False, ["cpu", "requirements"]),
+        ("", True, ["requirements"]),
+        ("global.index-url='x'", False, ["requirements"]),
+    ],
+)
+def test_without_a_gpu_pytorch_comes_without_cuda(quickstart, tmp_path, monkeypatch, index, gpu, expected):
+    write_program(tmp_path / ".venv/bin/python", PRETEND)
+    if gpu:
+        write_program(tmp_path / "bin/nvidia-smi", "exit 0")
+    monkeypatch.setenv("INDEX", index)
+    ran = [line for line in quickstart().stdout.splitlines() if " install " in line]
+    assert ["cpu" if "--index-url" in line else "requirements" for line in ran] == expected
+    assert (
+        re.search(r" torch==[\d.]+ --index-url https://download.pytorch.org/whl/cpu$", ran[0])
+        or "cpu" not in expected
+    )
+
+
 def test_a_step_that_fails(quickstart, tmp_path):
     script = (
         'case "$*" in *prepare_data*) echo "error: the disk is on fire" >&2; exit 2 ;; esac; echo Python 3.12'
@@ -71,9 +97,7 @@ def test_each_flag_goes_to_the_step_that_knows_it(quickstart, tmp_path):
         tmp_path / ".venv/bin/python", 'echo "ran $*"; mkdir -p data/processed; : >data/processed/meta.json'
     )
     flags = ["--source", "a.txt", "b.txt", "--max-minutes", "1", "--kind", "char", "--text_column", "x"]
-    ran = [
-        line for line in quickstart(*flags).stdout.splitlines() if line.startswith("ran ") and ".py" in line
-    ]
+    ran = [line for line in quickstart(*flags).stdout.splitlines() if re.match(r"ran [\w/]+\.py\b", line)]
     assert ran == [
         "ran data/ingestion.py --source a.txt b.txt --text_column x",
         "ran data/train_tokenizer.py --kind char",

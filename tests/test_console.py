@@ -111,7 +111,9 @@ def test_the_command_to_resume_has_the_flags_that_no_checkpoint_remembers(monkey
     assert capsys.readouterr().out.endswith(wanted)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     print_stop(make_run(settings=read_settings(REPO / "train.py", [])), state)
-    assert capsys.readouterr().out.endswith("resume with: torchrun --standalone --nproc_per_node=2 train.py\n")
+    assert capsys.readouterr().out.endswith(
+        "resume with: torchrun --standalone --nproc_per_node=2 train.py\n"
+    )
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(train, monkeypatch):
