@@ -28,7 +28,7 @@ from model.script import run_script  # before torch: see there
 # isort: split
 import numpy as np
 
-from data.story_files import find_files, read_file, tidy
+from data.story_files import find_files, read_file, story_per, tidy
 from model.candidates import MAX_TOKENS, Candidate, files_of, find_candidate, load_candidate
 from model.errors import UserError, note, require
 from model.files import count_text, file_to_write, shown, size_text, write_json, write_text
@@ -46,7 +46,8 @@ DATA_DIR: str = "data"  # folder with tokenizer/ and processed/
 SPLIT: str = "validation"  # train, validation or all
 TEXT: list[str] = []  # score the stories in these files instead: formats as in step 1 (.txt, .jsonl, ...)
 TEXT_COLUMN: str = "text"  # column or key of the story in .csv, .json, .jsonl and .parquet files
-STORY_PER_FILE: bool = False  # each .txt file is one story
+STORY_PER_LINE: bool = False  # each line of a .txt file is a story
+STORY_PER_FILE: bool = False  # each .txt file is a story
 MAX_SAMPLES: int = 0  # stories to score, evenly spread; 0 is all
 BATCH_SIZE: int = 0  # windows per forward pass; 0 packs as many tokens as suit the device
 NUM_STORIES: int | None = None  # stories each model writes; None: 100 for a report, one per --prompt
@@ -69,7 +70,7 @@ SEED: int = 1337  # for the stories and the bootstrap
 DEVICE: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
 DTYPE: str = "float32"  # of scoring: float32, or perhaps faster: bfloat16, float16, auto (as in training)
 
-# Stories for a verdict: with fewer, one of two equal models is better in all of them more than once in twenty times
+# Fewest stories for a verdict: with 5, one of two equal models wins all of them in 2 / 2**5 = 6 % of cases
 ENOUGH = 6
 # Differences in bits per byte that rounding may cause
 ROUNDING = 1e-6
@@ -89,7 +90,8 @@ def main() -> None:
     prepare_settings(settings)
     files = {name: read_written(name) for name in settings.stories}
     # judging stories in files needs no model, unless other flags ask for one
-    needed = not files or settings.given & {"num_stories", "prompt"}
+    of_models = {"num_stories", "prompt", "text", "split", "max_samples"}
+    needed = not files or settings.text or settings.given & of_models
     names = settings.checkpoint or ([None] if needed else [])
     found = [find_candidate(settings.checkpoint_dir, name) for name in names]
     texts = find_texts(settings)
@@ -186,7 +188,7 @@ def prepare_settings(settings: SimpleNamespace) -> None:
     last_seed = settings.seed + max(0, settings.num_stories - 1)
     require(last_seed < 2**63, f"--seed {settings.seed} is too large for {settings.num_stories:,} stories")
     require(not (settings.text and "split" in settings.given), "--text and --split: give one of the two")
-    without = sorted(settings.given & {"text_column", "story_per_file"})
+    without = sorted(settings.given & {"text_column", "story_per_line", "story_per_file"})
     require(
         settings.text or not without, f"{' and '.join(map(flag_name, without))}: only for files of --text"
     )
@@ -229,7 +231,7 @@ def find_texts(settings: SimpleNamespace) -> list[Path]:
 def read_texts(settings: SimpleNamespace, texts: list[Path]) -> list[str]:
     stories = []
     for file in texts:
-        stories += map(tidy, read_file(file, settings.text_column, story_per_file=settings.story_per_file))
+        stories += map(tidy, read_file(file, settings.text_column, story_per=story_per(settings)))
     stories = [story for story in stories if story]
     require(stories, f"{', '.join(settings.text)} holds no stories")
     return sorted(spread(stories, settings.max_samples))

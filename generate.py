@@ -27,7 +27,7 @@ from model import kernels
 from model.candidates import files_of, find_candidate
 from model.checkpoint import load_model
 from model.decoder import Decoder, choose_weights
-from model.errors import require
+from model.errors import note, require
 from model.files import count_text, file_to_write, read_text, shown, write_text
 from model.generation import context_start, generate
 from model.huggingface import load_pretrained_model
@@ -38,7 +38,7 @@ from model.tokenizer import readable
 
 CHECKPOINT: str | None = None  # a file, folder, step, best, latest or Hugging Face name; None: best, latest
 CHECKPOINT_DIR: str = "checkpoints"  # where to look for best, latest and steps
-PROMPT: list[str] = []  # starts of stories, each continued NUM_SAMPLES times; empty: a new story
+PROMPT: list[str] = []  # starts of stories, each continued NUM_SAMPLES times; FILE:name: a whole file's text
 PROMPTS_FILE: str | None = None  # a text file with one prompt per line; empty lines are skipped
 NUM_SAMPLES: int = 1  # stories per prompt
 MAX_TOKENS: int = 400  # maximum length of a continuation; most stories end earlier by themselves
@@ -89,10 +89,11 @@ def main() -> None:
     )
     prompts = read_prompts(settings)
     found = find_candidate(settings.checkpoint_dir, settings.checkpoint, prefer="best")
-    read = [*files_of(found), *filter(None, [settings.prompts_file])]
+    files = [word[5:] for word in settings.prompt if word.startswith("FILE:")]
+    read = [*files_of(found), *files, *filter(None, [settings.prompts_file])]
     settings.output = file_to_write(settings.output, "--output", read)
     if settings.output and settings.output.exists():
-        remark(f"note: {shown(settings.output)} will be replaced")
+        note(f"{shown(settings.output)} will be replaced")
     seed = secrets.randbelow(1_000_000) if settings.seed is None else settings.seed
     require_seed(seed)
     count = len(prompts) * settings.num_samples
@@ -112,7 +113,7 @@ def remark(text: str) -> None:
 
 
 def read_prompts(settings: SimpleNamespace) -> list[str]:
-    prompts = list(settings.prompt)
+    prompts = [read_text(word[5:]).rstrip() if word.startswith("FILE:") else word for word in settings.prompt]
     if settings.prompts_file is not None:
         lines = [line for line in read_text(settings.prompts_file).split("\n") if line.strip()]
         require(lines, f"{settings.prompts_file} holds no prompts")

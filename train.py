@@ -23,18 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from model.batches import dropout_seed
-from model.checkpoint import (
-    BEFORE_DECAY,
-    keep_other_best,
-    load_latest,
-    locked,
-    prune,
-    save_checkpoint,
-    set_aside,
-)
+from model.checkpoint import BEFORE_DECAY, load_latest, locked, prune, save_checkpoint, set_aside
 from model.console import ProgressBar, print_end, print_finished, print_plan, print_stop
 from model.errors import UserError, ran_out_of_memory, require
-from model.files import shown
+from model.files import count_text, shown
 from model.forward import prepare_forward
 from model.metrics import Metrics
 from model.optimizer import learning_rate, set_rates
@@ -140,14 +132,14 @@ def start(settings: SimpleNamespace, processes: Processes) -> None:
                 processes.say(f"changed      {'; '.join(changes.values())}")
             path, checkpoint = rewind(run, path, checkpoint)
         unsaved = bool(checkpoint and changed_settings(settings, checkpoint))
-        state, resumed = begin(run, path, checkpoint), checkpoint is not None
+        state, resumed = prepare_state(run, path, checkpoint), checkpoint is not None
         del checkpoint  # frees its memory
         train(run, state, resumed, unsaved)
 
 
-def begin(run: Run, path: Path | None, checkpoint: dict | None) -> TrainingState:
-    """The state that training starts from, the same in all processes: a checkpoint's, read from `path`, if there is
-    one. Prints the plan."""
+def prepare_state(run: Run, path: Path | None, checkpoint: dict | None) -> TrainingState:
+    """The state that training starts from, the same in all processes: that of the checkpoint, if there is one, whose
+    file is `path`. Moves an earlier run aside, and prints the plan."""
     processes, device = run.processes, run.runtime.device
     if device.type == "cuda":
         run.batches.move_to(device, budget=0.25 * torch.cuda.mem_get_info(device)[0])
@@ -171,16 +163,22 @@ def train(run: Run, state: TrainingState, resumed: bool, unsaved: bool) -> None:
     my_windows = np.array_split(np.arange(run.batches.windows_per_step), processes.world_size)[processes.rank]
     forward = prepare_forward(run, state.model, len(my_windows))
     micro_batches = -(-len(my_windows) // settings.micro_batch)
+    each = " of each process" if processes.world_size > 1 else ""
     flex = "; FlexAttention within stories" if state.model.flex else ""
-    processes.say(f"micro-batch  {settings.micro_batch} windows, {micro_batches} per step{flex}")
+    processes.say(
+        f"micro-batch  {count_text(settings.micro_batch, 'window', 'windows')}; "
+        f"{count_text(micro_batches, 'micro-batch', 'micro-batches')} per step{each}{flex}"
+    )
     metrics = Metrics(folder, state.step, state.last_evaluation) if processes.first else None
     stop = StopRequest(processes)
     progress_bar = ProgressBar(run, state, stop)
     eval_interval, save_interval = recipe.eval_interval, settings.save_interval or recipe.eval_interval
     saved_at = state.step if resumed else None
-    if unsaved and processes.first:  # now, so that a run that is killed soon can be resumed with them
+    if (
+        unsaved and processes.first
+    ):  # or a run that is killed before its next checkpoint would go on without them
         save_checkpoint(folder / f"ckpt_{state.step}.pt", state.snapshot(run))
-    # A new run's is 0: if counting bigrams took until the turning point, that is noticed below
+    # A new run's is 0, so that it saves the state before the decay even if counting bigrams took until then
     progress = recipe.progress(state.step, state.seconds) if resumed else 0.0
     state.seconds = stop.share(state.seconds)  # counting bigrams took a different time in each process
 
@@ -189,8 +187,8 @@ def train(run: Run, state: TrainingState, resumed: bool, unsaved: bool) -> None:
         progress_before, progress = progress, recipe.progress(state.step, state.seconds)
         finished = progress >= 1
         if processes.first and state.step != state.last_evaluation:
-            begun = state.step or run.pretrained  # an untrained model is not worth evaluating
-            if finished or (begun and state.step % eval_interval == 0 and not stop):
+            trained = state.step or run.pretrained  # another model is not worth evaluating
+            if finished or (trained and state.step % eval_interval == 0 and not stop):
                 progress_bar.say(evaluate_and_keep_best(run, state, metrics, progress_bar.mean_loss))
         stopping = bool(stop)  # a signal may come at any time
         if processes.first and state.step != saved_at:
@@ -206,14 +204,8 @@ def train(run: Run, state: TrainingState, resumed: bool, unsaved: bool) -> None:
         if finished or stopping:
             break
 
-        # The second half of the blocks joins; so far, they have added nothing
         if recipe.depth(progress, run.config.n_layer) > state.model.depth:
-            anew = " (compiling them takes a moment)" if run.runtime.compile and device.type != "cpu" else ""
-            progress_bar.say(
-                f"step {state.step:,}: from here on, all {run.config.n_layer} layers train{anew}"
-            )
-            state.model.set_depth(run.config.n_layer)
-            forward = prepare_forward(run, state.model, len(my_windows))
+            forward = grow(run, state, len(my_windows), progress_bar)
 
         started = time.perf_counter()
         rate = learning_rate(recipe, state.step, progress)
@@ -246,6 +238,15 @@ def train(run: Run, state: TrainingState, resumed: bool, unsaved: bool) -> None:
         sys.exit(128 + stop.agreed)
 
 
+def grow(run: Run, state: TrainingState, windows: int, progress_bar: ProgressBar) -> nn.Module:
+    """Let the second half of the blocks join, which so far have added nothing; return the new forward pass."""
+    layers, slow = run.config.n_layer, run.runtime.compile and run.runtime.device.type != "cpu"
+    wait = " (compiling them takes a moment)" if slow else ""
+    progress_bar.say(f"step {state.step:,}: from here on, all {layers} layers train{wait}")
+    state.model.set_depth(layers)
+    return prepare_forward(run, state.model, windows)
+
+
 def evaluate_and_keep_best(
     run: Run, state: TrainingState, metrics: Metrics, training_loss: float | None
 ) -> str:
@@ -254,14 +255,12 @@ def evaluate_and_keep_best(
     Returns one line that says how good it is.
     """
     row = {"step": state.step, "tokens": state.step * run.tokens_per_step, **validate(run, state.model)}
-    loss, mark = row["validation_loss"], f"; best so far: {state.best_loss:.4f}"
+    loss, mark = row["validation_loss"], f"; best.pt has {state.best_loss:.4f}"
     require(math.isfinite(loss), ruined(run, state.step, f"the validation loss is {loss}"))
     metrics.add({**row, "sample": write_sample(run, state.model)})
     metrics.draw()
     state.last_evaluation = state.step
     if loss < state.best_loss:
-        if state.best_loss == math.inf:  # a best.pt that is there was evaluated on other tokens
-            keep_other_best(run.folder)
         state.best_loss, mark = loss, "; best so far"
         save_checkpoint(run.folder / "best.pt", state.snapshot(run))
     beside = "" if training_loss is None else f" (training loss {training_loss:.3f})"

@@ -5,8 +5,8 @@
     python data/ingestion.py --source sample                  # the built-in stories, no network needed
     python data/ingestion.py --source my_stories/ more.jsonl  # files, folders, globs
 
-Files are .txt (stories separated by `<|endoftext|>`, or by blank lines if there is none; with --story-per-file, one
-story each), .jsonl, .json and .csv, optionally compressed as .gz or .zst, and .parquet. Empty stories and exact
+Files are .txt (stories separated by `<|endoftext|>`, or by blank lines if there is none; flags make each line
+or file a story), .jsonl, .json and .csv, optionally compressed as .gz or .zst, and .parquet. Empty stories and exact
 duplicates are dropped, no validation story is also a training story, and near-duplicates between the two are counted.
 The output is data/raw/train and data/raw/validation, readable with datasets.load_from_disk, and data/raw/manifest.json,
 which records what they were made from.
@@ -43,7 +43,7 @@ from data.raw_stories import (
     raw_batches,
     read_manifest,
 )
-from data.story_files import find_files, read_file, tidy
+from data.story_files import find_files, read_file, story_per, tidy
 from model.errors import UserError, require
 from model.files import atomic_folder, command, require_space, sha256_file, shown, size_text, write_json
 from model.settings import REPO, read_settings, require_within
@@ -51,7 +51,8 @@ from model.settings import REPO, read_settings, require_within
 SOURCE: list[str] = ["hub"]  # hub (TinyStories), sample (built-in), a hub data set's name[:config], or files
 VALIDATION_SOURCE: list[str] = []  # like --source; none: the hub's validation split, else a random share
 TEXT_COLUMN: str = "text"  # column or JSON key that holds the story
-STORY_PER_FILE: bool = False  # each .txt file is one story
+STORY_PER_LINE: bool = False  # each line of a .txt file is a story
+STORY_PER_FILE: bool = False  # each .txt file is a story; if there is only one, its end is for validation
 MAX_STORIES: int = 0  # training stories to keep; 0: all (19,000 of the built-in ones)
 VALIDATION_FRACTION: float = 0.05  # share of stories drawn at random if there is no validation split
 SEED: int = 1  # seed for the built-in stories and the random split
@@ -71,7 +72,7 @@ def main() -> None:
     require_within(settings, validation_fraction="(0, 1)", max_stories="[0, inf)")
     sources = find_sources(settings.source, settings.data_dir)
     validation_sources = find_sources(settings.validation_source, settings.data_dir)
-    names = ("text_column", "story_per_file", "max_stories", "validation_fraction", "seed")
+    names = ("text_column", "story_per_line", "story_per_file", "max_stories", "validation_fraction", "seed")
     made_from = {name: getattr(settings, name) for name in names}
     made_from["source"] = [identity(source) for source in sources]
     made_from["validation_source"] = [identity(source) for source in validation_sources]
@@ -93,7 +94,7 @@ def main() -> None:
         if sources == ["sample"]:
             remark = " (built-in stories are made of the same sentences)"
         elif near > validation["compared"] / 100:
-            kind, remark = "leak", ", so scores look too good"
+            kind, remark = "warning", ", so scores look too good"
         print(
             f"{kind}: {near:,} of {validation['compared']:,} validation stories share at least half of their sentences "
             f"with a training story{remark}"
@@ -142,7 +143,7 @@ def open_source(
 ) -> dict[str, Iterator[str]]:
     """The stories of a source as lazy iterators: {"train": ...}, and "validation" if it has that split."""
     if isinstance(source, Path):
-        return {"train": read_file(source, settings.text_column, bar, settings.story_per_file)}
+        return {"train": read_file(source, settings.text_column, bar, story_per(settings))}
     if source == "sample":
         return {"train": built_in(limit, settings.seed)}
     print(f"opening {source} on the Hugging Face hub", flush=True)
@@ -257,17 +258,21 @@ def stories_in_all(train: int, fraction: float) -> int:
 def split_at_random(
     folder: Path, stories: Iterable[str], settings: SimpleNamespace, dropped: Counter, bar: Progress
 ) -> dict:
-    """Draw the validation stories at random; both splits keep the source order."""
+    """Draw the validation stories at random; both splits keep the source order. A single story is cut in two."""
     from datasets import Dataset
 
     everything = folder / "everything.arrow"
     total = write_arrow(everything, stories, bar)["stories"]
     require(total > 0, f"no stories found in {' '.join(settings.source)}; dropped: {listed(dropped)}")
-    one = "only one story found, but training and validation need one each"
-    require(total > 1, f"{one}: --validation-source names files for the latter")
+    splits, whole = {}, Dataset.from_file(str(everything))
+    if total == 1:
+        halves = cut_in_two(whole[0]["text"], settings.validation_fraction)
+        everything.unlink()
+        return {
+            split: write_split(folder / split, [part]) for split, part in zip(SPLITS, halves, strict=True)
+        }
     count = min(total - 1, validation_count(total, settings.validation_fraction))
     chosen = set(random.Random(settings.seed).sample(range(total), count))
-    splits, whole = {}, Dataset.from_file(str(everything))
     with Progress(total=2 * whole.data.nbytes, unit="B", desc="splitting") as splitting:
         for split in SPLITS:
             numbered = enumerate(itertools.chain.from_iterable(raw_batches(whole, splitting)))
@@ -275,6 +280,20 @@ def split_at_random(
             splits[split] = write_split(folder / split, mine)
     everything.unlink()
     return splits
+
+
+def cut_in_two(story: str, fraction: float) -> tuple[str, str]:
+    """Hold out the end of a story, from the beginning of a line; returns both parts."""
+    cut = story.rfind("\n", 0, int((1 - fraction) * len(story)) + 1)
+    require(
+        cut > 0,
+        "only one story found, but training and validation need one each: add stories, or name others with "
+        "--validation-source",
+    )
+    print(
+        f"only one story: the last {len(story) - cut:,} of its {len(story):,} characters are for validation"
+    )
+    return story[:cut].rstrip(), story[cut:].lstrip()
 
 
 # Writing

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO, TextIO
 
 from tqdm import tqdm
@@ -83,13 +84,11 @@ def file_type(path: Path) -> str:
     return path.with_suffix("").suffix.lower() if suffix in COMPRESSED else suffix
 
 
-def read_file(
-    path: Path, column: str, bar: Progress | None = None, story_per_file: bool = False
-) -> Iterator[str]:
-    """Yield the stories in a file; with `story_per_file`, a .txt file is one. Raises UserError naming the file and the
-    place in it."""
+def read_file(path: Path, column: str, bar: Progress | None = None, story_per: str = "") -> Iterator[str]:
+    """Yield the stories in a file. In a .txt file, they are separated by marks or blank lines, unless each line is one,
+    or the whole file (`story_per` is "line" or "file"). Raises UserError naming the file and the place in it."""
     read = {
-        ".txt": whole_text if story_per_file else text_rows,
+        ".txt": {"": text_rows, "line": text_lines, "file": whole_text}[story_per],
         ".jsonl": json_lines,
         ".json": json_rows,
         ".csv": csv_rows,
@@ -160,6 +159,15 @@ def open_unpacked(path: Path, bar: Progress | None = None) -> BinaryIO:
     return file
 
 
+def story_per(settings: SimpleNamespace) -> str:
+    """What one story is in a .txt file, by --story-per-line and --story-per-file."""
+    require(
+        not (settings.story_per_line and settings.story_per_file),
+        "--story-per-line and --story-per-file: choose one of the two",
+    )
+    return "line" if settings.story_per_line else "file" if settings.story_per_file else ""
+
+
 def tidy(story: str) -> str:
     """Normalise line ends to LF; strip the byte order mark and surrounding whitespace."""
     return story.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff").strip()
@@ -188,6 +196,11 @@ def text_rows(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[s
             yield "", "".join(story)
 
 
+def text_lines(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[str, str]]:
+    with open_text(path, bar) as file:
+        yield from (("", line) for line in file)
+
+
 def whole_text(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[str, str]]:
     with open_text(path, bar) as file:
         yield "", file.read()
@@ -197,7 +210,8 @@ def whole_text(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[
 def note_blank_lines() -> None:
     """Say it once, however many such files there are."""
     tqdm.write(
-        f"note: .txt files without {END_OF_TEXT} are split at blank lines; --story-per-file takes each as one story"
+        f"note: .txt files without {END_OF_TEXT} are split at blank lines; with --story-per-line each line is a story, "
+        "with --story-per-file each file"
     )
 
 

@@ -50,10 +50,10 @@ class Batches:
         first = step - step % AHEAD
         if self._ahead is None or self._ahead[0] != first:
             positions = np.arange(first * self.windows_per_step, (first + AHEAD) * self.windows_per_step)
-            self._ahead = first, self.places(positions).reshape(AHEAD, -1)
+            self._ahead = first, self.starts_at(positions).reshape(AHEAD, -1)
         return self._ahead[1][step - first]
 
-    def places(self, positions: np.ndarray) -> np.ndarray:
+    def starts_at(self, positions: np.ndarray) -> np.ndarray:
         """Start in the ring of the windows at these positions of the sequence, (N,) int64 -> (N,) int64."""
         epochs, inside = np.divmod(positions, self.windows_per_epoch)
         starts = np.empty_like(positions)

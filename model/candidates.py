@@ -39,7 +39,7 @@ class Candidate:
     """
 
     name: str
-    stops_at_context = False  # whether its stories are no longer than that
+    stops_at_context = False  # whether a story ends where its context does
     whole_logits = False  # whether `states` computes the logits of all positions
     written_in = "float32"  # the weights with which it writes stories
     network: nn.Module

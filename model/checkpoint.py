@@ -58,7 +58,6 @@ MARK = "quickstart.json"  # by which quickstart.sh knows the stories of its runs
 RUN_FILES = (
     "ckpt_*.pt",
     "best.pt",
-    "best_*.pt",
     BEFORE_DECAY,
     "shorter_*",
     "metrics.jsonl",
@@ -163,12 +162,6 @@ def peek(path: Path) -> dict:
         return checkpoint if set(ENTRIES + TO_RESUME) <= checkpoint.keys() else {}
     except Exception:  # a dozen types, as in load_checkpoint
         return {}
-
-
-def keep_other_best(folder: Path) -> None:
-    """Give best.pt, if there is one, a name that will not be replaced."""
-    if best := peek(folder / "best.pt"):
-        (folder / "best.pt").rename(free_name(folder / f"best_{best['step']}.pt"))
 
 
 def find_checkpoint(folder: Path, name: str | None, prefer: str) -> Path:

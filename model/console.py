@@ -45,6 +45,7 @@ def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> Non
         note(data.outdated)
     steps = f"{recipe.max_steps:,} steps" if recipe.max_steps else ""
     minutes = f"{recipe.max_minutes:g} minute{'s' * (recipe.max_minutes != 1)}" if recipe.max_minutes else ""
+    limits = " or ".join(filter(None, (steps, minutes))) + ", whichever comes first" * bool(steps and minutes)
     epochs = (recipe.max_steps or 0) * run.tokens_per_step / len(train.tokens)
     where = f" on {run.processes.world_size} processes" if run.processes.world_size > 1 else ""
     softmax = f"; softmax over {run.softmax_size:,} tokens" if run.shortlists else ""
@@ -59,7 +60,7 @@ def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> Non
         f"context {config.block_size}, vocabulary {config.vocab_size:,}, {config.blocks} blocks; "
         f"{state.model.count_parameters():,} parameters\n"
         f"device       {run.runtime.description}{where}\n"
-        f"run          {' or '.join(filter(None, (steps, minutes)))}, {run.tokens_per_step:,} tokens per step"
+        f"run          {limits}, {run.tokens_per_step:,} tokens per step"
         f"{f' (at most {max(epochs, 0.1):.1f} epochs)' if steps else ''}; {recipe.optimizer}, "
         f"learning rate {recipe.learning_rate:g}, {recipe.schedule} decay{softmax}{growth}\n"
         f"results      in {shown(run.folder)}"
@@ -123,7 +124,8 @@ class ProgressBar:
         return self.state.model.flops_per_token(depth, self.run.softmax_size)
 
     def remaining(self) -> tuple[int, float]:
-        """Steps and minutes until the end. When all blocks train, steps will take longer by as many operations."""
+        """Steps and minutes until the end. Once all blocks train, a step takes longer, in proportion to its
+        operations."""
         recipe, model = self.run.recipe, self.state.model
         slower = self.flops(model.config.n_layer) / self.flops(model.depth)
         seconds_per_step = self.run.tokens_per_step / self.speed
@@ -171,7 +173,7 @@ def print_end(run: Run, state: TrainingState) -> None:
         f"best_validation_loss: {state.best_loss:.4f}\n"
         f"best_bits_per_byte: {best_bits:.4f}\n"
         f"best_checkpoint: {folder}/best.pt\nloss_curve: {folder}/loss_curve.png\n"
-        f"stories_on_the_way: {folder}/samples.md\n"
+        f"samples: {folder}/samples.md\n"
         f"next: {command('generate.py', checkpoint_dir=run.folder)}"
     )
 

@@ -18,7 +18,7 @@ from model.settings import REPO, flag_name, read_constants
 
 @contextlib.contextmanager
 def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Give an OSError that names no file, such as that of a full disk, or only the temporary one, the name `path`."""
+    """If an OSError names no file (a full disk), or only the temporary one, let it name `path`."""
     try:
         yield
     except OSError as error:

@@ -15,6 +15,7 @@ def guess_micro_batch(model: GPT, runtime: Runtime) -> int:
     config = model.config
     tokens = 4_096
     if runtime.device.type == "cuda":
+        # an estimate: activations and their gradients in each layer, and a part of the logits
         bytes_per_token = 40 * config.n_layer * config.n_embd + 12 * config.vocab_size
         tokens = int(0.5 * torch.cuda.mem_get_info(runtime.device)[0] / bytes_per_token)
     tokens = min(tokens, 131_072, (2**31 - 1) // config.vocab_size)  # more logits would need 64-bit indices

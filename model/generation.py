@@ -49,7 +49,7 @@ class Batch:
         self.tokens, self.uniforms = tokens.to(device), torch.stack(streams).to(device)
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.position = self.lengths.min()[None].clone()  # (1,), of the next tokens
-        # Tokens that a step looks at first; steps by a graph since settle(), and whether in one that was too few
+        # How many of the likeliest tokens a step looks at; steps by a graph since settle(), and whether one needed more
         self.likeliest = LIKELIEST_ON_GPU if device.type == "cuda" else LIKELIEST
         self.replayed, self.short = 0, torch.zeros((), dtype=torch.bool, device=device)
         self.occurred = None

@@ -37,9 +37,9 @@ SOURCE = Path(__file__).with_suffix(".c")
 CACHE = REPO / ".cache" / "kernels"
 # For this processor; clang before version 16 takes -march=native on x86 only
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-# The numbers stay those of the standard with the latter two; compilers vectorise less without.
+# The last two let compilers vectorise more; no result changes.
 FLAGS = ("-O3", NATIVE, "-fPIC", "-fno-math-errno", "-fno-trapping-math")
-# First with threads: those of PyTorch, whose OpenMP library is loaded already. Where it is another, without.
+# First with threads, from the OpenMP library that PyTorch has loaded; if the compiler wants another one, without.
 OPENMP = ("-fopenmp", "-fopenmp-simd")
 # Keys lie in blocks of so many positions, or half as many
 POSITIONS = 16
@@ -205,15 +205,15 @@ class Network:
     write() also takes the steps that follow, with the embeddings and the sampling between them.
 
     Threads wait for each other some forty times per token. Where other programs compute, too, that may take longer
-    than one thread needs alone, so now and then both are timed, for a few sequences: more take so long anyway that
-    waiting hardly matters. The number of threads changes no bit of the result.
+    than one thread needs alone, so now and then both are timed, if there are few sequences; with many, a step takes so
+    long that waiting hardly matters. The number of threads changes no bit of the result.
     """
 
     FEW = 8
     # Steps in a call of write_tokens(), at most, and the seconds that they may take: stories are to appear word by word
     STEPS, BURST = 8, 0.03
     TRIAL, PERIOD = 8, 256  # steps with each number of threads, and steps until the next trial
-    SLOWER = 1.1  # at most so much does one call raise what its number of threads is thought to take
+    SLOWER = 1.1  # the most by which one slow call raises the estimate for its number of threads
 
     def __init__(
         self,

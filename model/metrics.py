@@ -46,7 +46,7 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, without broken lines, such as a truncated last one, and others' lines."""
+    """The rows of a metrics.jsonl, without lines that are broken, such as a truncated last one, or not ours."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
@@ -63,11 +63,11 @@ def read_history(path: Path, checkpoint: dict) -> list[dict]:
     """The evaluation rows of the run that wrote this checkpoint.
 
     A run that is made longer goes back, and writes new rows; those of the shorter one are kept in another file, named
-    after its last checkpoint. best.pt and best_{step}.pt may be from either; their loss tells from which.
+    after its last checkpoint. best.pt may be from either; its loss tells from which.
     """
     shorter = re.match(r"shorter_[\d-]+_", path.name)
     files = [path.with_name(f"{shorter[0] if shorter else ''}metrics.jsonl")]
-    if re.match(r"best[._]", path.name):
+    if path.name == "best.pt":
         files += sorted(path.parent.glob("shorter_*_metrics.jsonl"))
     histories = [[row for row in read_rows(file) if row.get("bits_per_byte") is not None] for file in files]
     best = (checkpoint["step"], checkpoint.get("best_loss"))
@@ -86,7 +86,8 @@ def is_row(row: object) -> bool:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """The mean of each value and its neighbours, a fortieth of all on either side, at least four, where there are."""
+    """The mean of each value and its neighbours: on either side a fortieth of all values, at least four (fewer at the
+    ends)."""
     reach, sums = max(4, len(values) // 40), [0.0, *itertools.accumulate(values)]
     ends = ((max(0, k - reach), min(len(values), k + reach + 1)) for k in range(len(values)))
     return [(sums[end] - sums[first]) / (end - first) for first, end in ends]

@@ -42,13 +42,7 @@ class Muon(torch.optim.Optimizer):
 
     found_inf: Tensor | None = None
 
-    def __init__(
-        self,
-        groups: list[dict],
-        lr: float,
-        weight_decay: float = 0.1,
-        low_precision: bool = True,
-    ):
+    def __init__(self, groups: list[dict], lr: float, weight_decay: float = 0.1, low_precision: bool = True):
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95, "pieces": (1, 1)}
         super().__init__(groups, defaults)
         self.low_precision = low_precision

@@ -115,10 +115,10 @@ def start_processes(device: str) -> Processes:
 
 
 def stop_processes() -> None:
-    """Leave the process group, and have this process end at once when Python has printed the error, if there is one.
+    """Leave the process group, and end this process as soon as Python has printed the error, if there is one.
 
-    While an error is on its way, the other processes may be in a collective operation, and leaving would wait for
-    them. And a thread of gloo's that lets go of a tensor after the interpreter's end would abort the process.
+    After an error, the group is not left: the other processes may be in a collective operation, and leaving would wait
+    for them. And a thread of gloo's that frees a tensor after the interpreter has ended would abort the process.
     """
     error = sys.exc_info()[1]
     if not dist.is_initialized():

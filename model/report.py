@@ -35,7 +35,7 @@ def number(name: str, form: str) -> Callable[[dict], str]:
     return lambda row: "–" if row.get(name) is None else format_figure(row[name], form)
 
 
-def span(name: str, form: str) -> Callable[[dict], str]:
+def interval(name: str, form: str) -> Callable[[dict], str]:
     """A cell with an interval: low to high."""
     return lambda row: " to ".join(format_figure(end, form) for end in row[name]) if row.get(name) else "–"
 
@@ -52,9 +52,9 @@ SCORE_COLUMNS: Columns = [
     ("step", number("step", ",")),
     ("parameters", number("parameters", ",")),
     ("bits/byte", number("bits_per_byte", ".4f")),
-    ("95 % interval", span("bits_per_byte_interval", ".4f")),
+    ("95 % interval", interval("bits_per_byte_interval", ".4f")),
     ("against the first", number("difference", "+.4f")),
-    ("95 % interval", span("difference_interval", "+.4f")),
+    ("95 % interval", interval("difference_interval", "+.4f")),
     ("verdict", lambda row: row.get("verdict", "")),
     ("loss", number("loss", ".4f")),
     ("perplexity", number("perplexity", ".3f")),
@@ -125,7 +125,7 @@ def render(report: dict) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         "seed": report["seed"],
     } | ({"notes": "; ".join(report["notes"])} if report["notes"] else {})
-    stories = "".join(map(beginning, report["written"][:SHOWN_PROMPTS]))
+    stories = "".join(map(stories_of_prompt, report["written"][:SHOWN_PROMPTS]))
     facts = [["", ""], *([key, str(value)] for key, value in about.items())]
     sections = [
         section(table(transposed(cells(SCORE_COLUMNS, results))) if results else "", note=SCORE_NOTE),
@@ -188,7 +188,7 @@ def copies(quality: dict[str, dict]) -> str:
     return f'<div class="text">{table(rows)}</div>' if len(rows) > 1 else ""
 
 
-def beginning(row: dict) -> str:
+def stories_of_prompt(row: dict) -> str:
     """Stories from one prompt, side by side."""
     prompt = html.escape(row["prompt"])
     stories = []

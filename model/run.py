@@ -105,6 +105,7 @@ FIXED = {
     "batch_tokens",
     "optimizer",
 }
+FIXED.add("eval_tokens")  # on other tokens, another step might be the best
 # The run's length: the limit that is reached first ends it
 LIMITS = {"max_steps", "max_minutes"}
 # Settings that a checkpoint does not remember: where and how a run is resumed
@@ -122,15 +123,15 @@ STARTED_EARLIER = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run's settings, shape, data and device. Fixed once training begins; before that, prepare_forward() sets
-    settings.micro_batch and runtime.compile to what works here."""
+    """A run's settings, shape, data and device. Fixed, except settings.micro_batch and runtime.compile, which
+    prepare_forward() sets to what works here: at the start, and when the other blocks join."""
 
     settings: SimpleNamespace  # all filled in
     config: GPTConfig
     recipe: Recipe
     data: Data
     batches: Batches
-    validation: np.ndarray  # windows of validation tokens, (N, block_size + 1)
+    validation_windows: np.ndarray  # of tokens, (N, block_size + 1)
     runtime: Runtime
     processes: Processes
     pretrained: Pretrained | None = None  # a new model's initial weights
@@ -198,15 +199,15 @@ def plan_run(settings: SimpleNamespace, processes: Processes, checkpoint: dict |
     )
     count = max(1, settings.eval_tokens // config.block_size)
     return Run(
-        settings,
-        config,
-        recipe,
-        data,
-        Batches(data.train.tokens, config.block_size, windows, settings.seed),
-        validation_windows(data.validation.tokens, config.block_size, count),
-        choose_runtime(device, settings.dtype, settings.compile, settings.deterministic),
-        processes,
-        pretrained,
+        settings=settings,
+        config=config,
+        recipe=recipe,
+        data=data,
+        batches=Batches(data.train.tokens, config.block_size, windows, settings.seed),
+        validation_windows=validation_windows(data.validation.tokens, config.block_size, count),
+        runtime=choose_runtime(device, settings.dtype, settings.compile, settings.deterministic),
+        processes=processes,
+        pretrained=pretrained,
     )
 
 
@@ -235,7 +236,7 @@ def config_of(settings: SimpleNamespace) -> GPTConfig:
 
 
 def chosen_settings(settings: SimpleNamespace, names: Iterable[str]) -> set[str]:
-    """Which of these settings are not left open. `none` leaves one open, but lifts a limit. A limit that is set
+    """The names among these that were set. `none` sets nothing, except for a limit, which it lifts. A limit that is set
     replaces both of the preset's, so that `--max-minutes 30` is half an hour, however many steps that takes."""
     chosen = {name for name in names if getattr(settings, name) is not None}
     return chosen | (LIMITS if chosen & LIMITS else settings.given & LIMITS)

@@ -64,11 +64,14 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
         drivers = Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1")
-        if name == "cpu" and torch.version.cuda and any(map(Path.exists, drivers)) and not hidden:
-            warn(
-                f"using the CPU: this PyTorch (CUDA {torch.version.cuda}) cannot use the GPU here, probably because "
-                "its driver is older. Update the driver, or install a PyTorch build for an older CUDA"
-            )
+        if name == "cpu" and any(map(Path.exists, drivers)) and not hidden:
+            build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs"
+            advice = "delete .venv and run bash quickstart.sh"
+            if torch.version.cuda:
+                advice = (
+                    "its driver is probably older: update it, or install a PyTorch build for an older CUDA"
+                )
+            warn(f"using the CPU: this PyTorch ({build}) cannot use the GPU here; {advice}")
     try:
         device = torch.device(name)
     except RuntimeError:

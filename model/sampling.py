@@ -12,8 +12,8 @@ from torch import Tensor
 from model import kernels
 from model.settings import require_within
 
-# The likeliest tokens, which nearly always include all that the filters keep: to sort the whole vocabulary takes longer
-# than the model. On a GPU more, as in a CUDA graph too few cost more.
+# How many of the likeliest tokens are looked at: nearly always all that the filters keep, whereas sorting the whole
+# vocabulary would take longer than the model. In a CUDA graph, too few cost more, so a GPU takes more.
 LIKELIEST, LIKELIEST_ON_GPU = 64, 1_024
 
 

@@ -40,7 +40,7 @@ SPELLINGS = {
 
 
 class NoSuchSetting(UserError, AttributeError):
-    """A setting whose line was deleted from the script, or whose type or comment was, if it is the last one."""
+    """A script lacks a setting: its line was deleted or, if it was the last, its type or comment."""
 
 
 class Settings(SimpleNamespace):

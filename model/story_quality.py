@@ -55,7 +55,7 @@ def describe(groups: dict[str, list[Story]], data: Data | None) -> dict[str, dic
     if data is None:
         return figures
     tokenizer = text_tokenizer(data.tokenizer_json)
-    known = {word for lists in words.values() for list_ in lists for word in list_}
+    known = {word for lists in words.values() for own_words in lists for word in own_words}
     unseen = unseen_words(known, data, tokenizer)
     texts = [story.text for stories in groups.values() for story in stories]
     encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -64,7 +64,7 @@ def describe(groups: dict[str, list[Story]], data: Data | None) -> dict[str, dic
     for name, stories in groups.items():
         own, judged = judged[: len(stories)], judged[len(stories) :]
         figures[name] |= describe_copies(own, tokenizer)
-        strange = [word for list_ in words[name] for word in list_ if word in unseen]
+        strange = [word for own_words in words[name] for word in own_words if word in unseen]
         figures[name]["unseen_words"] = len(strange) / max(1, sum(map(len, words[name])))
         figures[name]["unseen_examples"] = sorted(set(strange))[:EXAMPLES]
     return figures

@@ -138,7 +138,7 @@ def initial_state(run: Run, checkpoint: dict | None) -> TrainingState:
             model.flex = checkpoint.get("flex")
         # best.pt may be later than the checkpoint; if it is lost, the next evaluation writes it
         best = peek(run.folder / "best.pt")
-        state.best_loss = best_loss(run, checkpoint, best) if best else math.inf
+        state.best_loss = min(checkpoint["best_loss"], best["best_loss"]) if best else math.inf
         return state
     if recipe.bigram_start:
         with ThreadPoolExecutor(1) as background:
@@ -150,12 +150,6 @@ def initial_state(run: Run, checkpoint: dict | None) -> TrainingState:
         model.set_depth(recipe.depth(0.0, run.config.n_layer))
         model.silence(model.depth)
     return state
-
-
-def best_loss(run: Run, *checkpoints: dict) -> float:
-    """The lowest validation loss in these checkpoints. Those on another number of tokens do not compare."""
-    losses = (c["best_loss"] for c in checkpoints if c["settings"]["eval_tokens"] == run.settings.eval_tokens)
-    return min(losses, default=math.inf)
 
 
 def timed(function: Callable, *arguments: object) -> float:
@@ -200,7 +194,7 @@ def rewind(run: Run, path: Path, checkpoint: dict) -> tuple[Path, dict]:
         return path, checkpoint
     if rewound["step"] == step:
         return path, checkpoint
-    rewound["best_loss"] = best_loss(run, rewound, checkpoint)
+    rewound["best_loss"] = min(rewound["best_loss"], checkpoint["best_loss"])
     rewound |= {"settings": remembered(run.settings), "defaults": run.settings.defaults}
     if run.processes.first:
         keep_shorter_run(run.folder, path, step, rewound)

@@ -19,13 +19,13 @@ def validate(run: Run, model: GPT) -> dict[str, float]:
     model.eval()
     total, runtime, config = 0.0, run.runtime, model.config
     chunk = max(1, tokens_at_once(runtime.device, config.vocab_size) // config.block_size)
-    for first in range(0, len(run.validation), chunk):
-        windows = to_device(run.validation[first : first + chunk], runtime.device)
+    for first in range(0, len(run.validation_windows), chunk):
+        windows = to_device(run.validation_windows[first : first + chunk], runtime.device)
         inputs, targets, story_ids = run.inputs_and_targets(windows)
         with runtime.autocast(), runtime.eager():
             total += model(inputs, targets, story_ids).item() * len(windows)
     model.train()
-    loss = total / len(run.validation)
+    loss = total / len(run.validation_windows)
     return {
         "validation_loss": loss,
         "bits_per_byte": bits_per_byte(loss, run.data.validation.bytes_per_token),

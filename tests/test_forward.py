@@ -68,7 +68,7 @@ def test_where_memory_runs_out_it_takes_half_or_says_what_to_take(train, monkeyp
 
     monkeypatch.setattr(GPT, "forward", too_large)
     _, result = train("run", "--max-steps", 2)
-    assert "micro-batch  4 windows, 4 per step" in result.out
+    assert "micro-batch  4 windows; 4 micro-batches per step" in result.out
 
     calls = []
 

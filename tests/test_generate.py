@@ -74,6 +74,17 @@ def test_stories_go_to_a_file_one_json_object_a_line(generate, tmp_path):
     assert cut and result.stderr.endswith(f"; {cut} cut at --max-tokens\n")
 
 
+def test_a_prompt_may_be_a_files_text(generate, refused, trained, tmp_path):
+    (tmp_path / "beginning.txt").write_text("One day,\n\na cat\n")
+    output = tmp_path / "stories.jsonl"
+    generate("--prompt", f"FILE:{tmp_path / 'beginning.txt'}", "--max-tokens", 5, "--output", output, check=0)
+    assert [row["prompt"] for row in read_rows(output)] == ["One day,\n\na cat"]
+    flags = ["--prompt", f"FILE:{output}", "--output", output]
+    assert "would replace a file that is in use" in refused(
+        "generate.py", "--checkpoint-dir", trained, *flags
+    )
+
+
 def test_a_line_is_a_story_whatever_it_holds(generate, run, tmp_path):
     """Also characters at which Python's splitlines() would part it."""
     path = tmp_path / "stories.jsonl"

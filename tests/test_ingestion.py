@@ -182,7 +182,23 @@ def test_a_file_may_be_one_story(run, tmp_path):
     result = run("data/ingestion.py", *flags, check=0)
     train, validation = read_all(tmp_path)
     assert sorted(train + validation) == ["One", "Three.", "Two", "day.", "days."]
-    assert result.stdout.count("--story-per-file takes each as one story") == 1
+    assert result.stdout.count("with --story-per-file each file") == 1  # however many files there are
+    result = run("data/ingestion.py", *flags, "--story-per-line", check=0)
+    train, validation = read_all(tmp_path)
+    assert sorted(train + validation) == ["One", "Three.", "Two <|endoftext|> days.", "day."]
+
+
+def test_a_text_may_be_a_single_story(run, tmp_path):
+    """Such as a book: its end is for validation."""
+    (tmp_path / "book.txt").write_text("".join(f"line {number}\n\n" for number in range(100)))
+    flags = ["--source", tmp_path / "book.txt", "--data-dir", tmp_path, "--story-per-file"]
+    result = run("data/ingestion.py", *flags, "--validation-fraction", 0.1, check=0)
+    (train,), (validation,) = read_all(tmp_path)
+    assert f"{train}\n\n{validation}\n\n" == (tmp_path / "book.txt").read_text()
+    assert (
+        train.endswith("\nline 89")
+        and "the last 89 of its 888 characters are for validation" in result.stdout
+    )
 
 
 def test_folders_and_globs(tmp_path):
@@ -383,7 +399,7 @@ def test_near_duplicates_are_counted(run, tmp_path):
     words = ("--source", tmp_path / "train.jsonl", "--validation-source", tmp_path / "valid.jsonl")
     for _ in range(2):  # and said again where nothing is to be done
         result = run("data/ingestion.py", *words, "--data-dir", tmp_path / "data", check=0)
-        assert "leak: 10 of 12 validation stories share at least half of their sentences" in result.stdout
+        assert "warning: 10 of 12 validation stories share at least half of their sentences" in result.stdout
     assert manifest(tmp_path / "data")["splits"]["validation"]["near_duplicates"] == 10
 
 
@@ -524,7 +540,8 @@ def test_every_setting_that_changes_the_stories_makes_them_anew(tmp_path, monkey
         ["--text-column", "other"],
         ["--max-stories", 4],
         ["--seed", 2],
-        ["--story-per-file"],
+        ["--story-per-line"],
+        ["--no-story-per-line", "--story-per-file"],
         ["--validation-source", tmp_path / "b.jsonl"],
         ["--source", tmp_path / "c.jsonl"],
     ]
@@ -570,6 +587,7 @@ def test_file_sources_need_no_home(run, tmp_path):
         (["--source", "notes.md"], ["notes.md", ".jsonl"]),
         (["--source", "blank.txt"], ["no stories", "blank.txt"]),
         (["--source", "one.txt"], ["only one story"]),
+        (["--source", "one.txt", "--story-per-line", "--story-per-file"], ["choose one of the two"]),
         (["--source", "json"], ["'json'"]),
         (
             ["--source", "one.txt", "--validation-source", "one.txt"],

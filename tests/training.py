@@ -22,7 +22,7 @@ LARGE_VOCABULARY = ["--vocab-size", "2000"]  # of which a softmax may be sampled
 
 def make_run(**parts):
     """A run that has only these parts."""
-    empty = dict.fromkeys("settings config recipe data batches validation runtime".split())
+    empty = dict.fromkeys("settings config recipe data batches validation_windows runtime".split())
     return Run(**{**empty, "processes": Processes(), **parts})
 
 
