@@ -28,7 +28,9 @@ class GPTConfig:
     n_layer: int = 8
     n_head: int = 8
     n_embd: int = 256
-    dropout: float = 0.0
+    dropout: float = (
+        0.0  # of the embeddings and of what a block adds to them; in GPT-2's blocks of attention, too
+    )
     tie_weights: bool = True  # the output head is the token embedding
     blocks: str = "modern"  # "modern" is Qwen3's dense architecture, "gpt2" is GPT-2's
     n_kv_head: int | None = None  # key-value heads, each for n_head / n_kv_head query heads; None: n_head
@@ -61,6 +63,11 @@ class GPTConfig:
     def can_hold_bigrams(self) -> bool:
         """Whether the weights can be initialised as a bigram model: see model/bigrams.py."""
         return self.blocks == "modern" and not self.tie_weights and self.n_embd > 2
+
+    @property
+    def attention_dropout(self) -> float:
+        """Of the attention weights. In modern blocks none: it takes a quarter of a step, and gains little."""
+        return self.dropout if self.blocks == "gpt2" else 0.0
 
     @property
     def head_dim(self) -> int:
@@ -97,7 +104,7 @@ class Recipe:
     max_minutes: float | None = None  # of training steps
     optimizer: str = "muon"
     learning_rate: float = 6e-3  # at its peak
-    weight_decay: float = 0.1
+    weight_decay: float = 0.1  # with Muon and few stories, more: see weight_decay_over()
     warmup_steps: int = 10
     schedule: str = "linear"
     decay_fraction: float = 0.6  # final fraction of the run, over which the learning rate decays
@@ -139,6 +146,15 @@ class Recipe:
     def turning_point(self) -> float:
         """The progress from which a longer run would differ: its learning rate would not fall yet, nor depth grow."""
         return min(1 - self.decay_fraction, self.grow_at or 1)
+
+
+def weight_decay_over(steps_per_epoch: float, learning_rate: float) -> float:
+    """The weight decay by which weights forget, in an epoch at this learning rate, all but 1/e of what they were.
+
+    The time in which they should forget is measured in epochs (Wang and Aitchison 2024), so that few stories, which are
+    read many times, want much more decay than the usual 0.1. For how it was measured, see benchmarks/RESULTS.md.
+    """
+    return 1 / (learning_rate * steps_per_epoch)
 
 
 RECIPE_FIELDS = tuple(f.name for f in fields(Recipe))

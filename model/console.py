@@ -62,7 +62,8 @@ def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> Non
         f"device       {run.runtime.description}{where}\n"
         f"run          {limits}, {run.tokens_per_step:,} tokens per step"
         f"{f' (at most {max(epochs, 0.1):.1f} epochs)' if steps else ''}; {recipe.optimizer}, "
-        f"learning rate {recipe.learning_rate:g}, {recipe.schedule} decay{softmax}{growth}\n"
+        f"learning rate {recipe.learning_rate:g}, {recipe.schedule} decay, weight decay {recipe.weight_decay:g}"
+        f"{softmax}{growth}\n"
         f"results      in {shown(run.folder)}"
     )
     if epochs > MANY_EPOCHS and not (recipe.max_minutes or config.dropout or state.step):

@@ -24,7 +24,7 @@ def flex_may_pay(run: Run) -> bool:
     """
     device, config = run.runtime.device, run.config
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    fits = run.runtime.compile and run.runtime.dtype == torch.bfloat16 and not config.dropout
+    fits = run.runtime.compile and run.runtime.dtype == torch.bfloat16 and not config.attention_dropout
     return able and fits and run.recipe.mask_stories and config.block_size > BLOCK
 
 

@@ -70,7 +70,7 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, *rotary).type_as(v), rotate(k, *rotary).type_as(v)
-        dropout = self.config.dropout if self.training else 0.0
+        dropout = self.config.attention_dropout if self.training else 0.0
         y = attend(q, k, v, mask, dropout, self.training)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 

@@ -148,7 +148,7 @@ def to_config_json(config: GPTConfig, eot_id: int) -> dict:
         "hidden_act": "silu",
         "rms_norm_eps": NORM_EPS["modern"],
         "attention_bias": False,
-        "attention_dropout": config.dropout,
+        "attention_dropout": config.attention_dropout,
         "use_sliding_window": False,
         "rope_theta": config.rope_base,  # for transformers before 5
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},

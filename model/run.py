@@ -2,6 +2,7 @@
 from its checkpoint."""
 
 import functools
+import math
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from model.config import (
     SCHEDULES,
     GPTConfig,
     Recipe,
+    weight_decay_over,
 )
 from model.errors import UserError, require
 from model.files import command, shown
@@ -115,6 +117,8 @@ NOT_KEPT = {"device", "data_dir", "checkpoint_dir", "keep", "verify", "fresh"}
 CONTEXT_LIMIT = 1_024
 # Fraction of the preset's learning rate used for a pretrained model, which should change gently
 PRETRAINED_SHARE = 0.1
+# Its default length: it learns new stories by heart before long
+FINE_TUNING_EPOCHS = 3
 STARTED_EARLIER = (
     "this run was started by an earlier version of this repository: resume it with that version, or start a new "
     "run with --fresh (it moves the old one aside)"
@@ -228,11 +232,15 @@ def complete_settings(
         fill_from_preset(settings, data, device, pretrained)
     else:
         keep_from_checkpoint(settings, checkpoint, data, device)
-    return config_of(settings), Recipe(**{name: getattr(settings, name) for name in RECIPE_FIELDS})
+    return config_of(settings), recipe_of(settings)
 
 
 def config_of(settings: SimpleNamespace) -> GPTConfig:
     return GPTConfig(**{name: getattr(settings, name) for name in CONFIG_FIELDS})
+
+
+def recipe_of(settings: SimpleNamespace) -> Recipe:
+    return Recipe(**{name: getattr(settings, name) for name in RECIPE_FIELDS})
 
 
 def chosen_settings(settings: SimpleNamespace, names: Iterable[str]) -> set[str]:
@@ -267,6 +275,12 @@ def fill_from_preset(
     if settings.grow_at and pretrained:
         require("grow_at" not in chosen, "--grow-at is for new models: those of --init-from train whole")
         settings.grow_at = 0.0
+    steps_per_epoch = len(data.train.tokens) / recipe_of(settings).tokens_per_step(settings.block_size)
+    if pretrained and not chosen & LIMITS:
+        settings.max_steps = math.ceil(FINE_TUNING_EPOCHS * steps_per_epoch)
+    elif settings.optimizer == "muon" and not pretrained and "weight_decay" not in chosen:
+        weight_decay = weight_decay_over(steps_per_epoch, settings.learning_rate)
+        settings.weight_decay = max(settings.weight_decay, float(f"{weight_decay:.2g}"))
 
 
 def shape_of(pretrained: Pretrained, settings: SimpleNamespace, data: Data) -> dict[str, object]:

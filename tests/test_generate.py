@@ -74,6 +74,14 @@ def test_stories_go_to_a_file_one_json_object_a_line(generate, tmp_path):
     assert cut and result.stderr.endswith(f"; {cut} cut at --max-tokens\n")
 
 
+def test_the_readmes_python_works(trained, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = [block for block in blocks if "load_model" in block]
+    assert "checkpoints/best.pt" in code
+    exec(code.replace("checkpoints/best.pt", str(trained / "best.pt")), {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_a_prompt_may_be_a_files_text(generate, refused, trained, tmp_path):
     (tmp_path / "beginning.txt").write_text("One day,\n\na cat\n")
     output = tmp_path / "stories.jsonl"
