@@ -31,8 +31,9 @@ from model.forward import prepare_forward
 from model.metrics import Metrics
 from model.optimizer import learning_rate, set_rates
 from model.processes import Processes, StopRequest, start_processes, stop_processes
-from model.run import ALIASES, CHOICES, HINTS, Run, changed_settings, check_settings, plan_run
+from model.run import Run, changed_settings, check_settings, plan_run
 from model.settings import read_settings
+from model.train_flags import ALIASES, CHOICES, HINTS
 from model.training_state import TrainingState, diverged, initial_state, rewind, ruined
 from model.validation import validate, write_sample
 

@@ -15,13 +15,10 @@ from torch import Tensor
 
 from model.batches import Batches, number_stories, validation_windows
 from model.config import (
-    BLOCK_FAMILIES,
     CONFIG_FIELDS,
     LEARNING_RATES,
-    OPTIMIZERS,
     PRESETS,
     RECIPE_FIELDS,
-    SCHEDULES,
     GPTConfig,
     Recipe,
     weight_decay_over,
@@ -37,65 +34,6 @@ from model.sampled_softmax import Shortlists, make_shortlists
 from model.settings import require_within
 from model.tokenizer import token_table
 
-# Of train.py: the words that settings take; their names in nanoGPT, llama2.c, nanochat and transformers; and what does
-# the same as flags of theirs that have no counterpart
-CHOICES = {
-    "preset": tuple(PRESETS),
-    "blocks": BLOCK_FAMILIES,
-    "optimizer": OPTIMIZERS,
-    "schedule": SCHEDULES,
-    "dtype": ("auto", "bfloat16", "float16", "float32"),
-    "compile": ("auto", "on", "off"),
-}
-ALIASES = {
-    "max-iters": "max-steps",
-    "num-iterations": "max-steps",
-    "lr": "learning-rate",
-    "warmup-iters": "warmup-steps",
-    "max-grad-norm": "grad-clip",
-    "total-batch-size": "batch-tokens",
-    "device-batch-size": "micro-batch",
-    "n-layers": "n-layer",
-    "n-heads": "n-head",
-    "n-kv-heads": "n-kv-head",
-    "dim": "n-embd",
-    "context-length": "block-size",
-    "max-seq-len": "block-size",
-    "eval-every": "eval-interval",
-    "eval-steps": "eval-interval",
-    "save-every": "save-interval",
-    "save-steps": "save-interval",
-    "logging-steps": "log-interval",
-    "save-total-limit": "keep",
-    "precision": "dtype",
-    "out-dir": "checkpoint-dir",
-    "output-dir": "checkpoint-dir",
-}
-HINTS = {
-    name: hint
-    for names, hint in {
-        "batch-size gradient-accumulation-steps per-device-train-batch-size": "a step takes --batch-tokens, a forward "
-        "pass --micro-batch windows",
-        "epochs num-epochs num-train-epochs": "--max-steps or --max-minutes limits a run, and it prints how many "
-        "epochs that is",
-        "wandb wandb-log wandb-project report-to": "metrics.jsonl has every number, loss_curve.png the plot",
-        "eval-iters": "--eval-tokens sets how much is evaluated, --eval-interval how often",
-        "lr-decay-iters": "the learning rate always decays to the end of the run",
-        "min-lr": "--final-learning-rate is a fraction of the peak",
-        "decay-lr": "--schedule and --decay-fraction set how the learning rate falls",
-        "resume": "it resumes by itself, unless --fresh starts a new run",
-        "always-save-checkpoint": "it always saves, every --save-interval steps",
-        "eval-only": "evaluate.py scores a checkpoint",
-        "dataset": "--data-dir is the folder of steps 1 to 3",
-        "bias": "--blocks gpt2 has biases, modern has none",
-        "depth": "--n-layer sets the number of blocks",
-        "beta1 beta2": "AdamW's betas are in model/optimizer.py",
-        "gradient-checkpointing": "a lower --micro-batch saves memory",
-        "bf16 fp16": "--dtype bfloat16 or float16 sets the precision",
-        "threads num-threads": "the environment variable OMP_NUM_THREADS sets their number",
-    }.items()
-    for name in names.split()
-}
 # Settings that identify a run; the others may change when it resumes.
 FIXED = {
     "preset",
@@ -277,7 +215,7 @@ def fill_from_preset(
         settings.grow_at = 0.0
     steps_per_epoch = len(data.train.tokens) / recipe_of(settings).tokens_per_step(settings.block_size)
     if pretrained and not chosen & LIMITS:
-        settings.max_steps = math.ceil(FINE_TUNING_EPOCHS * steps_per_epoch)
+        settings.max_steps, settings.max_minutes = math.ceil(FINE_TUNING_EPOCHS * steps_per_epoch), None
     elif settings.optimizer == "muon" and not pretrained and "weight_decay" not in chosen:
         weight_decay = weight_decay_over(steps_per_epoch, settings.learning_rate)
         settings.weight_decay = max(settings.weight_decay, float(f"{weight_decay:.2g}"))

@@ -456,6 +456,19 @@ def test_a_long_context_is_cut_unless_it_is_asked_for(make, packed, flags, expec
     assert settings.block_size == expected
 
 
+def test_fine_tuning_is_short_and_decays_little(make, packed):
+    path, data = str(make()), load_data(packed)
+    for flags, length in (([], (3, None)), (["--max-minutes", "9"], (None, 9.0))):
+        flags = ["--init-from", path, "--preset", "quickstart", *flags]
+        settings = read_settings(REPO / "train.py", flags)
+        _, recipe = complete_settings(settings, None, data, CPU, load_pretrained(path))
+        epochs = length[0]
+        if epochs:
+            read = recipe.max_steps * recipe.tokens_per_step(settings.block_size)
+            assert 0 <= read - epochs * len(data.train.tokens) < recipe.tokens_per_step(settings.block_size)
+        assert (epochs or recipe.max_steps, recipe.max_minutes) == length and recipe.weight_decay == 0.1
+
+
 @pytest.mark.parametrize(
     ("kind", "flags", "message"),
     [

@@ -1,5 +1,6 @@
 """The settings of a run: what its preset fills in, what may change when it goes on, and what may not."""
 
+import math
 import shutil
 from operator import attrgetter
 
@@ -86,6 +87,34 @@ def test_checkpoints_follow_another_interval_of_evaluation(train):
 def test_the_learning_rate_suits_the_optimizer(packed, flags, rate):
     settings = read_settings(REPO / "train.py", [*flags, "--vocab-size", "50257"])
     assert complete_settings(settings, None, load_data(packed), CPU)[1].learning_rate == rate
+
+
+@pytest.mark.parametrize(
+    ("flags", "epochs"),
+    [
+        ([], 1),
+        (["--learning-rate", "0.001"], 1),
+        (["--weight-decay", "0.1"], None),
+        (["--optimizer", "adamw"], None),
+        (["--preset", "tinystories-gpt"], None),
+    ],
+)
+def test_few_stories_get_more_weight_decay(packed, flags, epochs):
+    """So much that in an epoch's steps, at the full learning rate, weights shrink to 1/e."""
+    data = load_data(packed)
+    settings = read_settings(REPO / "train.py", ["--block-size", "32", "--batch-tokens", "1024", *flags])
+    _, recipe = complete_settings(settings, None, data, CPU)
+    steps = len(data.train.tokens) / 1_024
+    left = (1 - recipe.learning_rate * recipe.weight_decay) ** steps
+    if epochs:
+        assert left == pytest.approx(math.exp(-epochs), rel=0.05)
+    else:
+        assert recipe.weight_decay == 0.1
+
+
+def test_many_stories_get_the_usual_weight_decay(packed):
+    settings = read_settings(REPO / "train.py", ["--block-size", "2", "--batch-tokens", "2"])
+    assert complete_settings(settings, None, load_data(packed), CPU)[1].weight_decay == 0.1
 
 
 @pytest.mark.parametrize(
