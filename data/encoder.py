@@ -21,7 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from model.errors import UserError
-from model.tokenizer import END_OF_TEXT, read_tokenizer
+from model.tokenizer import END_OF_TEXT, read_tokenizer, splits_as_gpt2
 
 # GPT-2's pattern, as pre_tokenizers.ByteLevel applies it, for characters whose class is the same in every Unicode
 # version: Latin-1 and English punctuation. Stories with other characters go to the tokenizer.
@@ -75,11 +75,8 @@ class WordTable(dict):
 def encodes_word_by_word(tokenizer: Tokenizer) -> bool:
     """Whether WORD splits as the tokenizer does, and a word's tokens depend on that word alone."""
     parts = json.loads(tokenizer.to_str())
-    cut = parts["pre_tokenizer"] or {}
     return (
-        cut.get("type") == "ByteLevel"
-        and cut["use_regex"]
-        and not cut["add_prefix_space"]
+        splits_as_gpt2(parts["pre_tokenizer"])
         and parts["normalizer"] is None
         and parts["model"]["type"] == "BPE"
         and not parts["model"]["dropout"]

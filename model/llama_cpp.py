@@ -9,6 +9,7 @@ from torch import Tensor
 from model.config import NORM_EPS, GPTConfig
 from model.errors import needs, require
 from model.huggingface import TRANSPOSED
+from model.tokenizer import splits_as_gpt2
 
 SPACE = "\u2581"  # llama.cpp's spelling of a space if tokens are characters
 BLOCK = 32  # weights that share a scale in q8_0
@@ -84,7 +85,7 @@ def add_tokenizer(writer: object, gguf: ModuleType, tokenizer: dict, vocab_size:
     """Write the vocabulary, how text is split into words, and eot_id as the start and end of every story."""
     model, cut = tokenizer["model"], tokenizer["pre_tokenizer"]
     supported = model["type"] == "BPE" and tokenizer["normalizer"] is None and not model.get("ignore_merges")
-    by_words = cut and cut["type"] == "ByteLevel" and cut["use_regex"] and not cut["add_prefix_space"]
+    by_words = splits_as_gpt2(cut)
     by_characters = supported and cut is None and model["byte_fallback"] and not model["merges"]
     require(
         supported and (by_words or by_characters),

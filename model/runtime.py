@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from model.errors import UserError, warn
+from model.errors import UserError, require, warn
 from model.files import count_text, lives, nearest_existing
 from model.settings import REPO
 
@@ -62,45 +62,59 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
-        drivers = Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1")
-        if name == "cpu" and any(map(Path.exists, drivers)) and not hidden:
-            build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs"
-            advice = "delete .venv and run bash quickstart.sh"
-            if torch.version.cuda:
-                advice = (
-                    "its driver is probably older: update it, or install a PyTorch build for an older CUDA"
-                )
-            warn(f"using the CPU: this PyTorch ({build}) cannot use the GPU here; {advice}")
+        if name == "cpu":
+            warn_of_unused_gpu()
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"there is no device {name!r}: choose auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(
-                "this PyTorch finds no CUDA GPU: use --device cpu, or install a CUDA build and driver"
-            )
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(
-                f"there is no {name}: this machine has {torch.cuda.device_count()} GPUs, numbered from cuda:0"
-            )
-        device = torch.device("cuda", device.index or torch.cuda.current_device())
-        major, minor = torch.cuda.get_device_capability(device)
-        built_for = [arch[3:].rstrip("af") for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
-        if 10 * major + minor < min(map(int, built_for), default=0):
-            raise UserError(
-                f"this PyTorch has no kernels for {torch.cuda.get_device_name(device)} (compute capability "
-                f"{major}.{minor}): install a PyTorch build for an older CUDA, or use --device cpu"
-            )
-        torch.cuda.set_device(device)  # streams and graphs are created on the current device
-        # With a mask, cuDNN's attention compiles a plan for every new shape, and some of its kernels give wrong
-        # results: for lengths that are not multiples of 128, and perhaps in its backward pass on an H100.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        return usable_gpu(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("this PyTorch finds no MPS device: use --device cpu")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"device {name!r} is not supported: choose auto, cpu, cuda, cuda:1 or mps")
+    require(
+        device.type in ("cpu", "mps"),
+        f"device {name!r} is not supported: choose auto, cpu, cuda, cuda:1 or mps",
+    )
+    return device
+
+
+def warn_of_unused_gpu() -> None:
+    """Say it if there is an NVIDIA GPU that this PyTorch cannot use."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
+    drivers = Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1")
+    if hidden or not any(map(Path.exists, drivers)):
+        return
+    build, advice = "a build for CPUs", "delete .venv and run bash quickstart.sh"
+    if torch.version.cuda:
+        build = f"CUDA {torch.version.cuda}"
+        advice = "its driver is probably older: update it, or install a PyTorch build for an older CUDA"
+    warn(f"using the CPU: this PyTorch ({build}) cannot use the GPU here; {advice}")
+
+
+def usable_gpu(device: torch.device) -> torch.device:
+    """A CUDA device with its index, made the current one. Raises UserError if PyTorch cannot compute on it."""
+    require(
+        torch.cuda.is_available(),
+        "this PyTorch finds no CUDA GPU: use --device cpu, or install a CUDA build and driver",
+    )
+    count = torch.cuda.device_count()
+    require(
+        (device.index or 0) < count,
+        f"there is no {device}: this machine has {count} GPUs, numbered from cuda:0",
+    )
+    device = torch.device("cuda", device.index or torch.cuda.current_device())
+    major, minor = torch.cuda.get_device_capability(device)
+    built_for = [arch[3:].rstrip("af") for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+    require(
+        10 * major + minor >= min(map(int, built_for), default=0),
+        f"this PyTorch has no kernels for {torch.cuda.get_device_name(device)} (compute capability {major}.{minor}): "
+        "install a PyTorch build for an older CUDA, or use --device cpu",
+    )
+    torch.cuda.set_device(device)  # streams and graphs are created on the current device
+    # With a mask, cuDNN's attention compiles a plan for every new shape, and some of its kernels give wrong results:
+    # for lengths that are not multiples of 128, and perhaps in its backward pass on an H100.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

@@ -54,6 +54,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def splits_as_gpt2(pre_tokenizer: dict | None) -> bool:
+    """Whether a tokenizer's pre_tokenizer splits text into words by GPT-2's pattern, and changes nothing else."""
+    cut = pre_tokenizer or {}
+    return cut.get("type") == "ByteLevel" and cut["use_regex"] and not cut["add_prefix_space"]
+
+
 def token_table(tokenizer_json: str) -> tuple:
     """Everything that determines a text's token ids: tokenizers are the same if theirs are equal."""
     parts = json.loads(Tokenizer.from_str(tokenizer_json).to_str())
