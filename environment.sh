@@ -18,8 +18,9 @@ find_python() {
 install_cpu_torch() { # install_cpu_torch torch==VERSION
   [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 || return 0
   [ ! -e /proc/driver/nvidia/version ] && [ ! -e /usr/lib/wsl/lib/libcuda.so.1 ] || return 0
-  ! "$PYTHON" -m pip config list | grep -q index-url || return 0
-  ! "$PYTHON" -m pip freeze --disable-pip-version-check | grep -q "^$1" || return 0
+  # not grep -q, which would end before pip does, and pip would fail
+  ! "$PYTHON" -m pip config list | grep index-url >/dev/null || return 0
+  ! "$PYTHON" -m pip freeze --disable-pip-version-check | grep "^$1" >/dev/null || return 0
   echo "no NVIDIA GPU here: installing PyTorch without CUDA"
   "$PYTHON" -m pip install --quiet --disable-pip-version-check --retries 1 "$1" \
     --index-url https://download.pytorch.org/whl/cpu || echo "that failed: installing PyTorch with CUDA instead"

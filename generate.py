@@ -9,6 +9,7 @@ python generate.py --checkpoint openai-community/gpt2       with a GPT-2 or Qwen
 import contextlib
 import importlib
 import json
+import os
 import re
 import secrets
 import sys
@@ -89,7 +90,7 @@ def main() -> None:
     )
     prompts = read_prompts(settings)
     found = find_candidate(settings.checkpoint_dir, settings.checkpoint, prefer="best")
-    files = [word[5:] for word in settings.prompt if word.startswith("FILE:")]
+    files = [os.path.expanduser(word[5:]) for word in settings.prompt if word.startswith("FILE:")]
     read = [*files_of(found), *files, *filter(None, [settings.prompts_file])]
     settings.output = file_to_write(settings.output, "--output", read)
     if settings.output and settings.output.exists():
@@ -113,7 +114,11 @@ def remark(text: str) -> None:
 
 
 def read_prompts(settings: SimpleNamespace) -> list[str]:
-    prompts = [read_text(word[5:]).rstrip() if word.startswith("FILE:") else word for word in settings.prompt]
+    prompts = []
+    for word in settings.prompt:
+        name = word.removeprefix("FILE:")
+        prompts.append(word if name == word else read_text(name).rstrip())
+        require(name == word or prompts[-1], f"{name} holds no prompt")
     if settings.prompts_file is not None:
         lines = [line for line in read_text(settings.prompts_file).split("\n") if line.strip()]
         require(lines, f"{settings.prompts_file} holds no prompts")

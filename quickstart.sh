@@ -24,7 +24,7 @@ step=ingestion
 for word in "$@"; do
   case "$word" in
     --help | -h) sed -n '2,5s/^# *//p' quickstart.sh && exit ;;
-    --data[-_]dir* | --checkpoint[-_]dir* | --out[-_]dir*) fail "quickstart.sh uses data and checkpoints; for other folders, run the six steps yourself" ;;
+    --data[-_]dir* | --checkpoint[-_]dir* | --out[-_]dir* | --output[-_]dir*) fail "quickstart.sh uses data and checkpoints; for other folders, run the six steps yourself" ;;
     --kind* | --gpt2* | --vocab[-_]size*) step=tokenizer ;;
     --workers*) step=packing ;;
     --source* | --story[-_]* | --validation[-_]* | --text[-_]* | --max[-_]stories*) step=ingestion ;;

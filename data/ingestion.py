@@ -74,6 +74,10 @@ def main() -> None:
     validation_sources = find_sources(settings.validation_source, settings.data_dir)
     names = ("text_column", "story_per_line", "story_per_file", "max_stories", "validation_fraction", "seed")
     made_from = {name: getattr(settings, name) for name in names}
+    if not settings.story_per_line:
+        del made_from[
+            "story_per_line"
+        ]  # so that what was made before there was this setting stays up to date
     made_from["source"] = [identity(source) for source in sources]
     made_from["validation_source"] = [identity(source) for source in validation_sources]
 
@@ -143,7 +147,11 @@ def open_source(
 ) -> dict[str, Iterator[str]]:
     """The stories of a source as lazy iterators: {"train": ...}, and "validation" if it has that split."""
     if isinstance(source, Path):
-        return {"train": read_file(source, settings.text_column, bar, story_per(settings))}
+        return {
+            "train": read_file(
+                source, settings.text_column, bar, story_per(settings.story_per_line, settings.story_per_file)
+            )
+        }
     if source == "sample":
         return {"train": built_in(limit, settings.seed)}
     print(f"opening {source} on the Hugging Face hub", flush=True)
@@ -283,10 +291,18 @@ def split_at_random(
 
 
 def cut_in_two(story: str, fraction: float) -> tuple[str, str]:
-    """Hold out the end of a story, from the beginning of a line; returns both parts."""
-    cut = story.rfind("\n", 0, int((1 - fraction) * len(story)) + 1)
+    """Hold out the end of a story, from the beginning of a line or, if lines are too long, of a word; returns both."""
+    held = fraction * len(story)
+    wanted = int(len(story) - held)
+    cuts = [
+        cut
+        for mark in "\n "
+        for cut in (story.rfind(mark, 0, wanted + 1), story.find(mark, wanted))
+        if cut > 0
+    ]
+    cut = next((cut for cut in cuts if abs(cut - wanted) <= held / 2), 0)
     require(
-        cut > 0,
+        cut,
         "only one story found, but training and validation need one each: add stories, or name others with "
         "--validation-source",
     )

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import BinaryIO, TextIO
 
 from tqdm import tqdm
@@ -159,13 +158,10 @@ def open_unpacked(path: Path, bar: Progress | None = None) -> BinaryIO:
     return file
 
 
-def story_per(settings: SimpleNamespace) -> str:
+def story_per(line: bool, file: bool) -> str:
     """What one story is in a .txt file, by --story-per-line and --story-per-file."""
-    require(
-        not (settings.story_per_line and settings.story_per_file),
-        "--story-per-line and --story-per-file: choose one of the two",
-    )
-    return "line" if settings.story_per_line else "file" if settings.story_per_file else ""
+    require(not (line and file), "--story-per-line and --story-per-file: choose one of the two")
+    return "line" if line else "file" if file else ""
 
 
 def tidy(story: str) -> str:

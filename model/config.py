@@ -104,7 +104,7 @@ class Recipe:
     max_minutes: float | None = None  # of training steps
     optimizer: str = "muon"
     learning_rate: float = 6e-3  # at its peak
-    weight_decay: float = 0.1  # with Muon and few stories, more: see weight_decay_over()
+    weight_decay: float = 0.1  # in new Muon runs on few stories, more: see weight_decay_for()
     warmup_steps: int = 10
     schedule: str = "linear"
     decay_fraction: float = 0.6  # final fraction of the run, over which the learning rate decays
@@ -148,13 +148,14 @@ class Recipe:
         return min(1 - self.decay_fraction, self.grow_at or 1)
 
 
-def weight_decay_over(steps_per_epoch: float, learning_rate: float) -> float:
-    """The weight decay by which weights forget, in an epoch at this learning rate, all but 1/e of what they were.
+def weight_decay_for(tokens: int) -> float:
+    """The weight decay of Muon's recipe for so many training tokens: the fewer there are, the more often each is read.
 
-    The time in which they should forget is measured in epochs (Wang and Aitchison 2024), so that few stories, which are
-    read many times, want much more decay than the usual 0.1. For how it was measured, see benchmarks/RESULTS.md.
+    The best time in which weights forget is a number of epochs (for AdamW: Wang and Aitchison 2024). Here it is one:
+    in an epoch of 2,048-token steps at a learning rate of 0.006, they shrink to 1/e. Larger steps wanted no more decay
+    than that (benchmarks/RESULTS.md), and below 70,000 tokens nothing was measured.
     """
-    return 1 / (learning_rate * steps_per_epoch)
+    return min(5.0, max(Recipe.weight_decay, 2_048 / (0.006 * tokens)))
 
 
 RECIPE_FIELDS = tuple(f.name for f in fields(Recipe))

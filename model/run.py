@@ -21,7 +21,7 @@ from model.config import (
     RECIPE_FIELDS,
     GPTConfig,
     Recipe,
-    weight_decay_over,
+    weight_decay_for,
 )
 from model.errors import UserError, require
 from model.files import command, shown
@@ -213,12 +213,16 @@ def fill_from_preset(
     if settings.grow_at and pretrained:
         require("grow_at" not in chosen, "--grow-at is for new models: those of --init-from train whole")
         settings.grow_at = 0.0
-    steps_per_epoch = len(data.train.tokens) / recipe_of(settings).tokens_per_step(settings.block_size)
+    tokens = len(data.train.tokens)
     if pretrained and not chosen & LIMITS:
-        settings.max_steps, settings.max_minutes = math.ceil(FINE_TUNING_EPOCHS * steps_per_epoch), None
+        epoch = tokens / recipe_of(settings).tokens_per_step(config_of(settings).block_size)  # in steps
+        settings.max_steps, settings.max_minutes = math.ceil(FINE_TUNING_EPOCHS * epoch), None
+        if "eval_interval" not in chosen:
+            settings.eval_interval = min(settings.eval_interval, math.ceil(epoch))
+        if "warmup_steps" not in chosen:
+            settings.warmup_steps = min(settings.warmup_steps, settings.max_steps // 10)
     elif settings.optimizer == "muon" and not pretrained and "weight_decay" not in chosen:
-        weight_decay = weight_decay_over(steps_per_epoch, settings.learning_rate)
-        settings.weight_decay = max(settings.weight_decay, float(f"{weight_decay:.2g}"))
+        settings.weight_decay = float(f"{weight_decay_for(tokens):.2g}")
 
 
 def shape_of(pretrained: Pretrained, settings: SimpleNamespace, data: Data) -> dict[str, object]:

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import signal
 import stat
 import sys
@@ -27,10 +28,15 @@ def fail(message: str) -> NoReturn:
 
 if os.name == "nt":
     fail("on Windows, use WSL: run wsl --install, and this repository in there")
-if importlib.util.find_spec("torch") is None:
-    has_environment = (REPO / ".venv" / "bin" / "activate").exists()
-    get = f"source {REPO}/.venv/bin/activate" if has_environment else "pip install -r requirements.txt"
-    fail(f"{sys.executable} is a Python without PyTorch: run {get}")
+if not all(map(importlib.util.find_spec, ("torch", "numpy", "tokenizers", "tqdm"))):
+    environment = REPO / ".venv"
+    elsewhere = (environment / "bin" / "activate").exists() and Path(
+        sys.prefix
+    ).resolve() != environment.resolve()
+    get = f"pip install -r {shlex.quote(str(REPO / 'requirements.txt'))}"
+    if elsewhere:
+        get = f"source {shlex.quote(str(environment / 'bin' / 'activate'))}"
+    fail(f"{sys.executable} is a Python without the packages: run {get}")
 
 # Keep idle OpenMP threads from spinning for long, so that a shared CPU stays usable; torch reads it when imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -57,7 +57,10 @@ def test_an_installation_that_fails(quickstart, tmp_path):
     assert_last_line(quickstart(), "installation of requirements.txt failed")
 
 
-PRETEND = 'case "$*" in *"pip config list"*) echo "$INDEX" ;; *pip*) echo "ran $*" ;; *) ;; esac'
+PRETEND = """case "$*" in
+*"pip config list"*) for i in 1 2 3; do echo "$INDEX"; sleep 0.1; done ;;
+*pip*) echo "ran $*" ;;
+esac"""
 
 
 @pytest.mark.skipif(Path("/proc/driver/nvidia/version").exists(), reason="has an NVIDIA GPU")

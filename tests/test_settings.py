@@ -383,7 +383,7 @@ def test_a_python_without_the_packages_is_named(tmp_path):
     """As after quickstart.sh, in a shell that has not activated .venv."""
     code = f"import sys; sys.path.insert(0, {str(REPO)!r}); import model.script"
     result = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
-    assert_one_line_error(result, sys.executable, "is a Python without PyTorch: run ")
+    assert_one_line_error(result, sys.executable, "is a Python without the packages: run ")
 
 
 def test_a_defect_keeps_its_traceback(tmp_path):
