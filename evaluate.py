@@ -229,16 +229,9 @@ def find_texts(settings: SimpleNamespace) -> list[Path]:
 
 
 def read_texts(settings: SimpleNamespace, texts: list[Path]) -> list[str]:
-    stories = []
+    stories, unit = [], story_per(settings.story_per_line, settings.story_per_file)
     for file in texts:
-        stories += map(
-            tidy,
-            read_file(
-                file,
-                settings.text_column,
-                story_per=story_per(settings.story_per_line, settings.story_per_file),
-            ),
-        )
+        stories += map(tidy, read_file(file, settings.text_column, story_per=unit))
     stories = [story for story in stories if story]
     require(stories, f"{', '.join(settings.text)} holds no stories")
     return sorted(spread(stories, settings.max_samples))

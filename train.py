@@ -175,9 +175,8 @@ def train(run: Run, state: TrainingState, resumed: bool, unsaved: bool) -> None:
     progress_bar = ProgressBar(run, state, stop)
     eval_interval, save_interval = recipe.eval_interval, settings.save_interval or recipe.eval_interval
     saved_at = state.step if resumed else None
-    if (
-        unsaved and processes.first
-    ):  # or a run that is killed before its next checkpoint would go on without them
+    # Or a run that is killed before its next checkpoint would go on without them
+    if unsaved and processes.first:
         save_checkpoint(folder / f"ckpt_{state.step}.pt", state.snapshot(run))
     # A new run's is 0, so that it saves the state before the decay even if counting bigrams took until then
     progress = recipe.progress(state.step, state.seconds) if resumed else 0.0

@@ -75,9 +75,8 @@ def main() -> None:
     names = ("text_column", "story_per_line", "story_per_file", "max_stories", "validation_fraction", "seed")
     made_from = {name: getattr(settings, name) for name in names}
     if not settings.story_per_line:
-        del made_from[
-            "story_per_line"
-        ]  # so that what was made before there was this setting stays up to date
+        # so that what was made before there was this setting stays up to date
+        del made_from["story_per_line"]
     made_from["source"] = [identity(source) for source in sources]
     made_from["validation_source"] = [identity(source) for source in validation_sources]
 
@@ -147,11 +146,8 @@ def open_source(
 ) -> dict[str, Iterator[str]]:
     """The stories of a source as lazy iterators: {"train": ...}, and "validation" if it has that split."""
     if isinstance(source, Path):
-        return {
-            "train": read_file(
-                source, settings.text_column, bar, story_per(settings.story_per_line, settings.story_per_file)
-            )
-        }
+        unit = story_per(settings.story_per_line, settings.story_per_file)
+        return {"train": read_file(source, settings.text_column, bar, unit)}
     if source == "sample":
         return {"train": built_in(limit, settings.seed)}
     print(f"opening {source} on the Hugging Face hub", flush=True)

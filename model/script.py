@@ -29,13 +29,10 @@ def fail(message: str) -> NoReturn:
 if os.name == "nt":
     fail("on Windows, use WSL: run wsl --install, and this repository in there")
 if not all(map(importlib.util.find_spec, ("torch", "numpy", "tokenizers", "tqdm"))):
-    environment = REPO / ".venv"
-    elsewhere = (environment / "bin" / "activate").exists() and Path(
-        sys.prefix
-    ).resolve() != environment.resolve()
-    get = f"pip install -r {shlex.quote(str(REPO / 'requirements.txt'))}"
-    if elsewhere:
-        get = f"source {shlex.quote(str(environment / 'bin' / 'activate'))}"
+    activate, requirements = REPO / ".venv/bin/activate", REPO / "requirements.txt"
+    get = f"pip install -r {shlex.quote(str(requirements))}"
+    if activate.exists() and Path(sys.prefix).resolve() != (REPO / ".venv").resolve():
+        get = f"source {shlex.quote(str(activate))}"
     fail(f"{sys.executable} is a Python without the packages: run {get}")
 
 # Keep idle OpenMP threads from spinning for long, so that a shared CPU stays usable; torch reads it when imported.
