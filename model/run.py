@@ -44,8 +44,8 @@ FIXED = {
     "seed",
     "batch_tokens",
     "optimizer",
+    "eval_tokens",  # on others, another step might be the best
 }
-FIXED.add("eval_tokens")  # on other tokens, another step might be the best
 # The run's length: the limit that is reached first ends it
 LIMITS = {"max_steps", "max_minutes"}
 # Settings that a checkpoint does not remember: where and how a run is resumed
