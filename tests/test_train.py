@@ -135,7 +135,9 @@ def test_validation_keeps_to_the_story_too_and_drops_nothing(packed):
             total += model(ids[:, :-1], ids[:, 1:]).item() * (end - begin)
     rows = []
     for mask in (True, False):
-        run = make_run(data=data, validation=windows, runtime=runtime, recipe=Recipe(mask_stories=mask))
+        run = make_run(
+            data=data, validation_windows=windows, runtime=runtime, recipe=Recipe(mask_stories=mask)
+        )
         rows.append(validate(run, model.train()))
         assert model.training
     losses, split = [row["validation_loss"] for row in rows], data.validation
