@@ -90,7 +90,7 @@ def main() -> None:
     )
     prompts = read_prompts(settings)
     found = find_candidate(settings.checkpoint_dir, settings.checkpoint, prefer="best")
-    files = [os.path.expanduser(word[5:]) for word in settings.prompt if word.startswith("FILE:")]
+    files = [os.path.expanduser(name) for name in filter(None, map(prompt_file, settings.prompt))]
     read = [*files_of(found), *files, *filter(None, [settings.prompts_file])]
     settings.output = file_to_write(settings.output, "--output", read)
     if settings.output and settings.output.exists():
@@ -116,14 +116,20 @@ def remark(text: str) -> None:
 def read_prompts(settings: SimpleNamespace) -> list[str]:
     prompts = []
     for word in settings.prompt:
-        name = word.removeprefix("FILE:")
-        prompts.append(word if name == word else read_text(name).rstrip())
-        require(name == word or prompts[-1], f"{name} holds no prompt")
+        if (name := prompt_file(word)) is not None:
+            word = read_text(name).rstrip()
+            require(word, f"{name} holds no prompt")
+        prompts.append(word)
     if settings.prompts_file is not None:
         lines = [line for line in read_text(settings.prompts_file).split("\n") if line.strip()]
         require(lines, f"{settings.prompts_file} holds no prompts")
         prompts += lines
     return [as_prompt(prompt) for prompt in prompts] or [""]
+
+
+def prompt_file(word: str) -> str | None:
+    """The name in a prompt FILE:name, whose text is to be the prompt; None if it is a text itself."""
+    return word.removeprefix("FILE:") if word.startswith("FILE:") else None
 
 
 def as_prompt(text: str) -> str:

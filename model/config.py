@@ -28,9 +28,7 @@ class GPTConfig:
     n_layer: int = 8
     n_head: int = 8
     n_embd: int = 256
-    dropout: float = (
-        0.0  # of the embeddings and of what a block adds to them; in GPT-2's blocks of attention, too
-    )
+    dropout: float = 0.0  # of embeddings and of what blocks add to them; see attention_dropout
     tie_weights: bool = True  # the output head is the token embedding
     blocks: str = "modern"  # "modern" is Qwen3's dense architecture, "gpt2" is GPT-2's
     n_kv_head: int | None = None  # key-value heads, each for n_head / n_kv_head query heads; None: n_head
