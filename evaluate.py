@@ -26,8 +26,6 @@ from types import SimpleNamespace
 from model.script import run_script  # before torch: see there
 
 # isort: split
-import numpy as np
-
 from data.story_files import find_files, read_file, story_per, tidy
 from model.candidates import MAX_TOKENS, Candidate, files_of, find_candidate, load_candidate
 from model.errors import UserError, note, require
@@ -35,7 +33,7 @@ from model.files import count_text, file_to_write, shown, size_text, write_json,
 from model.packed_data import Data, data_files, fingerprints, load_data, real_stories, spread
 from model.report import print_scores, print_table, quality_table, render
 from model.runtime import Runtime, choose_device, choose_runtime
-from model.scoring import Scores, bootstrap, interval, score_stories
+from model.scoring import Scores, bootstrap, compare, score_stories
 from model.settings import flag_name, read_settings, require_seed, require_within
 from model.story_quality import Story, describe, read_written
 from model.tokenizer import readable
@@ -70,10 +68,6 @@ SEED: int = 1337  # for the stories and the bootstrap
 DEVICE: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
 DTYPE: str = "float32"  # of scoring: float32, or perhaps faster: bfloat16, float16, auto (as in training)
 
-# Fewest stories for a verdict: with 5, one of two equal models wins all of them in 2 / 2**5 = 6 % of cases
-ENOUGH = 6
-# Differences in bits per byte that rounding may cause
-ROUNDING = 1e-6
 # Stories each checkpoint writes for a report
 REPORT_STORIES = 100
 
@@ -125,7 +119,7 @@ def main() -> None:
             result["stories_written_in"] = candidate.written_in
         del candidate  # free its memory for the next one
     if results:
-        add_intervals(results, bootstrap(scores, settings.seed))
+        compare(results, bootstrap(scores, settings.seed))
     report = {
         **describe_run(settings, runtime, stories, source, data),
         "notes": notes,
@@ -177,6 +171,7 @@ def prepare_settings(settings: SimpleNamespace) -> None:
     """Complete and check the settings. Raises UserError before any long work starts."""
     require_within(settings, max_samples="[0, inf)", batch_size="[0, inf)", num_stories="[0, inf)")
     require_seed(settings.seed)
+    settings.story_per = story_per(settings.story_per_line, settings.story_per_file)
     settings.prompt = list(map(readable, settings.prompt)) or [""]
     if settings.num_stories is None:
         printed = len(settings.prompt) if "prompt" in settings.given else 0
@@ -229,9 +224,9 @@ def find_texts(settings: SimpleNamespace) -> list[Path]:
 
 
 def read_texts(settings: SimpleNamespace, texts: list[Path]) -> list[str]:
-    stories, unit = [], story_per(settings.story_per_line, settings.story_per_file)
+    stories = []
     for file in texts:
-        stories += map(tidy, read_file(file, settings.text_column, story_per=unit))
+        stories += map(tidy, read_file(file, settings.text_column, story_per=settings.story_per))
     stories = [story for story in stories if story]
     require(stories, f"{', '.join(settings.text)} holds no stories")
     return sorted(spread(stories, settings.max_samples))
@@ -251,21 +246,6 @@ def note_other_stories(candidate: Candidate, data_dir: Path, data: Data, notes: 
         notes.add(
             f"{candidate.name} was fine-tuned from {readable(origin)}, which may have seen the stories scored here"
         )
-
-
-def add_intervals(results: list[dict], resampled: np.ndarray) -> None:
-    """Add to each result the interval of its bits per byte, and of the difference from the first result."""
-    if results[0]["stories"] < 2:  # a single story gives no interval
-        return
-    for k, (result, samples) in enumerate(zip(results, resampled, strict=True)):
-        result["bits_per_byte_interval"] = interval(samples)
-        if k:
-            low, high = interval(samples - resampled[0])
-            result["difference"] = result["bits_per_byte"] - results[0]["bits_per_byte"]
-            result["difference_interval"] = [low, high]
-            better, worse = high < -ROUNDING, low > ROUNDING
-            clear = (better or worse) and result["stories"] >= ENOUGH
-            result["verdict"] = ("better" if better else "worse") if clear else "no clear difference"
 
 
 def judge(groups: dict[str, list[Story]], stories: list[str], data: Data | None) -> dict[str, dict]:

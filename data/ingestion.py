@@ -13,9 +13,7 @@ which records what they were made from.
 """
 
 import contextlib
-import hashlib
 import itertools
-import os
 import random
 import sys
 import time
@@ -34,14 +32,14 @@ import numpy as np
 from data.hub_stories import open_hub
 from data.near_duplicates import count_near_duplicates
 from data.raw_stories import (
-    BATCH,
-    BATCH_BYTES,
     SPLITS,
     Progress,
     open_split,
-    quiet_datasets,
     raw_batches,
     read_manifest,
+    story_digest,
+    write_arrow,
+    write_split,
 )
 from data.story_files import find_files, read_file, story_per, tidy
 from model.errors import UserError, require
@@ -70,6 +68,7 @@ LATEST = 1_000_000
 def main() -> None:
     settings = read_settings(__file__)
     require_within(settings, validation_fraction="(0, 1)", max_stories="[0, inf)")
+    settings.story_per = story_per(settings.story_per_line, settings.story_per_file)
     sources = find_sources(settings.source, settings.data_dir)
     validation_sources = find_sources(settings.validation_source, settings.data_dir)
     names = ("text_column", "story_per_line", "story_per_file", "max_stories", "validation_fraction", "seed")
@@ -146,8 +145,7 @@ def open_source(
 ) -> dict[str, Iterator[str]]:
     """The stories of a source as lazy iterators: {"train": ...}, and "validation" if it has that split."""
     if isinstance(source, Path):
-        unit = story_per(settings.story_per_line, settings.story_per_file)
-        return {"train": read_file(source, settings.text_column, bar, unit)}
+        return {"train": read_file(source, settings.text_column, bar, settings.story_per)}
     if source == "sample":
         return {"train": built_in(limit, settings.seed)}
     print(f"opening {source} on the Hugging Face hub", flush=True)
@@ -239,10 +237,6 @@ def clean(stories: Iterable[str], dropped: Counter, seen: NumberSet, taken: Cont
             yield story
 
 
-def story_digest(story: str) -> bytes:
-    return hashlib.blake2b(story.encode(), digest_size=16).digest()
-
-
 def listed(dropped: Counter) -> str:
     return ", ".join(f"{count:,} {why}" for why, count in sorted(dropped.items())) or "nothing"
 
@@ -306,55 +300,6 @@ def cut_in_two(story: str, fraction: float) -> tuple[str, str]:
         f"only one story: the last {len(story) - cut:,} of its {len(story):,} characters are for validation"
     )
     return story[:cut].rstrip(), story[cut:].lstrip()
-
-
-# Writing
-
-
-def write_split(folder: Path, stories: Iterable[str], bar: Progress | None = None) -> dict:
-    """Write stories as a datasets folder; return their number, UTF-8 bytes and a digest of all."""
-    import datasets
-
-    quiet_datasets(datasets)
-    datasets.disable_progress_bars()
-    features = datasets.Features({"text": datasets.Value("string")})
-    datasets.Dataset.from_dict({"text": [""]}, features).save_to_disk(str(folder))
-    (table,) = folder.glob("*.arrow")  # overwritten with the stories, so nothing is copied
-    return write_arrow(table, stories, bar)
-
-
-def write_arrow(path: Path, stories: Iterable[str], bar: Progress | None = None) -> dict:
-    """Write stories as an Arrow stream, in batches, so that memory use does not grow with them."""
-    import pyarrow
-
-    schema = pyarrow.schema([("text", pyarrow.string())])
-    digest = hashlib.sha256()
-    counts = {"stories": 0, "bytes": 0}
-    with path.open("wb") as file:
-        with pyarrow.ipc.new_stream(file, schema) as writer:
-            for batch in batches(stories):
-                writer.write_batch(pyarrow.record_batch([pyarrow.array(batch, pyarrow.string())], schema))
-                for story in batch:
-                    digest.update(story_digest(story))
-                counts["stories"] += len(batch)
-                counts["bytes"] += sum(len(story.encode()) for story in batch)
-                if bar is not None:
-                    bar.add(len(batch))
-        file.flush()
-        os.fsync(file.fileno())
-    return {**counts, "sha256": digest.hexdigest()}
-
-
-def batches(stories: Iterable[str]) -> Iterator[list[str]]:
-    batch, size = [], 0
-    for story in stories:
-        batch.append(story)
-        size += len(story)
-        if len(batch) == BATCH or size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 if __name__ == "__main__":

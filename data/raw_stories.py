@@ -1,7 +1,9 @@
-"""Read data/raw, and helpers that the three steps share."""
+"""Read and write data/raw, and helpers that the three steps share."""
 
+import hashlib
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -84,3 +86,53 @@ def slices(table: object) -> Iterator[list]:
         yield from slices(table.slice(middle))
     elif len(table):
         yield table.column(0).to_pylist()
+
+
+def story_digest(story: str) -> bytes:
+    return hashlib.blake2b(story.encode(), digest_size=16).digest()
+
+
+def write_split(folder: Path, stories: Iterable[str], bar: Progress | None = None) -> dict:
+    """Write stories as a datasets folder; return their number, UTF-8 bytes and a digest of all."""
+    import datasets
+
+    quiet_datasets(datasets)
+    datasets.disable_progress_bars()
+    features = datasets.Features({"text": datasets.Value("string")})
+    datasets.Dataset.from_dict({"text": [""]}, features).save_to_disk(str(folder))
+    (table,) = folder.glob("*.arrow")  # overwritten with the stories, so nothing is copied
+    return write_arrow(table, stories, bar)
+
+
+def write_arrow(path: Path, stories: Iterable[str], bar: Progress | None = None) -> dict:
+    """Write stories as an Arrow stream, in batches, so that memory use does not grow with them."""
+    import pyarrow
+
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    digest = hashlib.sha256()
+    counts = {"stories": 0, "bytes": 0}
+    with path.open("wb") as file:
+        with pyarrow.ipc.new_stream(file, schema) as writer:
+            for batch in batches(stories):
+                writer.write_batch(pyarrow.record_batch([pyarrow.array(batch, pyarrow.string())], schema))
+                for story in batch:
+                    digest.update(story_digest(story))
+                counts["stories"] += len(batch)
+                counts["bytes"] += sum(len(story.encode()) for story in batch)
+                if bar is not None:
+                    bar.add(len(batch))
+        file.flush()
+        os.fsync(file.fileno())
+    return {**counts, "sha256": digest.hexdigest()}
+
+
+def batches(stories: Iterable[str]) -> Iterator[list[str]]:
+    batch, size = [], 0
+    for story in stories:
+        batch.append(story)
+        size += len(story)
+        if len(batch) == BATCH or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

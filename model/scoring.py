@@ -28,6 +28,10 @@ CPU_LOGITS = 256 * 10_000
 ENCODED_AT_ONCE = 1_000  # stories: the tokenizer's output takes ten times the memory of their ids
 SEARCH_BLOCK = 200  # see largest(); divides 10,000 and 32,000
 RESAMPLES = 1_000
+# Fewest stories for a verdict: with 5, one of two equal models wins all of them in 2 / 2**5 = 6 % of cases
+ENOUGH = 6
+# Differences in bits per byte that rounding may cause
+ROUNDING = 1e-6
 
 
 class Window(NamedTuple):
@@ -242,3 +246,18 @@ def bootstrap(scores: list[Scores], seed: int) -> np.ndarray:
 def interval(samples: np.ndarray) -> list[float]:
     """The middle 95 % of resampled values: [low, high]."""
     return np.quantile(samples, (0.025, 0.975)).tolist()
+
+
+def compare(results: list[dict], resampled: np.ndarray) -> None:
+    """Add to each result the interval of its bits per byte, and of the difference from the first result."""
+    if results[0]["stories"] < 2:  # a single story gives no interval
+        return
+    for k, (result, samples) in enumerate(zip(results, resampled, strict=True)):
+        result["bits_per_byte_interval"] = interval(samples)
+        if k:
+            low, high = interval(samples - resampled[0])
+            result["difference"] = result["bits_per_byte"] - results[0]["bits_per_byte"]
+            result["difference_interval"] = [low, high]
+            better, worse = high < -ROUNDING, low > ROUNDING
+            clear = (better or worse) and result["stories"] >= ENOUGH
+            result["verdict"] = ("better" if better else "worse") if clear else "no clear difference"

@@ -40,7 +40,7 @@ from model.report import (
     transposed,
 )
 from model.sampling import Sampling
-from model.scoring import score_stories
+from model.scoring import compare, score_stories
 
 TRAIN = [f"Cat {k} sat on the mat and saw a dog." for k in range(10)]
 CPU = torch.device("cpu")
@@ -177,7 +177,7 @@ def test_a_verdict_needs_more_than_rounding_and_a_few_stories(stories, differenc
         {"bits_per_byte": 1 + difference, "stories": stories},
     ]
     resampled = np.ones((2, 1000)) + [[0.0], [difference]] + 1e-9 * np.random.default_rng(0).random(1000)
-    script.add_intervals(results, resampled)
+    compare(results, resampled)
     assert results[1]["verdict"] == verdict
 
 

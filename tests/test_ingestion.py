@@ -20,7 +20,7 @@ from fake_hub import serve_hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import ingestion
+from data import ingestion, raw_stories
 from data.hub_stories import open_hub
 from data.raw_stories import BATCH_BYTES, raw_batches
 from data.story_files import find_files, read_file
@@ -433,7 +433,7 @@ def test_stories_of_every_length_in_batches_that_memory_holds(run, tmp_path, mon
     train, validation = read_all(tmp_path)
     assert sorted(train + validation) == sorted(story.strip() for story in stories)
     dataset = datasets.load_from_disk(str(tmp_path / "raw" / "train"))
-    for batches in (raw_batches(dataset), ingestion.batches(stories)):
+    for batches in (raw_batches(dataset), raw_stories.batches(stories)):
         sizes = [(len(batch), sum(map(len, batch))) for batch in batches]
         assert all(count == 1 or size < BATCH_BYTES + 1e7 for count, size in sizes), sizes
         assert max(count for count, _ in sizes) > 1
