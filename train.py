@@ -54,8 +54,9 @@ HEAD_SIZE: int | None = None  # width of a head; None: N_EMBD / N_HEAD
 N_INNER: int | None = None  # width of the feed-forward layer; None: 4 N_EMBD, or 8/3 N_EMBD in modern blocks
 ROPE_BASE: float | None = None  # base of the rotary frequencies; 10,000 in all presets
 
-MAX_STEPS: int | None = None  # total optimizer steps; if only MAX_MINUTES is set, there is no such limit
+MAX_STEPS: int | None = None  # total optimizer steps; a limit that is set replaces all of the preset's
 MAX_MINUTES: float | None = None  # total minutes of training steps (without compilation and evaluation)
+MAX_EPOCHS: float | None = None  # total passes over the training stories
 BATCH_TOKENS: int | None = None  # tokens per optimizer step, over all processes
 MICRO_BATCH: int = 0  # windows per forward pass; lower it if memory runs out; 0 chooses automatically
 OPTIMIZER: str | None = None  # muon (for the blocks' matrices, AdamW for the rest) or adamw

@@ -1,5 +1,6 @@
 """Model shapes, and named presets: a shape with its training recipe."""
 
+import math
 from dataclasses import dataclass, field, fields, replace
 
 from model.errors import require
@@ -14,6 +15,8 @@ NORM_EPS = {"modern": 1e-6, "gpt2": 1e-5}  # of RMSNorm and LayerNorm
 # that a batch has to average out grows as the loss falls (McCandlish et al. 2018).
 CPU_STEPS = {"batch_tokens": 4_096, "eval_interval": 200}
 SHORT_MINUTES = 4  # runs of less than this take half of it
+# On few stories, small steps learn most, too: an epoch has at least so many, unless they had less than 2,048 tokens.
+STEPS_PER_EPOCH = 100
 # And in the same time, half of the blocks learn more than all; the others join late (progressive stacking, Gong et al.
 # 2019). The loss of part of the vocabulary takes less time, too (model/sampled_softmax.py). Not measured on a GPU.
 CPU_SHORTCUTS = {"grow_at": 0.8, "sampled_softmax": True}
@@ -98,8 +101,9 @@ class Recipe:
     """
 
     batch_tokens: int = 65_536  # per optimizer step, over all processes
-    max_steps: int | None = 20_000  # the run ends at this limit or the next, whichever comes first
+    max_steps: int | None = 20_000  # the run ends at the first of this limit and the next two
     max_minutes: float | None = None  # of training steps
+    max_epochs: float | None = 10.0  # passes over the training stories
     optimizer: str = "muon"
     learning_rate: float = 6e-3  # at its peak
     weight_decay: float = 0.1  # in new Muon runs on few stories, more: see weight_decay_for()
@@ -117,9 +121,11 @@ class Recipe:
     def __post_init__(self):
         require_within(self, batch_tokens="[1, 1e12]", max_steps="[1, inf)", eval_interval="[1, inf)")
         require_within(self, learning_rate="(0, inf)", final_learning_rate="[0, 1]", warmup_steps="[0, inf)")
-        require_within(self, weight_decay="[0, inf)", grad_clip="[0, inf)", max_minutes="(0, 1e9]")
+        require_within(self, max_minutes="(0, 1e9]", max_epochs="(0, 1e9]")
+        require_within(self, weight_decay="[0, inf)", grad_clip="[0, inf)")
         require_within(self, decay_fraction="(0, 1]", grow_at="[0, 1)")
-        require(self.max_steps or self.max_minutes, "a run needs an end: set max_steps or max_minutes")
+        limits = self.max_steps, self.max_minutes, self.max_epochs
+        require(any(limits), "a run needs an end: set max_steps, max_minutes or max_epochs")
         require(self.optimizer in OPTIMIZERS, f"optimizer must be muon or adamw, not {self.optimizer!r}")
         require(self.schedule in SCHEDULES, f"schedule must be linear or cosine, not {self.schedule!r}")
 
@@ -156,6 +162,11 @@ def weight_decay_for(tokens: int) -> float:
     return min(5.0, max(Recipe.weight_decay, 2_048 / (0.006 * tokens)))
 
 
+def batch_for(tokens: int) -> int:
+    """The most tokens per step of Muon's recipe for so many training tokens, a power of two."""
+    return 2 ** max(11, int(math.log2(tokens / STEPS_PER_EPOCH)))
+
+
 RECIPE_FIELDS = tuple(f.name for f in fields(Recipe))
 
 ADAMW = Recipe(
@@ -180,17 +191,18 @@ class Preset:
     # what the recipe has instead on a CPU
     cpu: dict[str, object] = field(default_factory=lambda: CPU_STEPS | CPU_SHORTCUTS)
 
-    def recipe_on(self, device_type: str, **limits: int | float | None) -> Recipe:
-        """The recipe on a type of device, for a run with these limits; on a CPU, one of few minutes takes still
-        smaller steps."""
-        recipe = replace(self.recipe, **limits)
-        if device_type != "cpu":
-            return recipe
-        recipe = replace(recipe, **self.cpu)
-        if "batch_tokens" in self.cpu and recipe.max_minutes and recipe.max_minutes < SHORT_MINUTES:
-            half = recipe.batch_tokens // 2
-            recipe = replace(recipe, batch_tokens=half, eval_interval=2 * recipe.eval_interval)
-        return recipe
+    def recipe_on(self, device_type: str, tokens: int, **limits: int | float | None) -> Recipe:
+        """The recipe on a type of device, for so many training tokens and a run with these limits. With few tokens,
+        and on a CPU in few minutes, it takes smaller steps."""
+        own = self.cpu if device_type == "cpu" else {}
+        recipe = replace(self.recipe, **limits, **own)
+        batch = recipe.batch_tokens
+        if "batch_tokens" in own and recipe.max_minutes and recipe.max_minutes < SHORT_MINUTES:
+            batch //= 2
+        if recipe.optimizer == "muon":
+            batch = min(batch, batch_for(tokens))
+        interval = recipe.eval_interval * recipe.batch_tokens // batch  # as many tokens as before
+        return replace(recipe, batch_tokens=batch, eval_interval=interval)
 
 
 SLM_SHAPE = {
@@ -212,8 +224,15 @@ PRESETS = {
     "slm-50m": Preset(GPTConfig(block_size=128, tie_weights=False, **SLM_SHAPE), SLM, cpu={}),
     "tinystories-33m": Preset(
         GPTConfig(block_size=512, **SLM_SHAPE),
-        # 80 windows of 512 tokens, 16 times per step; 20 epochs of 470 million tokens
-        replace(PUBLISHED, batch_tokens=80 * 16 * 512, max_steps=14_300, learning_rate=5e-4, grad_clip=0.5),
+        # 80 windows of 512 tokens, 16 times per step
+        replace(
+            PUBLISHED,
+            batch_tokens=80 * 16 * 512,
+            learning_rate=5e-4,
+            grad_clip=0.5,
+            max_steps=None,
+            max_epochs=20.0,
+        ),
         cpu={},
     ),
     "stories-15m": Preset(GPTConfig(vocab_size=32_000, n_layer=6, n_head=6, n_embd=288)),

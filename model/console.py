@@ -22,7 +22,7 @@ from model.settings import flag_name
 from model.training_state import TrainingState
 
 # Beyond, dropout helps a little, on top of the weight decay that few stories get (benchmarks/RESULTS.md)
-MANY_EPOCHS = 8
+MANY_EPOCHS = 12
 QUIET_SECONDS = 20  # between progress lines when not on a terminal
 
 

@@ -47,7 +47,7 @@ FIXED = {
     "eval_tokens",  # on others, another step might be the best
 }
 # The run's length: the limit that is reached first ends it
-LIMITS = {"max_steps", "max_minutes"}
+LIMITS = {"max_steps", "max_minutes", "max_epochs"}
 # Settings that a checkpoint does not remember: where and how a run is resumed
 NOT_KEPT = {"device", "data_dir", "checkpoint_dir", "keep", "verify", "fresh"}
 
@@ -56,7 +56,9 @@ CONTEXT_LIMIT = 1_024
 # Fraction of the preset's learning rate used for a pretrained model, which should change gently
 PRETRAINED_SHARE = 0.1
 # Its default length: it learns new stories by heart before long
-FINE_TUNING_EPOCHS = 3
+FINE_TUNING_EPOCHS = 3.0
+# Few stories make few steps: at least so many evaluations in them, and at most so much of them as warm-up
+EVALUATIONS, WARMUP = 5, 0.1
 STARTED_EARLIER = (
     "this run was started by an earlier version of this repository: resume it with that version, or start a new "
     "run with --fresh (it moves the old one aside)"
@@ -183,7 +185,7 @@ def recipe_of(settings: SimpleNamespace) -> Recipe:
 
 def chosen_settings(settings: SimpleNamespace, names: Iterable[str]) -> set[str]:
     """The names among these that were set. `none` sets nothing, except for a limit, which it lifts. A limit that is set
-    replaces both of the preset's, so that `--max-minutes 30` is half an hour, however many steps that takes."""
+    replaces all of the preset's, so that `--max-minutes 30` is half an hour, however many steps that takes."""
     chosen = {name for name in names if getattr(settings, name) is not None}
     return chosen | (LIMITS if chosen & LIMITS else settings.given & LIMITS)
 
@@ -192,7 +194,10 @@ def fill_from_preset(
     settings: SimpleNamespace, data: Data, device: torch.device, pretrained: Pretrained | None
 ) -> None:
     preset, chosen = PRESETS[settings.preset], chosen_settings(settings, kept_settings(settings))
-    recipe = preset.recipe_on(device.type, **{name: getattr(settings, name) for name in chosen & LIMITS})
+    tokens, limits = len(data.train.tokens), {name: getattr(settings, name) for name in chosen & LIMITS}
+    if pretrained and not limits:
+        limits = {**dict.fromkeys(LIMITS), "max_epochs": FINE_TUNING_EPOCHS}
+    recipe = preset.recipe_on(device.type, tokens, **limits)
     values = {**vars(recipe), **vars(preset.config), "vocab_size": data.vocab_size}
     if settings.optimizer not in (None, recipe.optimizer):
         values["learning_rate"] = LEARNING_RATES[settings.optimizer]
@@ -213,16 +218,21 @@ def fill_from_preset(
     if settings.grow_at and pretrained:
         require("grow_at" not in chosen, "--grow-at is for new models: those of --init-from train whole")
         settings.grow_at = 0.0
-    tokens = len(data.train.tokens)
-    if pretrained and not chosen & LIMITS:
-        epoch = tokens / recipe_of(settings).tokens_per_step(config_of(settings).block_size)  # in steps
-        settings.max_steps, settings.max_minutes = math.ceil(FINE_TUNING_EPOCHS * epoch), None
-        if "eval_interval" not in chosen:
-            settings.eval_interval = min(settings.eval_interval, math.ceil(epoch))
-        if "warmup_steps" not in chosen:
-            settings.warmup_steps = min(settings.warmup_steps, settings.max_steps // 10)
-    elif settings.optimizer == "muon" and not pretrained and "weight_decay" not in chosen:
+    if settings.optimizer == "muon" and not pretrained and "weight_decay" not in chosen:
         settings.weight_decay = float(f"{weight_decay_for(tokens):.2g}")
+    count_epochs(settings, tokens)
+    if settings.max_epochs and "eval_interval" not in chosen:
+        settings.eval_interval = min(settings.eval_interval, -(-settings.max_steps // EVALUATIONS))
+    if settings.max_epochs and "warmup_steps" not in chosen:
+        settings.warmup_steps = min(settings.warmup_steps, int(WARMUP * settings.max_steps))
+
+
+def count_epochs(settings: SimpleNamespace, tokens: int) -> None:
+    """Express the limit in epochs of so many tokens, if there is one, in steps."""
+    if settings.max_epochs:
+        tokens_per_step = recipe_of(settings).tokens_per_step(settings.block_size)
+        steps = math.ceil(settings.max_epochs * tokens / tokens_per_step)
+        settings.max_steps = min(settings.max_steps or steps, steps)
 
 
 def shape_of(pretrained: Pretrained, settings: SimpleNamespace, data: Data) -> dict[str, object]:
@@ -275,6 +285,7 @@ def keep_from_checkpoint(
     for name in set(kept) - chosen:
         setattr(settings, name, saved[name])
     refuse_differences(settings, checkpoint, data)
+    count_epochs(settings, len(data.train.tokens))
     if checkpoint.get("device", hardware(device)) != hardware(device) and "micro_batch" not in chosen:
         settings.micro_batch = 0  # what suits a GPU may not fit another one's memory
 

@@ -14,6 +14,9 @@ CHOICES = {
 ALIASES = {
     "max-iters": "max-steps",
     "num-iterations": "max-steps",
+    "epochs": "max-epochs",
+    "num-epochs": "max-epochs",
+    "num-train-epochs": "max-epochs",
     "lr": "learning-rate",
     "warmup-iters": "warmup-steps",
     "max-grad-norm": "grad-clip",
@@ -41,8 +44,6 @@ HINTS = {
     for names, hint in {
         "batch-size gradient-accumulation-steps per-device-train-batch-size": "a step takes --batch-tokens, a forward "
         "pass --micro-batch windows",
-        "epochs num-epochs num-train-epochs": "--max-steps or --max-minutes limits a run, and it prints how many "
-        "epochs that is",
         "wandb wandb-log wandb-project report-to": "metrics.jsonl has every number, loss_curve.png the plot",
         "eval-iters": "--eval-tokens sets how much is evaluated, --eval-interval how often",
         "lr-decay-iters": "the learning rate always decays to the end of the run",

@@ -150,7 +150,7 @@ def test_the_smoothed_loss_of_a_short_run_is_a_mean_of_its_neighbours():
 
 @pytest.mark.parametrize(
     ("steps", "minutes", "dropout", "hinted"),
-    [(81, None, 0.0, True), (80, None, 0.0, False), (81, None, 0.1, False), (81, 5.0, 0.0, False)],
+    [(121, None, 0.0, True), (120, None, 0.0, False), (121, None, 0.1, False), (121, 5.0, 0.0, False)],
 )
 def test_many_epochs_without_dropout_get_a_hint(capsys, steps, minutes, dropout, hinted):
     config = GPTConfig(vocab_size=16, block_size=4, n_layer=1, n_head=1, n_embd=4, dropout=dropout)

@@ -379,17 +379,17 @@ def test_odd_heads_do_for_gpt2():
 
 def test_a_cpu_takes_smaller_steps_the_smaller_the_shorter_the_run_and_grows():
     preset = PRESETS["stories-9m"]
-    steps = {minutes: preset.recipe_on("cpu", max_minutes=minutes) for minutes in (None, 30, 1)}
+    steps = {minutes: preset.recipe_on("cpu", 10**9, max_minutes=minutes) for minutes in (None, 30, 1)}
     assert [r.batch_tokens for r in steps.values()] == [4_096, 4_096, 2_048]
     assert len({r.batch_tokens * r.eval_interval for r in steps.values()}) == 1
     assert [r.grow_at for r in (preset.recipe, steps[1], steps[30])] == [0.0, 0.8, 0.8]
-    assert preset.recipe_on("cuda", max_minutes=1) == dataclasses.replace(preset.recipe, max_minutes=1)
+    assert preset.recipe_on("cuda", 10**9, max_minutes=1) == dataclasses.replace(preset.recipe, max_minutes=1)
     assert [steps[30].depth(progress, 5) for progress in (0.0, 0.79, 0.8, 1.0)] == [3, 3, 5, 5]
     assert preset.recipe.depth(0.0, 5) == 5
     published = PRESETS["slm-30m"]
     for minutes in (None, 1):
         own = dataclasses.replace(published.recipe, max_minutes=minutes)
-        assert published.recipe_on("cpu", max_minutes=minutes) == own
+        assert published.recipe_on("cpu", 1_000, max_minutes=minutes) == own
 
 
 @pytest.mark.parametrize(("grow_at", "expected"), [(0.0, 0.4), (0.3, 0.3), (0.8, 0.4)])

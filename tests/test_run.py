@@ -36,18 +36,53 @@ def test_the_micro_batch_of_another_device_is_not(train):
     assert load_checkpoint(folder / "ckpt_4.pt")["settings"]["micro_batch"] == 16
 
 
+def of_size(packed, tokens):
+    """Packed stories as if they had so many training tokens."""
+    data = load_data(packed)
+    return replace(data, train=replace(data.train, tokens=np.zeros(tokens, np.uint16)))
+
+
 @pytest.mark.parametrize(
-    ("device", "minutes", "tokens"), [("cpu", 1, 2_048), ("cpu", 30, 4_096), ("cuda", 1, 65_536)]
+    ("device", "minutes", "tokens", "expected"),
+    [
+        ("cpu", 1, 9_000_000, 2_048),
+        ("cpu", 30, 9_000_000, 4_096),
+        ("cuda", 1, 9_000_000, 65_536),
+        ("cuda", 1, 1_700_000, 16_384),  # more would be fewer than 100 steps per epoch
+        ("cuda", 30, 1_000, 2_048),
+        ("cpu", 30, 300_000, 2_048),
+    ],
 )
-def test_the_steps_suit_the_device_and_the_time(packed, device, minutes, tokens):
+def test_the_steps_suit_the_device_the_time_and_the_stories(packed, device, minutes, tokens, expected):
     settings = read_settings(REPO / "train.py", ["--max-minutes", str(minutes)])
-    recipe = complete_settings(settings, None, load_data(packed), torch.device(device))[1]
-    assert recipe.batch_tokens == tokens
+    recipe = complete_settings(settings, None, of_size(packed, tokens), torch.device(device))[1]
+    assert recipe.batch_tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "flags", "steps", "interval", "warmup"),
+    [
+        (9_000_000, "", 20_000, 200, 10),
+        (4_000_000, "", 9_766, 200, 10),
+        (100_000, "", 489, 98, 10),
+        (3_000, "", 15, 3, 1),
+        (4_000_000, "--max-epochs 0.5", 489, 98, 10),
+        (100_000, "--max-epochs 5 --max-steps 100", 100, 20, 10),
+        (100_000, "--max-epochs none --eval-interval 50", 20_000, 50, 10),
+        (100_000, "--max-steps 700", 700, 400, 10),
+        (5_000_000, "--preset tinystories-33m --vocab-size 50257", 153, 31, 15),
+    ],
+)
+def test_the_length_in_epochs(packed, tokens, flags, steps, interval, warmup):
+    settings, data = read_settings(REPO / "train.py", flags.split()), of_size(packed, tokens)
+    recipe = complete_settings(settings, None, data, CPU)[1]
+    assert (recipe.max_steps, recipe.eval_interval, recipe.warmup_steps) == (steps, interval, warmup)
 
 
 def test_mps_takes_no_more_than_its_products_can_add_up(packed, monkeypatch):
     monkeypatch.setattr("model.run.choose_device", lambda name: torch.device("mps"))
     flags = ["--data-dir", str(packed), "--micro-batch", "126", "--block-size", "256"]
+    flags += ["--batch-tokens", "65536"]
     with pytest.raises(UserError, match="--micro-batch 126: on this GPU, 125 is the most"):
         plan_run(read_settings(REPO / "train.py", flags), Processes(), None)
 
@@ -103,9 +138,8 @@ def test_the_learning_rate_suits_the_optimizer(packed, flags, rate):
     ],
 )
 def test_few_stories_get_more_weight_decay(packed, tokens, flags, expected):
-    data = load_data(packed)
-    data = replace(data, train=replace(data.train, tokens=np.zeros(tokens, np.uint16)))
-    _, recipe = complete_settings(read_settings(REPO / "train.py", flags), None, data, CPU)
+    settings = read_settings(REPO / "train.py", flags)
+    _, recipe = complete_settings(settings, None, of_size(packed, tokens), CPU)
     assert recipe.weight_decay == expected
 
 
@@ -117,11 +151,12 @@ def test_few_stories_get_more_weight_decay(packed, tokens, flags, expected):
         ("--max-steps 50", (50, None), (50, None)),
         ("--max-steps 50 --max-minutes 30", (50, 30.0), (50, 30.0)),
         ("--max-minutes none", (2_400, None), (70, None)),
-        ("--max-steps none", (None, 3.5), (None, 8.0)),
+        ("--max-steps none --max-epochs none", (None, 3.5), (None, 8.0)),
+        ("--max-epochs 2", (9_766, None), (9_766, None)),
     ],
 )
 def test_a_limit_that_is_chosen_replaces_the_others(packed, flags, new, resumed):
-    data, limits = load_data(packed), attrgetter("max_steps", "max_minutes")
+    data, limits = of_size(packed, 10_000_000), attrgetter("max_steps", "max_minutes")
 
     def settings():
         return read_settings(REPO / "train.py", ["--preset", "quickstart", *flags.split()])
