@@ -65,7 +65,18 @@ class Candidate:
         raise NotImplementedError
 
     def adapt_to(self, stories: list[str]) -> None:
-        """Determine from real stories what the model leaves open. Raises UserError if it cannot encode them."""
+        """Determine from real stories what the model leaves open. Raises UserError if its tokenizer loses text."""
+        encoded = self.tokenizer.encode_batch_fast(stories[:CHECKED], add_special_tokens=False)
+        decoded = self.tokenizer.decode_batch([e.ids for e in encoded], skip_special_tokens=False)
+        # some tokenizers put a space before each story
+        changed = sum(a.lstrip(" ") != b.lstrip(" ") for a, b in zip(stories, decoded, strict=False))
+        require(
+            2 * changed <= len(decoded),
+            f"the tokenizer of {self.name} does not reproduce stories: bits per byte would be wrong",
+        )
+        if changed:
+            altered = f"{changed} of {len(decoded)} stories"
+            warn(f"the tokenizer of {self.name} alters {altered}, so its bits per byte are not exact")
 
     def write(self, prompts: list[str], seed: int) -> list[Story]:
         """Generate a story for each prompt, the k-th with seed + k (a transformers model seeds a batch as a whole)."""
@@ -146,8 +157,9 @@ class TransformersModel(Candidate):
         require(special, f"the tokenizer of {name} has no end-of-text token, which scoring needs")
         self.start_id, self.end_id = special[0], special[-1]
         config = network.config
-        # Models without position embeddings (ALiBi, state space) have no limit; this one bounds memory.
-        self.block_size = getattr(config, "max_position_embeddings", None) or 2_048
+        # MPT's name for it is the second. Models without position embeddings have no limit; this one bounds memory.
+        limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+        self.block_size = next(filter(None, limits), 2_048)
         self.vocab_size = network.get_input_embeddings().num_embeddings
         require_room(self.vocab_size, self.tokenizer, name)
         parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -166,24 +178,16 @@ class TransformersModel(Candidate):
 
     @torch.no_grad()
     def adapt_to(self, stories: list[str]) -> None:
-        """Check that the tokenizer preserves text, and choose the end token.
+        """Choose the end token, too.
 
         Some models (such as llama2.c's) end a story with the token that starts the next, not with the tokenizer's
         end token. This picks whichever the model itself expects after real stories.
         """
-        encoded = self.tokenizer.encode_batch_fast(stories[:CHECKED], add_special_tokens=False)
-        decoded = self.tokenizer.decode_batch([e.ids for e in encoded], skip_special_tokens=False)
-        changed = sum(a != b for a, b in zip(stories, decoded, strict=False))
-        require(
-            2 * changed <= len(decoded),
-            f"the tokenizer of {self.name} does not reproduce stories: bits per byte would be wrong",
-        )
-        if changed:
-            altered = f"{changed} of {len(decoded)} stories"
-            warn(f"the tokenizer of {self.name} alters {altered}, so its bits per byte are not exact")
+        super().adapt_to(stories)
+        few = stories[: CHECKED // 8]
         ends = torch.tensor([self.end_id, self.start_id])
         total = torch.zeros(2)
-        for encoding in encoded[: CHECKED // 8]:
+        for encoding in self.tokenizer.encode_batch_fast(few, add_special_tokens=False):
             ids = torch.tensor([[self.start_id, *encoding.ids][-self.block_size :]])
             logits = self.states(ids.to(self.network.device))[0, -1].float()
             total += logits.log_softmax(-1).cpu()[ends]

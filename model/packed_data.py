@@ -120,7 +120,8 @@ def real_stories(splits: list[Split], data: Data, count: int) -> list[str]:
     """The text of `count` stories, evenly spread over the splits; of all if count is 0."""
     bounds = [(split, *ends) for split in splits for ends in story_bounds(split, data.eot_id)]
     ids = [split.tokens[first:end].tolist() for split, first, end in spread(bounds, count)]
-    return text_tokenizer(data.tokenizer_json).decode_batch(ids, skip_special_tokens=False)
+    stories = text_tokenizer(data.tokenizer_json).decode_batch(ids, skip_special_tokens=False)
+    return [story.lstrip(" ") for story in stories]  # some tokenizers put a space before each
 
 
 def spread(items: list, count: int) -> list:

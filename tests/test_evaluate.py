@@ -1,5 +1,6 @@
 """evaluate.py as its users run it: splits, files, Hugging Face models, tables, the report."""
 
+import dataclasses
 import errno
 import hashlib
 import html.parser
@@ -18,14 +19,15 @@ import torch
 import transformers
 from conftest import REPO, assert_one_line_error
 from test_model import reference as as_transformers
-from test_scoring import EOT, STORIES, make_model, make_tokenizer, score
-from tokenizers import Tokenizer, normalizers
+from test_scoring import EOT, STORIES, InMemory, make_model, make_tokenizer, score
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 import evaluate as script
 from model.candidates import TransformersModel
 from model.checkpoint import save_checkpoint
 from model.decoder import choose_weights
 from model.errors import UserError
+from model.packed_data import load_data, real_stories
 from model.report import (
     COLOURS,
     NOT_HTML,
@@ -41,6 +43,7 @@ from model.report import (
 )
 from model.sampling import Sampling
 from model.scoring import compare, score_stories
+from model.tokenizer import text_tokenizer
 
 TRAIN = [f"Cat {k} sat on the mat and saw a dog." for k in range(10)]
 CPU = torch.device("cpu")
@@ -481,6 +484,32 @@ def test_a_tokenizer_that_changes_stories_is_refused_or_warned_of(tmp_path, toke
     evaluate("--checkpoint", save_transformers(tmp_path / "plain", model, other))
     warning = "alters 1 of 8 stories, so its bits per byte are not exact"
     assert warning in capsys.readouterr().err
+
+
+def test_so_is_that_of_a_checkpoint(tokenizer):
+    """--kind may have taken it from anywhere. One that puts a space before each story loses nothing."""
+    other, model = Tokenizer.from_str(tokenizer.to_str()), make_model("modern")
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    InMemory(model, other).adapt_to(STORIES)
+    other.normalizer = normalizers.Lowercase()
+    with pytest.raises(UserError, match="the tokenizer of a model does not reproduce stories"):
+        InMemory(model, other).adapt_to(STORIES)
+
+
+def test_stories_are_scored_without_the_space_that_a_tokenizer_puts_before_them(data_dir, tokenizer):
+    data, other = load_data(data_dir), text_tokenizer(tokenizer.to_str())
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    ids = [token for story in STORIES for token in [*other.encode(story, add_special_tokens=False).ids, EOT]]
+    split = dataclasses.replace(data.validation, tokens=np.array(ids, np.uint16))
+    packed = dataclasses.replace(data, tokenizer_json=other.to_str())
+    assert real_stories([split], packed, 0) == STORIES
+
+
+def test_the_context_of_a_model_that_calls_it_otherwise(tmp_path, tokenizer):
+    config = transformers.MptConfig(d_model=16, n_heads=2, n_layers=1, max_seq_len=64, vocab_size=300)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    folder = save_transformers(tmp_path / "mpt", model, tokenizer)
+    assert TransformersModel(str(folder), CPU).block_size == 64
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
