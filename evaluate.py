@@ -28,7 +28,7 @@ from model.script import run_script  # before torch: see there
 # isort: split
 from data.story_files import find_files, read_file, story_per, tidy
 from model.candidates import MAX_TOKENS, Candidate, files_of, find_candidate, load_candidate
-from model.errors import UserError, note, require
+from model.errors import UserError, needs, note, require
 from model.files import count_text, file_to_write, shown, size_text, write_json, write_text
 from model.packed_data import Data, data_files, fingerprints, load_data, real_stories, spread
 from model.report import print_scores, print_table, quality_table, render
@@ -88,6 +88,10 @@ def main() -> None:
     needed = not files or settings.text or settings.given & of_models
     names = settings.checkpoint or ([None] if needed else [])
     found = [find_candidate(settings.checkpoint_dir, name) for name in names]
+    if foreign := next((name for name in found if isinstance(name, str)), None):
+        needs(
+            "transformers", f"{foreign}, a Hugging Face model,"
+        )  # now, not after scoring the models before it
     texts = find_texts(settings)
     read = [
         *texts,
@@ -109,8 +113,8 @@ def main() -> None:
     results, scores, written = [], [], {}
     for name in found:
         candidate = load_candidate(name, runtime.device)
-        if not settings.text:
-            note_other_stories(candidate, settings.data_dir, data, notes)
+        if data and (settings.num_stories or not settings.text):
+            note_other_stories(candidate, settings, data, notes)
         result, score = examine(candidate, stories, runtime, settings.batch_size)
         results.append(result)
         scores.append(score)
@@ -120,6 +124,8 @@ def main() -> None:
         del candidate  # free its memory for the next one
     if results:
         compare(results, bootstrap(scores, settings.seed))
+        if len(stories) == 1:
+            notes.add("one story alone gives no interval, and no verdict")
     report = {
         **describe_run(settings, runtime, stories, source, data),
         "notes": notes,
@@ -232,15 +238,18 @@ def read_texts(settings: SimpleNamespace, texts: list[Path]) -> list[str]:
     return sorted(spread(stories, settings.max_samples))
 
 
-def note_other_stories(candidate: Candidate, data_dir: Path, data: Data, notes: Notes) -> None:
+def note_other_stories(candidate: Candidate, settings: SimpleNamespace, data: Data, notes: Notes) -> None:
     """Note it if the model has been trained on other stories than those in the folder."""
     trained_on, here = candidate.facts.get("trained_on") or {}, fingerprints(data)
     if trained_on and trained_on != here:
         same = trained_on["tokenizer"] == here["tokenizer"]
+        doubt = "some of the stories scored here may be among its own"
+        if settings.text:
+            doubt = "what it copies is looked up in those all the same"
         notes.add(
             f"{candidate.name} was trained "
             f"{'on other stories than those' if same else 'with another tokenizer than the one'} in "
-            f"{shown(data_dir)} (--data-dir takes another folder); some of the stories scored here may be among its own"
+            f"{shown(settings.data_dir)} (--data-dir takes another folder); {doubt}"
         )
     elif trained_on and (origin := candidate.settings.get("init_from")):
         notes.add(
@@ -314,14 +323,6 @@ def print_results(report: dict, settings: SimpleNamespace) -> None:
     results = report["results"]
     if results:
         print(f"{report['source']}, {size_text(results[0]['bytes'])}")
-    if len(results) == 1:
-        for key, value in results[0].items():
-            if key in ("sha256", "trained_on", "by_position", "settings", "curve") or value is None:
-                continue
-            if isinstance(value, list):
-                value = f"{value[0]:.4f} to {value[1]:.4f}"
-            print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
-    elif results:
         print_scores(results)
     if report["quality"]:
         print()

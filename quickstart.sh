@@ -54,7 +54,27 @@ run() { # run NUMBER TITLE SCRIPT [FLAGS...]
   }
 }
 
+check() { # check SCRIPT [FLAGS...]: a wrong flag must be found before step 1 replaces any stories
+  "$PYTHON" -c "$CHECK" "$@"
+}
+CHECK="
+import sys
+from model.errors import UserError
+from model.script import fail
+from model.settings import read_settings
+from model.train_flags import ALIASES, CHOICES, HINTS
+script, *flags = sys.argv[1:]
+known = dict(choices=CHOICES, aliases=ALIASES, hints=HINTS) if script == 'train.py' else {}
+try:
+    read_settings(script, flags, **known)
+except UserError as error:
+    fail(str(error))"
+
 use_environment requirements.txt
+check data/ingestion.py "${ingestion[@]}"
+check data/train_tokenizer.py ${tokenizer[@]+"${tokenizer[@]}"}
+check data/prepare_data.py ${packing[@]+"${packing[@]}"}
+check train.py "${training[@]}"
 run 1 "collect the stories" data/ingestion.py "${ingestion[@]}"
 run 2 "train the tokenizer" data/train_tokenizer.py ${tokenizer[@]+"${tokenizer[@]}"}
 run 3 "tokenize the stories" data/prepare_data.py ${packing[@]+"${packing[@]}"}
@@ -71,7 +91,7 @@ mark
 trap mark EXIT # train.py --fresh moves the mark away with the run that it was for
 run 4 "train the model" train.py "${training[@]}"
 run 5 "write a new story" generate.py
-run 6 "score the model on unseen stories" evaluate.py --checkpoint best
+run 6 "score the model on unseen stories" evaluate.py --checkpoint best --max-samples 300
 cat <<END
 
 done. The loss curve is ${at}checkpoints/loss_curve.png, the model is ${at}checkpoints/best.pt.

@@ -163,6 +163,8 @@ def train(run: Run, state: TrainingState, resumed: bool, unsaved: bool) -> None:
     device = run.runtime.device
     # This process's windows of each step, and the forward pass for them
     my_windows = np.array_split(np.arange(run.batches.windows_per_step), processes.world_size)[processes.rank]
+    if run.runtime.compile:
+        processes.say("compiling    a minute or so the first time, seconds once the code is kept")
     forward = prepare_forward(run, state.model, len(my_windows))
     micro_batches = -(-len(my_windows) // settings.micro_batch)
     each = " of each process" if processes.world_size > 1 else ""
@@ -190,6 +192,7 @@ def train(run: Run, state: TrainingState, resumed: bool, unsaved: bool) -> None:
         if processes.first and state.step != state.last_evaluation:
             trained = state.step or run.pretrained  # another model is not worth evaluating
             if finished or (trained and state.step % eval_interval == 0 and not stop):
+                progress_bar.evaluating()
                 progress_bar.say(evaluate_and_keep_best(run, state, metrics, progress_bar.mean_loss))
         stopping = bool(stop)  # a signal may come at any time
         if processes.first and state.step != saved_at:

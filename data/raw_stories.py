@@ -1,7 +1,6 @@
 """Read and write data/raw, and helpers that the three steps share."""
 
 import hashlib
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -111,18 +110,15 @@ def write_arrow(path: Path, stories: Iterable[str], bar: Progress | None = None)
     schema = pyarrow.schema([("text", pyarrow.string())])
     digest = hashlib.sha256()
     counts = {"stories": 0, "bytes": 0}
-    with path.open("wb") as file:
-        with pyarrow.ipc.new_stream(file, schema) as writer:
-            for batch in batches(stories):
-                writer.write_batch(pyarrow.record_batch([pyarrow.array(batch, pyarrow.string())], schema))
-                for story in batch:
-                    digest.update(story_digest(story))
-                counts["stories"] += len(batch)
-                counts["bytes"] += sum(len(story.encode()) for story in batch)
-                if bar is not None:
-                    bar.add(len(batch))
-        file.flush()
-        os.fsync(file.fileno())
+    with path.open("wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+        for batch in batches(stories):
+            writer.write_batch(pyarrow.record_batch([pyarrow.array(batch, pyarrow.string())], schema))
+            for story in batch:
+                digest.update(story_digest(story))
+            counts["stories"] += len(batch)
+            counts["bytes"] += sum(len(story.encode()) for story in batch)
+            if bar is not None:
+                bar.add(len(batch))
     return {**counts, "sha256": digest.hexdigest()}
 
 

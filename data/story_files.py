@@ -218,7 +218,7 @@ def json_lines(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    reason = getattr(error, "msg", error)
+                    reason = str(getattr(error, "msg", error)).removesuffix(" at")
                     raise UserError(f"{shown(path)} line {number} is not JSON: {reason}") from None
                 yield f"line {number}", row
 
@@ -272,7 +272,7 @@ def json_array(path: Path, file: TextIO, line: int) -> Iterator[tuple[str, objec
         except (ValueError, RecursionError) as error:  # the element may continue past what was read
             if not (block := file.read(max(BLOCK, len(text)))):
                 line += text.count("\n", position, getattr(error, "pos", position))
-                reason = getattr(error, "msg", error)
+                reason = str(getattr(error, "msg", error)).removesuffix(" at")
                 raise UserError(f"{shown(path)} line {line} is not JSON: {reason}") from None
             text, position = text[position:] + block, 0
             continue

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ DATA_DIR: str = "data"  # folder for raw/, tokenizer/ and processed/
 FORMAT = 1
 # checksum of GPT-2's vocabulary and merges
 GPT2_SHA256 = "7af2255eedd60b16dd34cbba614d328a4b0726f23b66fb09c942a867f3ccac38"
-EXAMPLE = "Once upon a time, there was a little dragonfly named Lily."
+EXAMPLE = 60  # characters of a story, to show as tokens
 
 
 def main() -> None:
@@ -229,8 +230,13 @@ def describe(tokenizer: Tokenizer, stories: object, asked: int) -> None:
     size = tokenizer.get_vocab_size()
     fewer = "" if size >= asked else f" (not {asked:,}: no more pairs occur twice in these stories)"
     print(f"vocabulary: {size:,} tokens{fewer}; {ratio:.2f} bytes per token on these stories")
-    pieces = [tokenizer.decode([number]) for number in tokenizer.encode(EXAMPLE).ids]
+    pieces = [tokenizer.decode([number]) for number in tokenizer.encode(beginning(sample[0])).ids]
     print(f"example:    {'|'.join(pieces)}")
+
+
+def beginning(story: str) -> str:
+    """Its first words, on one line."""
+    return textwrap.shorten(story[: 2 * EXAMPLE], EXAMPLE, placeholder="")
 
 
 if __name__ == "__main__":

@@ -61,9 +61,9 @@ def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> Non
         f"{state.model.count_parameters():,} parameters\n"
         f"device       {run.runtime.description}{where}\n"
         f"run          {limits}, {run.tokens_per_step:,} tokens per step"
-        f"{f' (at most {max(epochs, 0.1):.1f} epochs)' if steps else ''}; {recipe.optimizer}, "
-        f"learning rate {recipe.learning_rate:g}, {recipe.schedule} decay, weight decay {recipe.weight_decay:g}"
-        f"{softmax}{growth}\n"
+        f"{f' (at most {max(epochs, 0.1):.1f} epochs)' if steps else ''}{growth}\n"
+        f"recipe       {recipe.optimizer}, learning rate {recipe.learning_rate:g}, {recipe.schedule} decay, "
+        f"weight decay {recipe.weight_decay:g}{softmax}\n"
         f"results      in {shown(run.folder)}"
     )
     if epochs > MANY_EPOCHS and not (recipe.max_minutes or config.dropout or state.step):
@@ -76,6 +76,14 @@ def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> Non
         print(f"resuming     from {shown(resumed_from)}, after step {state.step:,}")
     elif recipe.bigram_start:
         print(f"initialised  as a bigram model of the stories, counted in {state.seconds:.1f} s")
+
+
+def duration(minutes: float) -> str:
+    """So many minutes, or hours or days."""
+    for unit, size in (("days", 24 * 60), ("hours", 60)):
+        if minutes >= 2 * size:
+            return f"{minutes / size:.1f} {unit}"
+    return f"{minutes:.1f} minutes"
 
 
 class ProgressBar:
@@ -107,12 +115,14 @@ class ProgressBar:
         if math.isfinite(loss):
             self.loss, self.weight = 0.9 * self.loss + 0.1 * loss, 0.9 * self.weight + 0.1
             loss = self.mean_loss
-        text = f"loss {loss:.3f}, {self.speed:,.0f} tokens/s{mfu}, {minutes_left:.1f} minutes left"
+        text = f"loss {loss:.3f}, {self.speed:,.0f} tokens/s{mfu}, {duration(minutes_left)} left"
         self.bar.total = self.step + steps_left
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(steps)
         if self.shows and self.bar.disable and time.monotonic() - self.printed > QUIET_SECONDS:
-            self.say(f"step {self.step:,} of {self.bar.total:,}: {text}")
+            # a limit of time makes of it a guess that would change with each line
+            total = "" if self.run.recipe.max_minutes else f" of {self.bar.total:,}"
+            self.say(f"step {self.step:,}{total}: {text}")
 
     @property
     def mean_loss(self) -> float | None:
@@ -143,6 +153,10 @@ class ProgressBar:
             ends.append((now + later, math.ceil((now + later / slower) / seconds_per_step)))
         seconds, steps = min(ends)
         return steps, seconds / 60
+
+    def evaluating(self) -> None:
+        """Say why the bar stands still."""
+        self.bar.set_postfix_str("evaluating")
 
     def say(self, text: str) -> None:
         """Print a line. If what reads our output (such as `head`) is gone, let the run be saved and stop; without a

@@ -40,8 +40,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         with naming(path, temporary):
             yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+            flush(temporary)
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
@@ -50,7 +49,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `path`; on success it replaces `path`."""
+    """Yield a temporary folder next to `path`; on success flush its files to disk, and it replaces `path`."""
     path = path.resolve()
     require_writable(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +59,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            flush(file)
         if path.exists():
             os.replace(path, replaced)
         os.replace(temporary, path)
@@ -143,6 +144,12 @@ def require_space(folder: Path, needed: float) -> None:
         needed <= free,
         f"not enough disk space in {shown(folder)}: about {size_text(needed)} needed, {size_text(free)} free",
     )
+
+
+def flush(file: Path) -> None:
+    """Wait until the disk has the file's content."""
+    with open(file, "rb+") as opened:
+        os.fsync(opened.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The packed stories that step 3 wrote: token files, memory-mapped, with what meta.json says of them."""
 
 import hashlib
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +40,9 @@ class Data:
     outdated: str = ""  # a note if step 1 has brought other stories since
 
 
-def load_data(data_dir: Path, verify: bool = False) -> Data:
-    """Memory-map data_dir/processed and check it against meta.json (with `verify`, the SHA-256 too).
+def load_data(data_dir: Path, verify: bool = False, model: str | None = None) -> Data:
+    """Memory-map data_dir/processed and check it against meta.json (with `verify`, the SHA-256 too). `model`: whose
+    tokenizer it is to be packed with.
 
     Raises UserError if a file is missing, truncated, or made with another tokenizer.
     """
@@ -49,9 +51,9 @@ def load_data(data_dir: Path, verify: bool = False) -> Data:
     if not meta:
         first = "prepare_data" if tokenizer_file(data_dir).exists() else "train_tokenizer"
         first = first if (data_dir / "raw").exists() else "ingestion"
-        raise UserError(
-            f"no packed stories in {shown(processed)} yet: run {command(f'data/{first}.py', data_dir=data_dir)}"
-        )
+        kind = f" --kind {shlex.quote(model)}" if model and first == "train_tokenizer" else ""
+        run = command(f"data/{first}.py", data_dir=data_dir) + kind
+        raise UserError(f"no packed stories in {shown(processed)} yet: run {run}")
     missing = [entry for entry in META if entry not in meta]
     require(not missing, f"{shown(processed / 'meta.json')} lacks {', '.join(missing)}: run {prepare}")
     tokenizer, learn = tokenizer_file(data_dir), command("data/train_tokenizer.py", data_dir=data_dir)

@@ -123,7 +123,7 @@ def plan_run(settings: SimpleNamespace, processes: Processes, checkpoint: dict |
 
     Raises UserError, before anything is written, if something does not fit.
     """
-    data = load_data(settings.data_dir, settings.verify)
+    data = load_data(settings.data_dir, settings.verify, settings.init_from)
     device = choose_device(settings.device)
     pretrained = None
     if settings.init_from and not checkpoint:

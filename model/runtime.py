@@ -144,7 +144,8 @@ def hardware(device: torch.device) -> str:
 def choose_dtype(device: torch.device, name: str) -> tuple[torch.dtype, str]:
     """The dtype of matrix products and activations, and the reason. Master weights are always float32."""
     if name != "auto":
-        return DTYPES[name], "as requested"
+        slow = device.type == "cpu" and name == "float16"
+        return DTYPES[name], "as requested; slow on a CPU" if slow else "as requested"
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return torch.bfloat16, "supported by this GPU"
@@ -173,7 +174,7 @@ def choose_compile(device: torch.device, name: str) -> tuple[bool, str]:
         return False, "a folder on its way has a space in its name, which PyTorch's compiler cannot take"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return False, "no Python headers here (python3-dev)"
-    return True, "the first step takes longer"
+    return True, "faster steps"
 
 
 def find_program(*names: str | None) -> str | None:

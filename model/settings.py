@@ -19,9 +19,11 @@ import os
 import shlex
 import sys
 import tokenize
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 from model.errors import UserError, require
 
@@ -227,13 +229,7 @@ def read_settings(
     argv = sys.argv[1:] if argv is None else argv
     parsed, unknown = parser.parse_known_args([normalise(word, kinds, aliases) for word in argv])
     if unknown:
-        word = unknown[0].partition("=")[0]
-        require(word.startswith("-"), f"{prog} takes flags only, not {word!r} (--help lists them)")
-        name = word.lstrip("-").replace("_", "-")
-        nearest = difflib.get_close_matches(name, ["help", *kinds], n=1, cutoff=0.75)
-        hint = f"; did you mean --{nearest[0]}?" if nearest else ""
-        hint = f": {hints[name]}" if name in (hints or {}) else hint
-        raise UserError(f"{prog} has no flag {word}{hint} (--help lists all)")
+        refuse_unknown(unknown, prog, kinds, hints or {})
 
     given = vars(parsed)
     settings = Settings(given=set(given), defaults={c.name: c.value for c in constants})
@@ -252,6 +248,19 @@ def read_settings(
             value = (Path.cwd() if constant.name in given else REPO) / os.path.expanduser(value)
         setattr(settings, constant.name, value)
     return settings
+
+
+def refuse_unknown(words: list[str], prog: str, known: Iterable[str], hints: dict[str, str]) -> NoReturn:
+    """Raise UserError for words of a command line that are no flags, or unknown ones, each with what may be meant."""
+    require(words[0].startswith("-"), f"{prog} takes flags only, not {words[0]!r} (--help lists them)")
+    problems = []
+    flags = [words[0], *(word for word in words if word.startswith("--"))]  # the rest may be their values
+    for word in dict.fromkeys(word.partition("=")[0] for word in flags):
+        name = word.lstrip("-").replace("_", "-")
+        nearest = difflib.get_close_matches(name, ["help", *known], n=1, cutoff=0.75)
+        hint = hints.get(name) or (f"did you mean --{nearest[0]}?" if nearest else "")
+        problems.append(f"{word} ({hint})" if hint else word)
+    raise UserError(f"{prog} has no flag {', '.join(problems)}; --help lists all")
 
 
 def flag_name(name: str) -> str:

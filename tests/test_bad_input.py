@@ -76,11 +76,19 @@ def test_steps_out_of_order_name_the_command_to_run(refused, packed, tmp_path):
         ),
         (["--max-minutes", "inf"], ["max_minutes must be above 0 and at most 1000000000, not inf"]),
         (["--learning-rate", "nan"], ["learning_rate must be above 0, not nan"]),
-        (["--wandb_log=True"], ["no flag --wandb_log: metrics.jsonl has every number"]),
+        (["--wandb_log=True"], ["no flag --wandb_log (metrics.jsonl has every number"]),
         (["--num_train_epochs=0"], ["max_epochs must be above 0"]),
-        (["--early_stopping_patience=3"], ["no flag --early_stopping_patience (--help lists all)"]),
-        (["--bias=False"], ["no flag --bias: --blocks gpt2 has biases"]),
-        (["--eval_only"], ["no flag --eval_only: evaluate.py scores a checkpoint"]),
+        (["--early_stopping_patience=3"], ["no flag --early_stopping_patience; --help lists all"]),
+        (
+            ["--eval_iters=5", "--max_steps=3", "--batch_size", "8", "--zzz"],
+            [
+                "no flag --eval_iters (--eval-tokens sets",
+                "often), --batch_size (a step",
+                "windows), --zzz; --help",
+            ],
+        ),
+        (["--bias=False"], ["no flag --bias (--blocks gpt2 has biases"]),
+        (["--eval_only"], ["no flag --eval_only (evaluate.py scores a checkpoint"]),
     ],
 )
 def test_train_refuses(refused, packed, tmp_path, flags, needles):

@@ -12,7 +12,7 @@ import torch
 
 from model.batches import Batches, dropout_seed, shuffled, validation_windows
 from model.errors import UserError
-from model.packed_data import load_data
+from model.packed_data import fingerprints, load_data
 
 # (tokens, block_size, windows_per_step): the epochs are cut evenly, with a rest, within a step, to one window
 SHAPES = [(1_000, 10, 5), (1_003, 10, 7), (97, 8, 5), (50, 7, 40), (9, 8, 3), (200, 1, 9)]
@@ -219,6 +219,22 @@ def test_data_comes_back_as_written(tmp_path, dtype):
     assert data.tokenizer_json == '{"version": "1.0", "ö": 1}'
     assert (data.train.stories, data.train.bytes, data.train.bytes_per_token) == (30, 1_200, 4.0)
     assert isinstance(data.train.tokens, np.memmap) and not data.train.tokens.flags.writeable
+    names = ("processed/train.bin", "processed/validation.bin", "tokenizer/tokenizer.json")
+    digests = [hashlib.sha256((tmp_path / "data" / name).read_bytes()).hexdigest() for name in names]
+    assert list(fingerprints(data).values()) == digests and len(set(digests)) == 3
+
+
+@pytest.mark.parametrize("changed", [[], ["train"], ["validation"]])
+def test_other_stories_of_step_1_are_noted(data_dir, changed):
+    path = data_dir / "processed" / "meta.json"
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    for facts in meta["splits"].values():
+        facts["raw_sha256"] = "old"
+    path.write_text(json.dumps(meta), encoding="utf-8")
+    (data_dir / "raw").mkdir()
+    splits = {name: {"sha256": "new" if name in changed else "old"} for name in meta["splits"]}
+    (data_dir / "raw" / "manifest.json").write_text(json.dumps({"splits": splits}))
+    assert ("has other stories than" in load_data(data_dir).outdated) == bool(changed)
 
 
 def edit(path, change):

@@ -413,6 +413,15 @@ def test_what_is_not_there_is_a_user_error(tmp_path, name, message):
         find_checkpoint(tmp_path, name, "best")
 
 
+def test_an_empty_file_or_quickstarts_mark_is_no_run(tmp_path):
+    touch(tmp_path, "metrics.jsonl")
+    (tmp_path / module.MARK).write_text("{}")
+    assert module.set_aside(tmp_path) is None and len(os.listdir(tmp_path)) == 2
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    moved = module.set_aside(tmp_path)
+    assert os.listdir(tmp_path) == [moved.name] and len(os.listdir(moved)) == 2
+
+
 @pytest.mark.parametrize(
     ("keep", "step", "left"),
     [

@@ -142,7 +142,7 @@ def test_the_script_prints_and_writes_the_scores(run, tmp_path, checkpoint, data
     assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-5)
     low, high = row["bits_per_byte_interval"]
     assert low < row["bits_per_byte"] < high
-    assert f"bits_per_byte_interval: {low:.4f} to {high:.4f}" in result.stdout
+    assert re.search(rf"^95 % interval +{low:.4f} to {high:.4f}$", result.stdout, re.MULTILINE)
     assert written["command"].startswith("python ") and "--output scores.json" in written["command"]
     assert written["versions"]["torch"] == torch.__version__
     assert row["sha256"] == hashlib.sha256((checkpoint / "ckpt_40.pt").read_bytes()).hexdigest()
@@ -172,6 +172,7 @@ def test_several_checkpoints_are_columns_of_a_table(evaluate, capsys):
         (100, 0.01, "worse"),
         (100, 1e-8, "no clear difference"),  # as rounding makes it, of one model in two formats
         (5, -0.01, "no clear difference"),
+        (6, -0.01, "better"),
     ],
 )
 def test_a_verdict_needs_more_than_rounding_and_a_few_stories(stories, difference, verdict):
@@ -294,13 +295,21 @@ def test_line_ends_of_ones_own_stories_cost_nothing(evaluate, tmp_path):
 def test_a_model_trained_on_other_stories_is_remarked_on(evaluate, checkpoint, data_dir, tmp_path, capsys):
     content = torch.load(checkpoint / "best.pt", weights_only=True)
     here = script.fingerprints(script.load_data(data_dir))
+    (tmp_path / "own.txt").write_text("The cat sat.")
     for name, changes in {"same.pt": {}, "other.pt": {"training stories": "0"}}.items():
         save_checkpoint(tmp_path / name, {**content, "data": here | changes})
-        evaluate("--checkpoint", name, "--max-samples", 1)
         remark = f"{name} was trained on other stories than those in"
-        assert (remark in capsys.readouterr().err) == bool(changes)
+        for flags, rest in (
+            ([], "may be among its own"),
+            (["--text", "own.txt", "--num-stories", 1], "what it copies is looked up in those"),
+        ):
+            evaluate("--checkpoint", name, "--max-samples", 1, *flags)
+            said = capsys.readouterr().err
+            assert ((remark in said) == (rest in said) == bool(changes)) and "one story alone" in said
+        evaluate("--checkpoint", name, "--text", "own.txt")  # which needs no training stories
+        assert remark not in capsys.readouterr().err
     save_checkpoint(tmp_path / "tuned.pt", {**content, "data": here, "settings": {"init_from": "a/b"}})
-    report = evaluate("--checkpoint", "tuned.pt", "--max-samples", 1, "--report", "r.html")
+    report = evaluate("--checkpoint", "tuned.pt", "--max-samples", 2, "--report", "r.html")
     (remark,) = report["notes"]
     assert (
         remark.startswith("tuned.pt was fine-tuned from a/b, which may have seen")
@@ -326,6 +335,9 @@ def test_written_stories_are_judged_beside_real_ones(evaluate, tmp_path, capsys)
     written = evaluate("--stories", "s.jsonl")
     assert written["results"] == []  # without a model, unless what is asked for needs one
     assert len(evaluate("--stories", "s.jsonl", "--num-stories", 1)["results"]) == 1
+    (tmp_path / "more.jsonl").write_text("\n".join(map(json.dumps, rows * 3)))
+    quality = evaluate("--stories", "s.jsonl", "more.jsonl")["quality"]
+    assert [figures["stories"] for figures in quality.values()] == [3, 2, 3]  # as many real ones as the most
     real, judged = written["quality"]["real stories"], written["quality"]["s.jsonl"]
     assert judged["stories"] == real["stories"] == 2 and judged["ended"] == 1
     assert judged["unseen_examples"] == ["dragon"]
@@ -345,6 +357,7 @@ def test_stories_of_a_checkpoint_are_the_same_each_time(evaluate):
     (name,) = set(one["quality"]) - {"real stories"}
     assert one["quality"][name]["stories"] == 12
     assert [row["prompt"] for row in one["written"]] == script.PROMPT
+    assert all(story.startswith(row["prompt"]) for row in one["written"] for story in row["stories"].values())
 
 
 def test_the_files_are_written_even_if_nobody_reads_what_is_printed(evaluate, monkeypatch, tmp_path):
@@ -782,4 +795,4 @@ def test_results_are_printed_even_if_they_cannot_be_written(packed, trained, mon
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
     with pytest.raises(OSError, match="No space left"):
         script.main()
-    assert "bits_per_byte: " in capsys.readouterr().out
+    assert "\nbits/byte " in capsys.readouterr().out

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import export
+import generate
 from data import train_tokenizer
 from model.checkpoint import load_checkpoint, load_model, save_checkpoint
 from model.config import GPTConfig
@@ -90,7 +91,7 @@ def make(tokenizers, tmp_path):
                     state * 1.1 * (model.head_weight @ state).max() / state.square().sum()
                 )
         path = tmp_path / name
-        settings = {"preset": "stories-9m", "batch_tokens": 640}
+        settings = {"preset": "stories-9m", "batch_tokens": 700}  # ten windows of 64 tokens
         entries = {
             "config": vars(model.config),
             "weights": model.state_dict(),
@@ -181,7 +182,7 @@ def test_generate_stops_at_the_end_of_the_story_or_of_the_context(make, tmp_path
     assert len(model.generate(**tokenizer("", return_tensors="pt"), do_sample=False)[0]) == 64
 
 
-def test_the_model_card_says_what_it_is(trained, tmp_path, capsys):
+def test_the_model_card_says_what_it_is(make, trained, tmp_path, capsys):
     folder = run_export("--checkpoint-dir", trained, "--output", tmp_path / "exported")
     assert "best.pt, step 2 ->" in capsys.readouterr().out
     card = (folder / "README.md").read_text(encoding="utf-8")
@@ -190,6 +191,8 @@ def test_the_model_card_says_what_it_is(trained, tmp_path, capsys):
     facts += load_checkpoint(trained / "best.pt")["data"].values()
     for fact in (*facts, "Both\nwere measured during training"):
         assert fact in card
+    folder = run_export("--checkpoint", make(), "--output", tmp_path / "whole windows")
+    assert "| 4,480 tokens in 7 steps |" in (folder / "README.md").read_text(encoding="utf-8")
     shutil.copy(trained / "best.pt", tmp_path)  # without metrics.jsonl
     folder = run_export("--checkpoint", tmp_path / "best.pt", "--output", tmp_path / "not measured")
     assert "measured" not in (folder / "README.md").read_text(encoding="utf-8")
@@ -311,6 +314,15 @@ def test_a_round_trip_changes_no_bit(make, tmp_path, blocks, shape):
     for name, weight in checkpoint["weights"].items():
         assert torch.equal(pretrained.weights[name], weight), name
     assert token_table(pretrained.tokenizer_json) == token_table(checkpoint["tokenizer"])
+
+
+def test_a_hugging_face_models_context_holds_the_longest_prompt(trained, tmp_path, monkeypatch):
+    """And what is written after it; the model itself has 16 positions."""
+    monkeypatch.setattr(generate, "PRETRAINED_CONTEXT", 4)
+    folder = run_export("--checkpoint", trained / "best.pt", "--output", tmp_path / "exported")
+    settings = read_settings(REPO / "generate.py", ["--max-tokens", "5", "--device", "cpu"])
+    writer, _ = generate.load_writer(str(folder), settings, GREEDY, ["One", "One day"])
+    assert writer.decoder.config.block_size == len("One day") + 1 + 5
 
 
 def test_generate_reads_a_folder_too(run, trained, tmp_path):
@@ -618,6 +630,10 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(make, tokenizers, t
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     others = [Tokenizer(models.Unigram([("a", 0.0)], 0)), Tokenizer(models.WordLevel({"a": 0}, "a"))]
     assert token_table(others[0].to_str()) != token_table(others[1].to_str())
+    vocab = {token: k for k, token in enumerate(["a", "b", "ab", "ba", "aba"])}
+    orders = [("a", "b"), ("ab", "a")], [("b", "a"), ("a", "ba")]
+    one, other = (token_table(Tokenizer(models.BPE(vocab, merges)).to_str()) for merges in orders)
+    assert one != other  # "abb" is ab b, or a b b
     checkpoint = load_checkpoint(make("char"))
     texts = [tokenizer.to_str() for tokenizer in (words, *others)]
     for text in (*texts, tokenizers["char"].replace('"c":', '"\u2581":')):

@@ -52,6 +52,20 @@ def test_a_folder_is_replaced_where_its_link_points(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "raw"]
 
 
+def test_a_folders_files_and_its_new_name_are_flushed_to_disk(folder, monkeypatch):
+    events = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *words, name=name, original=original: (events.append(name), original(*words))[1]
+        )
+    with atomic_folder(folder) as temporary:
+        (temporary / "new").write_text("2")
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "other").write_text("3")
+    assert events == ["fsync", "fsync", "replace", "replace", "fsync"]
+
+
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_folder_that_cannot_be_replaced_stays(folder, tmp_path, monkeypatch, failing):
     replace, calls = os.replace, []
@@ -113,6 +127,11 @@ def test_the_digest_is_of_the_whole_file(tmp_path):
     whole = bytes(range(256)) * 12_000  # more than is read at once
     (tmp_path / "a").write_bytes(whole)
     assert sha256_file(tmp_path / "a") == hashlib.sha256(whole).hexdigest()
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfOnce")
+    assert files.read_text(str(tmp_path / "a.txt")) == "Once"
 
 
 def test_a_command_has_the_folders_that_the_script_would_not_take_by_itself(monkeypatch):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from data import ingestion, raw_stories
 from data.hub_stories import open_hub
-from data.raw_stories import BATCH_BYTES, raw_batches
+from data.raw_stories import BATCH_BYTES, raw_batches, write_split
 from data.story_files import find_files, read_file
 from model.errors import UserError
 
@@ -367,6 +367,25 @@ def test_max_stories_counts_training_stories_without_duplicates(tmp_path, limit,
     assert len(validation) == max(1, round((limit + len(validation)) * fraction))
 
 
+def test_one_story_remains_for_training(tmp_path, monkeypatch):
+    path = write_stories(tmp_path / "two.txt", ["one", "two"])
+    words = ["--source", path, "--validation-fraction", 0.9, "--data-dir", tmp_path / "d"]
+    monkeypatch.setattr("sys.argv", ["ingestion.py", *map(str, words)])
+    ingestion.main()
+    assert [len(part) for part in read_all(tmp_path / "d")] == [1, 1]
+
+
+def test_a_validation_source_that_has_a_validation_part_gives_that(tmp_path, monkeypatch):
+    parts = {"a/a": {"train": ["one", "two"]}, "b/b": {"train": ["three"], "validation": ["four"]}}
+    monkeypatch.setattr(
+        ingestion, "open_source", lambda source, *_: {part: iter(s) for part, s in parts[source].items()}
+    )
+    words = ["--source", "a/a", "--validation-source", "b/b", "--data-dir", tmp_path]
+    monkeypatch.setattr("sys.argv", ["ingestion.py", *map(str, words)])
+    ingestion.main()
+    assert read_all(tmp_path) == (["one", "two"], ["four"])
+
+
 def test_line_ends_are_the_same_everywhere():
     dropped = ingestion.Counter()
     stories = ["a\r\nb\rc\n", "\ufeff a\nb\nc", "\r\n", "d"]
@@ -437,6 +456,12 @@ def test_stories_of_every_length_in_batches_that_memory_holds(run, tmp_path, mon
         sizes = [(len(batch), sum(map(len, batch))) for batch in batches]
         assert all(count == 1 or size < BATCH_BYTES + 1e7 for count, size in sizes), sizes
         assert max(count for count, _ in sizes) > 1
+
+
+def test_the_digest_is_of_every_story_in_its_order(tmp_path):
+    lists = (["a", "b"], ["a", "c"], ["b", "a"], ["ab"], ["a", "b", ""], [])
+    digests = {write_split(tmp_path / str(k), stories)["sha256"] for k, stories in enumerate(lists)}
+    assert len(digests) == len(lists) and write_split(tmp_path / "again", ["a", "b"])["sha256"] in digests
 
 
 def test_a_folder_of_many_files(run, tmp_path):
@@ -522,6 +547,8 @@ def test_what_is_up_to_date_is_left_alone(run, tmp_path):
     write_stories(path, [*STORIES, "one more"])
     assert "up to date" not in run(*arguments, "--seed", 5, check=0).stdout
     assert len(read_split(tmp_path / "data", "train")) == 4
+    write_stories(path, [*STORIES, "one MORE"])  # of the same size
+    assert "up to date" not in run(*arguments, "--seed", 5, check=0).stdout
     next((tmp_path / "data" / "raw" / "train").glob("*.arrow")).write_bytes(b"damaged")
     assert "up to date" not in run(*arguments, "--seed", 5, check=0).stdout
     assert len(read_split(tmp_path / "data", "train")) == 4
@@ -665,6 +692,13 @@ def test_hub_without_a_validation_split(run, tmp_path, hub, limit):
     run("data/ingestion.py", *arguments, "--data-dir", tmp_path, env=hub[0], check=0)
     train, validation = read_all(tmp_path)
     assert len(train) == (limit or 28) and len(validation) == (1 if limit else 2)
+
+
+def test_an_entry_without_text_on_the_hub_is_an_empty_story(monkeypatch, tmp_path):
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a", None, "b"]}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
+    stories = open_hub("someone/stories", "text", False, tmp_path)
+    assert list(stories["train"]) == ["a", "", "b"]
 
 
 @pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -202,6 +203,17 @@ def test_dropout_acts_in_training_only(blocks):
     assert (first - second).abs().max() > 0.1
     torch.manual_seed(1)
     assert torch.equal(model(ids), first)  # the seed decides what is dropped
+
+
+@pytest.mark.parametrize("blocks", FAMILIES)
+@torch.no_grad()
+def test_dropout_acts_on_the_embeddings_and_on_both_things_that_a_block_adds(blocks):
+    model, dropped = make_model(blocks, dropout=0.3).train(), Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda *_, name=name: dropped.update([name]))
+    model(token_ids())
+    assert dropped == {"dropout": 1, **{f"blocks.{layer}.dropout": 2 for layer in range(3)}}
 
 
 @pytest.mark.parametrize("blocks", FAMILIES)

@@ -131,14 +131,15 @@ def test_a_vocabulary_above_65536_takes_four_bytes(run, data_dir):
         assert np.fromfile(data_dir / "processed" / f"{split}.bin", "<u4").tolist() == ids
 
 
-def test_65536_tokens_still_fit_in_two_bytes(data_dir, run):
-    vocab = {"<|endoftext|>": 0} | {f"#{number}": number for number in range(1, 65_535)} | {"?": 65_535}
+@pytest.mark.parametrize(("last", "dtype"), [(65_535, "uint16"), (65_536, "uint32")])
+def test_65536_tokens_still_fit_in_two_bytes(data_dir, run, last, dtype):
+    vocab = {"<|endoftext|>": 0} | {f"#{number}": number for number in range(1, last)} | {"?": last}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(data_dir / "tokenizer" / "tokenizer.json"))
     run("data/prepare_data.py", "--data-dir", data_dir, check=0)
-    assert meta(data_dir)["dtype"] == "uint16"
-    assert np.fromfile(data_dir / "processed" / "train.bin", "<u2").max() == 65_535
+    assert meta(data_dir)["dtype"] == dtype
+    assert np.fromfile(data_dir / "processed" / "train.bin", dtype).max() == last
 
 
 @pytest.fixture(scope="module")

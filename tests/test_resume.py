@@ -266,6 +266,8 @@ def test_only_a_run_in_its_decay_goes_back(train):
         rewound, checkpoint = rewind(run, path, then)
         assert checkpoint["step"] == (12 if max_steps == steps["far from it"] else 5)
         assert (rewound == path) == (max_steps == steps["far from it"])
+    run = make_run(settings=settings_of(then, folder), recipe=Recipe(max_steps=15), processes=run.processes)
+    assert rewind(run, path, then) == (path, then)  # in its decay, but no longer than it was
 
 
 def test_a_run_made_shorter_keeps_what_came_before_its_decay(train, capsys):

@@ -62,10 +62,10 @@ def test_the_steps_suit_the_device_the_time_and_the_stories(packed, device, minu
 @pytest.mark.parametrize(
     ("tokens", "flags", "steps", "interval", "warmup"),
     [
-        (9_000_000, "", 20_000, 200, 10),
-        (4_000_000, "", 9_766, 200, 10),
-        (100_000, "", 489, 98, 10),
-        (3_000, "", 15, 3, 1),
+        (12_000_000, "", 20_000, 200, 10),
+        (4_000_000, "", 7_813, 200, 10),
+        (100_000, "", 391, 79, 10),
+        (3_000, "", 12, 3, 1),
         (4_000_000, "--max-epochs 0.5", 489, 98, 10),
         (100_000, "--max-epochs 5 --max-steps 100", 100, 20, 10),
         (100_000, "--max-epochs none --eval-interval 50", 20_000, 50, 10),

@@ -75,6 +75,17 @@ def test_the_distribution_is_that_of_transformers(spread, vocabulary):
         assert torch.equal(logits, untouched)
 
 
+def test_tokens_on_a_limit_are_treated_as_transformers_treats_them():
+    """Two tokens of exactly one half each: the first alone reaches that top_p, both that min_p."""
+    logits = torch.zeros(1, 2)
+    for given, warper, count in (
+        ({"top_p": 0.5}, TopPLogitsWarper(0.5), 1),
+        ({"top_p": 1.0, "min_p": 1.0}, MinPLogitsWarper(1.0), 2),
+    ):
+        result = distribution(logits, None, Sampling(temperature=1.0, **given))
+        assert (result > 0).sum() == (warper(None, logits.clone()) > -torch.inf).sum() == count
+
+
 def test_temperature_0_gives_the_likeliest_token_all():
     logits = torch.tensor([[0.1, 3.0, 2.9], [5.0, -1.0, 4.0]])
     none = torch.zeros(2, 3, dtype=torch.bool)

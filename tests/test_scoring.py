@@ -145,6 +145,19 @@ def test_the_batch_size_changes_nothing(tokenizer, batch_size):
     np.testing.assert_allclose(scores.loss, expected.loss, rtol=1e-6)
 
 
+def test_windows_of_similar_length_are_read_together(tokenizer, monkeypatch):
+    """Longest first: a batch takes the memory of its first window times their number."""
+    lengths, lay_out = [], scoring.lay_out
+
+    def noting(batch, *others):
+        lengths.extend(window.end - window.first for window in batch)
+        return lay_out(batch, *others)
+
+    monkeypatch.setattr(scoring, "lay_out", noting)
+    score(make_model("modern"), tokenizer, batch_size=2)
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 3
+
+
 def test_the_order_of_the_stories_changes_nothing(tokenizer, monkeypatch):
     model = make_model("modern").double()
     expected = score(model, tokenizer)

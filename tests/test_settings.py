@@ -171,16 +171,16 @@ def test_folders_default_to_the_repository_and_flags_to_the_current_one(read, tm
     ("argv", "needles"),
     [
         ("--stepz 3", ["--stepz", "did you mean --steps?"]),
-        ("--step=3", ["no flag --step;", "did you mean --steps?"]),  # never taken for --steps by itself
+        ("--step=3", ["no flag --step (did you mean --steps?)"]),  # never taken for --steps by itself
         ("--no-steps", ["no flag --no-steps", "did you mean --steps?"]),
         ("--no-name", ["no flag --no-name"]),  # not the word "false"
         ("--no-prompt", ["no flag --no-prompt"]),
         ("--no-frseh", ["--no-frseh"]),
         ("--data-dirs x", ["did you mean --data-dir?"]),
         ("--internal 3", ["no flag --internal"]),
-        ("--zzzzzz", ["no flag --zzzzzz (--help"]),
+        ("--zzzzzz", ["no flag --zzzzzz; --help"]),
         ("stray", ["takes flags only, not 'stray'"]),
-        ("--batch_size 8", ["no flag --batch_size: --steps is what you want"]),
+        ("--batch_size 8", ["no flag --batch_size (--steps is what you want)"]),
         ("--steps many", ["--steps takes a whole number, not 'many'"]),
         ("--steps 1.5", ["--steps takes a whole number, not '1.5'"]),
         ("--steps inf", ["--steps takes a whole number"]),

@@ -137,6 +137,7 @@ def test_a_group_of_training_stories_is_all_copied(data):
     groups = {
         "copies": [Story(story, ended=k > 0) for k, story in enumerate(stories)],
         "new": [Story("Big bad zebras"), Story("")],
+        "both": [Story(stories[0]), Story("Zebras, zebras!")],
     }
     figures = describe(groups, packed)
     assert figures["copies"]["copied_8grams"] == 1 and figures["copies"]["unseen_words"] == 0
@@ -147,6 +148,8 @@ def test_a_group_of_training_stories_is_all_copied(data):
     assert figures["new"]["copied_8grams"] == 0 and figures["new"]["longest_copy"] == 0
     assert figures["new"]["unseen_words"] == 1
     assert figures["new"]["unseen_examples"] == ["bad", "big", "zebras"]
+    assert figures["both"]["mean_longest_copy"] == len(stories[0]) / 2  # of all stories, and of all words
+    assert figures["both"]["unseen_words"] == 2 / 8 and figures["both"]["unseen_examples"] == ["zebras"]
 
 
 def test_without_training_stories_nothing_is_said_of_them():

@@ -11,15 +11,19 @@ import torch
 from training import TINY, losses, make_run, metrics
 
 import train as train_script
+from model import training_state
 from model.batches import Batches, validation_windows
 from model.bigrams import begin_as_bigrams
-from model.checkpoint import list_checkpoints, load_checkpoint
+from model.checkpoint import list_checkpoints, load_checkpoint, load_model
 from model.config import GPTConfig, Recipe
+from model.decoder import Decoder
 from model.errors import UserError
+from model.generation import generate_all
 from model.gpt import GPT
 from model.packed_data import load_data
 from model.runtime import choose_runtime
 from model.sampled_softmax import Shortlists
+from model.sampling import Sampling
 from model.validation import validate
 
 
@@ -38,6 +42,10 @@ def test_a_run_leaves_what_it_promises(train):
         figures += f"{training_loss:.3f}), {row['bits_per_byte']:.4f} bits per byte"
         assert f"step {row['step']}: {figures}" in result.out
     best = load_checkpoint(folder / "best.pt")
+    muon, adamw = load_checkpoint(folder / "ckpt_12.pt")["optimizers"]
+    assert muon["param_groups"][0]["momentum"] == pytest.approx(0.85 + 0.1 * 11 / 300)  # of the 12th step
+    rate = [row["learning_rate"] for row in rows if "train_loss" in row][-1]
+    assert adamw["param_groups"][0]["lr"] == pytest.approx(rate * 12 / 200)
     assert best["best_loss"] == min(row["validation_loss"] for row in evaluations)
     assert (folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "samples.md").read_text().count("Once upon a time") == 3
@@ -45,6 +53,24 @@ def test_a_run_leaves_what_it_promises(train):
     assert f"best_validation_loss: {best['best_loss']:.4f}\n" in result.out
     assert f"best_bits_per_byte: {min(row['bits_per_byte'] for row in evaluations):.4f}\n" in result.out
     assert "best_checkpoint" in result.out and result.err == ""
+
+
+def test_the_sample_is_what_the_checkpoint_writes(train):
+    folder, _ = train("run", "--sample-prompt", "A cat", "--seed", 7)
+    model, tokenizer, checkpoint = load_model(folder / "ckpt_12.pt")
+    ids, eot_id = tokenizer.encode("A cat", add_special_tokens=False).ids, checkpoint["eot_id"]
+    (written,) = generate_all(Decoder(model), [[eot_id, *ids]], 8, eot_id, Sampling(), [7])
+    assert metrics(folder)[-1]["sample"] == tokenizer.decode(ids + written, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", True), ("float32", False), ("float16", False)])
+def test_muon_rounds_its_products_in_bfloat16_runs_only(train, monkeypatch, dtype, expected):
+    made, make = [], training_state.make_optimizers
+    monkeypatch.setattr(
+        training_state, "make_optimizers", lambda *args, **kw: made.append(make(*args, **kw)) or made[-1]
+    )
+    train("run", "--max-steps", 1, "--dtype", dtype)
+    assert made[0][0].low_precision == expected
 
 
 def test_keep_limits_the_checkpoints(train):
@@ -71,11 +97,13 @@ def test_losses_are_those_of_a_plain_loop(train, packed, mask, grow_at, vocab_si
     tokens that are not in a step's shortlist are left out.
     """
     flags = "--blocks gpt2 --optimizer adamw --dtype float32 --micro-batch 3 --learning-rate 1e-3 --weight-decay 0.1"
+    flags += " --eval-tokens 1040"
     cosine = "--schedule cosine --decay-fraction 1".split()
     shape = ["--vocab-size", vocab_size, mask, "--grow-at", grow_at]
     folder, result = train("run", *flags.split(), *cosine, *shape)
     sampled = vocab_size == 2_000
-    assert sampled == ("; softmax over 500 tokens; 1 layer until 50 % are done" in result.out)
+    parts = "1 layer until 50 % are done\n", "; softmax over 500 tokens\n"
+    assert [part in result.out for part in parts] == [bool(grow_at), sampled]
     data = load_data(packed)
     torch.manual_seed(1337)
     model = GPT(GPTConfig(vocab_size, 32, 2, 2, 32, blocks="gpt2", tie_weights=False)).double()
@@ -88,15 +116,18 @@ def test_losses_are_those_of_a_plain_loop(train, packed, mask, grow_at, vocab_si
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     batches = Batches(data.train.tokens, 32, 16, seed=1337)
+
+    def logits_of(inputs):
+        if mask != "--mask-stories":
+            return model(inputs)
+        stories = [[row[: k + 1].count(data.eot_id) for k in range(32)] for row in inputs.tolist()]
+        return model(inputs, story_ids=torch.tensor(stories))
+
     expected, norms, ends = [], [], 0
     for step in range(12):
         windows = torch.from_numpy(batches.windows(batches.starts(step)))
-        inputs, stories = windows[:, :-1], None
-        if mask == "--mask-stories":
-            stories = torch.tensor(
-                [[row[: k + 1].count(data.eot_id) for k in range(32)] for row in inputs.tolist()]
-            )
-        logits = model(inputs, story_ids=stories)
+        inputs = windows[:, :-1]
+        logits = logits_of(inputs)
         if sampled:
             ids, log_counts = Shortlists(batches, vocab_size).shortlist(step, torch.device("cpu"))
             left_out = torch.full((vocab_size,), -math.inf).index_fill(0, ids, 0.0)
@@ -117,6 +148,14 @@ def test_losses_are_those_of_a_plain_loop(train, packed, mask, grow_at, vocab_si
     np.testing.assert_allclose(losses(folder), expected, rtol=2e-6)
     rows = [row for row in metrics(folder) if "train_loss" in row]
     np.testing.assert_allclose([row["gradient_norm"] for row in rows], norms, rtol=1e-4)
+    # The validation loss, over the whole vocabulary: of the 32 whole windows in --eval-tokens 1040
+    windows = torch.from_numpy(validation_windows(data.validation.tokens, 32, 32))
+    loss = torch.nn.functional.cross_entropy(
+        logits_of(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()
+    )
+    evaluation = metrics(folder)[-1]
+    assert (evaluation["step"], evaluation["tokens"]) == (12, 12 * 512)
+    assert evaluation["validation_loss"] == pytest.approx(loss.item(), rel=2e-6)
 
 
 def test_validation_keeps_to_the_story_too_and_drops_nothing(packed):
@@ -204,8 +243,9 @@ def clock(monkeypatch):
 
 
 def test_the_clock_counts_nothing_but_steps(train, clock):
-    folder, result = train("run", "--no-bigram-start")
-    assert "tokens_per_second: 512\n" in result.out
+    # A step takes whole windows: 16 of 32 tokens
+    folder, result = train("run", "--no-bigram-start", "--batch-tokens", 530)
+    assert "tokens: 6144\ntraining_seconds: 12.0\ntokens_per_second: 512\n" in result.out
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "train_loss" in row]
     counted = [(row["tokens"], row["seconds"], row["tokens_per_second"]) for row in rows]
