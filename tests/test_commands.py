@@ -86,9 +86,7 @@ def test_without_a_gpu_pytorch_comes_without_cuda(quickstart, tmp_path, monkeypa
 
 
 def test_a_step_that_fails(quickstart, tmp_path):
-    script = (
-        'case "$*" in *prepare_data*) echo "error: the disk is on fire" >&2; exit 2 ;; esac; echo Python 3.12'
-    )
+    script = 'case "$1" in */prepare_data.py) echo "error: the disk is on fire" >&2; exit 2 ;; esac; echo Python 3.12'
     write_program(tmp_path / ".venv/bin/python", script)
     result = quickstart()
     assert_last_line(result, "step 3 (data/prepare_data.py) failed")
@@ -107,8 +105,17 @@ def test_each_flag_goes_to_the_step_that_knows_it(quickstart, tmp_path):
         "ran data/prepare_data.py",
         "ran train.py --preset quickstart --max-minutes 1",
         "ran generate.py",
-        "ran evaluate.py --checkpoint best",
+        "ran evaluate.py --checkpoint best --max-samples 300",
     ]
+
+
+def test_a_wrong_flag_is_found_before_any_story_is_replaced(quickstart, tmp_path):
+    checking = f'[ "$1" != -c ] || {{ cd "{REPO}"; exec "{sys.executable}" "$@"; }}'
+    write_program(tmp_path / ".venv/bin/python", f'{checking}; echo "ran $*"')
+    for flag, step in (("--sorce", "train.py"), ("--vocab-size=x", "--vocab-size takes a whole number")):
+        result = quickstart("--seed", "1", "--max-stories", "9", flag)
+        assert_last_line(result, step)
+        assert "ran data/ingestion.py" not in result.stdout
 
 
 def test_files_are_named_relative_to_the_callers_folder(quickstart, tmp_path):
@@ -157,7 +164,7 @@ def test_a_run_that_train_py_made_on_other_stories_is_kept(quickstart, tmp_path)
 
 
 def test_a_run_that_is_going_on_is_not_moved(quickstart, tmp_path):
-    only_python = f'case "$1" in -c) exec "{sys.executable}" "$@" ;; esac'
+    only_python = f'case "$2" in *fcntl*) exec "{sys.executable}" "$@" ;; esac'
     packing = "mkdir -p data/processed; echo 1 >data/processed/meta.json"
     write_program(tmp_path / ".venv/bin/python", f"{only_python}; {packing}")
     (tmp_path / "checkpoints").mkdir()
