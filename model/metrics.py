@@ -86,11 +86,12 @@ def is_row(row: object) -> bool:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """The mean of each value and its neighbours: as many on either side, a fortieth of all values or at least four, and
-    fewer near the ends, so that a slope stays one."""
-    most, sums = max(4, len(values) // 40), [0.0, *itertools.accumulate(values)]
-    reaches = (min(most, k, len(values) - 1 - k) for k in range(len(values)))
-    return [(sums[k + n + 1] - sums[k - n]) / (2 * n + 1) for k, n in enumerate(reaches)]
+    """The mean of each value and its neighbours: on either side a fortieth of all values, at least four if there are
+    enough. Fewer at the beginning, where losses fall fast."""
+    count, sums = len(values), [0.0, *itertools.accumulate(values)]
+    most = max(min(4, count // 4), count // 40)
+    ends = ((k - min(k, most), min(count, k + min(k, most) + 1)) for k in range(count))
+    return [(sums[end] - sums[first]) / (end - first) for first, end in ends]
 
 
 def draw_loss_curve(rows: list[dict], path: Path) -> None:
