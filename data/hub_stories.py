@@ -31,7 +31,8 @@ def open_hub(word: str, column: str, stream: bool, folder: Path) -> dict[str, It
         datasets.config.HF_HUB_OFFLINE = True
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 5  # 5 s apart
     quiet_datasets(datasets)
-    with hub_errors(word, INSTEAD):
+    what = word if "/" in word else f"{word} (no file or folder here)"  # perhaps it is a misspelt one
+    with hub_errors(what, INSTEAD):
         splits = datasets.load_dataset(name, config or None, streaming=stream and not offline)
     require("train" in splits, f"{word} on the hub has no train split: it has {', '.join(splits)}")
     validation = next((split for split in ("validation", "valid", "val", "dev") if split in splits), None)

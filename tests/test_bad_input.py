@@ -42,6 +42,8 @@ def test_steps_out_of_order_name_the_command_to_run(refused, packed, tmp_path):
     assert_refused("data/prepare_data.py", data, "no tokenizer", "python data/train_tokenizer.py")
     assert not (tmp_path / "data" / "processed").exists()
     assert_refused("train.py", data + checkpoints, "no packed stories", "python data/train_tokenizer.py")
+    tuning = [*data, *checkpoints, "--init-from", "a/my model"]
+    assert_refused("train.py", tuning, "python data/train_tokenizer.py", " --kind 'a/my model'")
     for script in ("generate.py", "evaluate.py", "export.py"):
         assert_refused(script, checkpoints, "no checkpoint", "python train.py")
         assert_refused(script, [f"--out_dir={checkpoints[1]}"], f"no checkpoint in {checkpoints[1]}")

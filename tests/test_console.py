@@ -13,7 +13,7 @@ from conftest import REPO
 from training import make_run
 
 from model.config import GPTConfig, Recipe
-from model.console import ProgressBar, print_plan, print_stop
+from model.console import ProgressBar, duration, print_plan, print_stop
 from model.gpt import GPT
 from model.metrics import Metrics, smooth, write_samples
 from model.packed_data import Data, Split
@@ -158,6 +158,11 @@ def test_the_smoothed_loss_of_a_short_run_is_a_mean_of_its_neighbours():
     assert all(1.5 < value < 2.5 for value in smooth(jagged)[1:])
     for length, reach in ((5, 1), (200, 5)):  # what rises or falls evenly comes no later
         assert smooth(range(length))[:-reach] == list(range(length - reach))
+
+
+def test_the_time_left_in_a_unit_that_suits_it():
+    said = [duration(minutes) for minutes in (0, 119.94, 300, 15_589.5)]
+    assert said == ["0.0 minutes", "119.9 minutes", "5.0 hours", "10.8 days"]
 
 
 @pytest.mark.parametrize(

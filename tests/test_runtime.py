@@ -46,6 +46,7 @@ def test_the_precision_suits_the_device(monkeypatch, device, able, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: able)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert choose_dtype(torch.device(device), "auto")[0] == dtype
+    assert ("slow" in choose_dtype(torch.device(device), "float16")[1]) == (device == "cpu")
 
 
 @pytest.fixture
