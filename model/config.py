@@ -15,11 +15,12 @@ NORM_EPS = {"modern": 1e-6, "gpt2": 1e-5}  # of RMSNorm and LayerNorm
 # that a batch has to average out grows as the loss falls (McCandlish et al. 2018).
 CPU_STEPS = {"batch_tokens": 4_096, "eval_interval": 200}
 SHORT_MINUTES = 4  # runs of less than this take half of it
-# On few stories, small steps learn most, too: an epoch has at least so many, unless they had less than 2,048 tokens.
-STEPS_PER_EPOCH = 100
 # And in the same time, half of the blocks learn more than all; the others join late (progressive stacking, Gong et al.
 # 2019). The loss of part of the vocabulary takes less time, too (model/sampled_softmax.py). Not measured on a GPU.
 CPU_SHORTCUTS = {"grow_at": 0.8, "sampled_softmax": True}
+
+# Of few stories, small steps learn most on any device: an epoch has at least so many, each of 2,048 tokens or more.
+STEPS_PER_EPOCH = 200
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def weight_decay_for(tokens: int) -> float:
 
 
 def batch_for(tokens: int) -> int:
-    """The most tokens per step of Muon's recipe for so many training tokens, a power of two."""
+    """The most tokens per step of Muon's recipe for so many training tokens: a power of two (benchmarks/RESULTS.md)."""
     return 2 ** max(11, int(math.log2(tokens / STEPS_PER_EPOCH)))
 
 

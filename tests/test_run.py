@@ -47,8 +47,8 @@ def of_size(packed, tokens):
     [
         ("cpu", 1, 9_000_000, 2_048),
         ("cpu", 30, 9_000_000, 4_096),
-        ("cuda", 1, 9_000_000, 65_536),
-        ("cuda", 1, 1_700_000, 16_384),  # more would be fewer than 100 steps per epoch
+        ("cuda", 1, 14_000_000, 65_536),
+        ("cuda", 1, 1_700_000, 8_192),  # more would be fewer than 200 steps per epoch
         ("cuda", 30, 1_000, 2_048),
         ("cpu", 30, 300_000, 2_048),
     ],
