@@ -88,10 +88,9 @@ def main() -> None:
     needed = not files or settings.text or settings.given & of_models
     names = settings.checkpoint or ([None] if needed else [])
     found = [find_candidate(settings.checkpoint_dir, name) for name in names]
+    # now, not after scoring the models before it
     if foreign := next((name for name in found if isinstance(name, str)), None):
-        needs(
-            "transformers", f"{foreign}, a Hugging Face model,"
-        )  # now, not after scoring the models before it
+        needs("transformers", f"{foreign}, a Hugging Face model,")
     texts = find_texts(settings)
     read = [
         *texts,

@@ -54,7 +54,7 @@ run() { # run NUMBER TITLE SCRIPT [FLAGS...]
   }
 }
 
-check() { # check SCRIPT [FLAGS...]: a wrong flag must be found before step 1 replaces any stories
+check() { # check SCRIPT [FLAGS...]: a misspelt flag must be found before step 1 replaces any stories
   "$PYTHON" -c "$CHECK" "$@"
 }
 CHECK="

@@ -104,7 +104,9 @@ class Recipe:
     batch_tokens: int = 65_536  # per optimizer step, over all processes
     max_steps: int | None = 20_000  # the run ends at the first of this limit and the next two
     max_minutes: float | None = None  # of training steps
-    max_epochs: float | None = 8.0  # passes over the training stories; a run has them in max_steps, too
+    max_epochs: float | None = (
+        8.0  # passes over the training stories; in a Run's recipe, max_steps is no more
+    )
     optimizer: str = "muon"
     learning_rate: float = 6e-3  # at its peak
     weight_decay: float = 0.1  # in new Muon runs on few stories, more: see weight_decay_for()
@@ -164,7 +166,7 @@ def weight_decay_for(tokens: int) -> float:
 
 
 def batch_for(tokens: int) -> int:
-    """The most tokens per step of Muon's recipe for so many training tokens: a power of two (benchmarks/RESULTS.md)."""
+    """The most tokens per step for so many training tokens: a power of two (benchmarks/RESULTS.md)."""
     return 2 ** max(11, int(math.log2(tokens / STEPS_PER_EPOCH)))
 
 
@@ -200,10 +202,10 @@ class Preset:
         batch = recipe.batch_tokens
         if "batch_tokens" in own and recipe.max_minutes and recipe.max_minutes < SHORT_MINUTES:
             batch //= 2
-        if recipe.optimizer == "muon":
+            recipe = replace(recipe, eval_interval=2 * recipe.eval_interval)
+        if self.cpu:  # not a published recipe, which is the same everywhere
             batch = min(batch, batch_for(tokens))
-        interval = recipe.eval_interval * recipe.batch_tokens // batch  # as many tokens as before
-        return replace(recipe, batch_tokens=batch, eval_interval=interval)
+        return replace(recipe, batch_tokens=batch)
 
 
 SLM_SHAPE = {
@@ -214,7 +216,7 @@ SLM_SHAPE = {
     "dropout": 0.1,
     "blocks": "gpt2",
 }
-PUBLISHED = replace(ADAMW, eval_interval=250)
+PUBLISHED = replace(ADAMW, max_epochs=None, eval_interval=250)
 SLM = replace(PUBLISHED, batch_tokens=32 * 32 * 128, learning_rate=1e-4, warmup_steps=1_000)
 
 PRESETS = {
@@ -225,15 +227,8 @@ PRESETS = {
     "slm-50m": Preset(GPTConfig(block_size=128, tie_weights=False, **SLM_SHAPE), SLM, cpu={}),
     "tinystories-33m": Preset(
         GPTConfig(block_size=512, **SLM_SHAPE),
-        # 80 windows of 512 tokens, 16 times per step
-        replace(
-            PUBLISHED,
-            batch_tokens=80 * 16 * 512,
-            learning_rate=5e-4,
-            grad_clip=0.5,
-            max_steps=None,
-            max_epochs=20.0,
-        ),
+        # 80 windows of 512 tokens, 16 times per step; 20 epochs of 470 million tokens
+        replace(PUBLISHED, batch_tokens=80 * 16 * 512, max_steps=14_300, learning_rate=5e-4, grad_clip=0.5),
         cpu={},
     ),
     "stories-15m": Preset(GPTConfig(vocab_size=32_000, n_layer=6, n_head=6, n_embd=288)),

@@ -30,7 +30,9 @@ def print_finished(run: Run, step: int, changes: dict[str, str]) -> None:
     """Say that the run had ended already, and what would extend it. `changes` are those of its settings."""
     if run.data.outdated:
         note(run.data.outdated)
-    limit = "max_steps" if run.recipe.max_steps and step >= run.recipe.max_steps else "max_minutes"
+    recipe, limit = run.recipe, "max_minutes"
+    if recipe.max_steps and step >= recipe.max_steps:
+        limit = "max_steps" if recipe.max_steps == run.settings.max_steps else "max_epochs"
     if limit in changes:
         beyond = f"step {step:,} is already beyond this {flag_name(limit)}"
         print(f"{beyond}: nothing is left to train, and the saved run keeps its own limit")
@@ -47,6 +49,7 @@ def print_plan(run: Run, state: TrainingState, resumed_from: Path | None) -> Non
     minutes = f"{recipe.max_minutes:g} minute{'s' * (recipe.max_minutes != 1)}" if recipe.max_minutes else ""
     limits = " or ".join(filter(None, (steps, minutes))) + ", whichever comes first" * bool(steps and minutes)
     epochs = (recipe.max_steps or 0) * run.tokens_per_step / len(train.tokens)
+    epochs = min(epochs, recipe.max_epochs or epochs)  # the last step may begin another
     where = f" on {run.processes.world_size} processes" if run.processes.world_size > 1 else ""
     softmax = f"; softmax over {run.softmax_size:,} tokens" if run.shortlists else ""
     growth = ""
@@ -97,6 +100,7 @@ class ProgressBar:
         self.step, self.seconds, self.printed = state.step, state.seconds, time.monotonic()
         self.speed = 0.0  # tokens per second
         self.loss, self.weight = 0.0, 0.0  # a moving average, and how much of it has been seen
+        self.text = ""  # behind the bar
         self.bar = tqdm(
             total=run.recipe.max_steps, initial=state.step, unit="step", dynamic_ncols=True,
             disable=None if self.shows else True, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
@@ -117,6 +121,7 @@ class ProgressBar:
             loss = self.mean_loss
         text = f"loss {loss:.3f}, {self.speed:,.0f} tokens/s{mfu}, {duration(minutes_left)} left"
         self.bar.total = self.step + steps_left
+        self.text = text
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(steps)
         if self.shows and self.bar.disable and time.monotonic() - self.printed > QUIET_SECONDS:
@@ -155,13 +160,14 @@ class ProgressBar:
         return steps, seconds / 60
 
     def evaluating(self) -> None:
-        """Say why the bar stands still."""
+        """Say why the bar stands still, until the next line."""
         self.bar.set_postfix_str("evaluating")
 
     def say(self, text: str) -> None:
         """Print a line. If what reads our output (such as `head`) is gone, let the run be saved and stop; without a
         terminal, or space on the disk for a log, it goes on."""
         if self.shows:
+            self.bar.set_postfix_str(self.text, refresh=False)
             try:
                 self.bar.write(text)
                 sys.stdout.flush()

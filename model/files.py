@@ -148,7 +148,7 @@ def require_space(folder: Path, needed: float) -> None:
 
 def flush(file: Path) -> None:
     """Wait until the disk has the file's content."""
-    with open(file, "rb+") as opened:
+    with open(file, "rb") as opened:
         os.fsync(opened.fileno())
 
 

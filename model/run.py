@@ -5,7 +5,7 @@ import functools
 import math
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,15 +172,21 @@ def complete_settings(
         fill_from_preset(settings, data, device, pretrained)
     else:
         keep_from_checkpoint(settings, checkpoint, data, device)
-    return config_of(settings), recipe_of(settings)
+    return config_of(settings), recipe_of(settings, len(data.train.tokens))
 
 
 def config_of(settings: SimpleNamespace) -> GPTConfig:
     return GPTConfig(**{name: getattr(settings, name) for name in CONFIG_FIELDS})
 
 
-def recipe_of(settings: SimpleNamespace) -> Recipe:
-    return Recipe(**{name: getattr(settings, name) for name in RECIPE_FIELDS})
+def recipe_of(settings: SimpleNamespace, tokens: int) -> Recipe:
+    """The recipe of complete settings; a limit in epochs, of so many tokens, is one in steps there, too."""
+    recipe = Recipe(**{name: getattr(settings, name) for name in RECIPE_FIELDS})
+    if not recipe.max_epochs:
+        return recipe
+    tokens_per_step = recipe.tokens_per_step(config_of(settings).block_size)
+    steps = math.ceil(recipe.max_epochs * tokens / tokens_per_step)
+    return replace(recipe, max_steps=min(recipe.max_steps or steps, steps))
 
 
 def chosen_settings(settings: SimpleNamespace, names: Iterable[str]) -> set[str]:
@@ -220,19 +226,12 @@ def fill_from_preset(
         settings.grow_at = 0.0
     if settings.optimizer == "muon" and not pretrained and "weight_decay" not in chosen:
         settings.weight_decay = float(f"{weight_decay_for(tokens):.2g}")
-    count_epochs(settings, tokens)
-    if settings.max_epochs and "eval_interval" not in chosen:
-        settings.eval_interval = min(settings.eval_interval, -(-settings.max_steps // EVALUATIONS))
-    if settings.max_epochs and "warmup_steps" not in chosen:
-        settings.warmup_steps = min(settings.warmup_steps, int(WARMUP * settings.max_steps))
-
-
-def count_epochs(settings: SimpleNamespace, tokens: int) -> None:
-    """Express the limit in epochs of so many tokens, if there is one, in steps."""
     if settings.max_epochs:
-        tokens_per_step = recipe_of(settings).tokens_per_step(settings.block_size)
-        steps = math.ceil(settings.max_epochs * tokens / tokens_per_step)
-        settings.max_steps = min(settings.max_steps or steps, steps)
+        steps = recipe_of(settings, tokens).max_steps
+        if "eval_interval" not in chosen:
+            settings.eval_interval = min(settings.eval_interval, -(-steps // EVALUATIONS))
+        if "warmup_steps" not in chosen:
+            settings.warmup_steps = min(settings.warmup_steps, int(WARMUP * steps))
 
 
 def shape_of(pretrained: Pretrained, settings: SimpleNamespace, data: Data) -> dict[str, object]:
@@ -285,7 +284,6 @@ def keep_from_checkpoint(
     for name in set(kept) - chosen:
         setattr(settings, name, saved[name])
     refuse_differences(settings, checkpoint, data)
-    count_epochs(settings, len(data.train.tokens))
     if checkpoint.get("device", hardware(device)) != hardware(device) and "micro_batch" not in chosen:
         settings.micro_batch = 0  # what suits a GPU may not fit another one's memory
 

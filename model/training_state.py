@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -23,13 +24,12 @@ from model.checkpoint import (
     save_checkpoint,
     step_of,
 )
-from model.config import RECIPE_FIELDS, Recipe
 from model.errors import UserError, first_line, ran_out_of_memory, require, warn
 from model.files import atomic_write, shown
 from model.gpt import GPT
 from model.optimizer import make_optimizers
 from model.packed_data import fingerprints
-from model.run import STARTED_EARLIER, Run, remembered
+from model.run import STARTED_EARLIER, Run, recipe_of, remembered
 from model.runtime import hardware
 
 
@@ -174,7 +174,7 @@ def rewind(run: Run, path: Path, checkpoint: dict) -> tuple[Path, dict]:
     goes on from, since that is from before the decay.
     """
     saved, step, earlier = checkpoint["settings"], checkpoint["step"], run.folder / BEFORE_DECAY
-    before = Recipe(**{name: saved[name] for name in RECIPE_FIELDS})
+    before = recipe_of(SimpleNamespace(**saved), len(run.data.train.tokens))
     then, now = (recipe.progress(step, checkpoint["seconds"]) for recipe in (before, run.recipe))
     decaying, extended = then > before.turning_point, now < min(then, 1)
     if not decaying and 0 < run.recipe.turning_point <= now and path != earlier and run.processes.first:

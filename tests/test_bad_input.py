@@ -54,6 +54,7 @@ def test_steps_out_of_order_name_the_command_to_run(refused, packed, tmp_path):
     "flags, needles",
     [
         (["--n-embd", "30", "--n-head", "4"], ["n_embd 30", "n_head 4"]),
+        (["--no-bigram-start", "--block-size", "0"], ["block_size must be at least 1"]),
         (["--block-size", "1000000"], ["block_size 1000000", "lower it"]),
         (["--preset", "storys-9m"], ["storys-9m", "stories-9m"]),
         (["--learning-rte", "1"], ["--learning-rte", "did you mean --learning-rate?"]),

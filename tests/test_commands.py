@@ -112,7 +112,11 @@ def test_each_flag_goes_to_the_step_that_knows_it(quickstart, tmp_path):
 def test_a_wrong_flag_is_found_before_any_story_is_replaced(quickstart, tmp_path):
     checking = f'[ "$1" != -c ] || {{ cd "{REPO}"; exec "{sys.executable}" "$@"; }}'
     write_program(tmp_path / ".venv/bin/python", f'{checking}; echo "ran $*"')
-    for flag, step in (("--sorce", "train.py"), ("--vocab-size=x", "--vocab-size takes a whole number")):
+    wrong = ("--vocab-size=x", "--max-stories=x", "--workers=x")
+    for flag, step in (
+        ("--sorce", "train.py"),
+        *((flag, f"{flag[:-2]} takes a whole number") for flag in wrong),
+    ):
         result = quickstart("--seed", "1", "--max-stories", "9", flag)
         assert_last_line(result, step)
         assert "ran data/ingestion.py" not in result.stdout

@@ -133,13 +133,16 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(train, monkeypatch):
     assert re.search(
         r"step 2 of 2: loss \d\.\d{3}, [\d,]+ tokens/s, 0\.0 minutes left\n", result.out + result.err
     )
+    _, result = train("timed", "--max-steps", 2, "--max-minutes", 9)
+    assert re.search(r"step 1: loss .* minutes left\n", result.out + result.err)
 
 
 def test_a_lost_terminal_does_not_end_a_run(monkeypatch):
     def lost(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    bar = SimpleNamespace(shows=True, bar=SimpleNamespace(write=lost), stop=None)
+    nothing = SimpleNamespace(write=lost, set_postfix_str=lambda *_, **__: None)
+    bar = SimpleNamespace(shows=True, bar=nothing, stop=None, text="")
     closed = []
     monkeypatch.setattr("model.console.close_output", lambda: closed.append(True))
     ProgressBar.say(bar, "step 2")
@@ -173,7 +176,7 @@ def test_many_epochs_without_dropout_get_a_hint(capsys, steps, minutes, dropout,
     config = GPTConfig(vocab_size=16, block_size=4, n_layer=1, n_head=1, n_embd=4, dropout=dropout)
     split = Split(np.zeros(1_000, np.uint16), stories=10, bytes=4_000, sha256="")
     settings = SimpleNamespace(init_from=None, preset="quickstart", checkpoint_dir="runs")
-    recipe = Recipe(max_steps=steps, max_minutes=minutes, batch_tokens=100)
+    recipe = Recipe(max_steps=steps, max_minutes=minutes, max_epochs=None, batch_tokens=100)
     state, runtime = (
         TrainingState(GPT(config), [], None),
         Runtime(torch.device("cpu"), torch.float32, False, ""),

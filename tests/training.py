@@ -23,7 +23,8 @@ LARGE_VOCABULARY = ["--vocab-size", "2000"]  # of which a softmax may be sampled
 def make_run(**parts):
     """A run that has only these parts."""
     empty = dict.fromkeys("settings config recipe data batches validation_windows runtime".split())
-    return Run(**{**empty, "processes": Processes(), **parts})
+    no_stories = SimpleNamespace(train=SimpleNamespace(tokens=()))
+    return Run(**{**empty, "data": no_stories, "processes": Processes(), **parts})
 
 
 def settings_of(checkpoint, folder, **changes):
