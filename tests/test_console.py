@@ -13,7 +13,7 @@ from conftest import REPO
 from training import make_run
 
 from model.config import GPTConfig, Recipe
-from model.console import ProgressBar, duration, print_plan, print_stop
+from model.console import ProgressBar, duration, print_finished, print_plan, print_stop
 from model.gpt import GPT
 from model.metrics import Metrics, smooth, write_samples
 from model.packed_data import Data, Split
@@ -161,6 +161,14 @@ def test_the_smoothed_loss_of_a_short_run_is_a_mean_of_its_neighbours():
     assert all(1.5 < value < 2.5 for value in smooth(jagged)[1:])
     for length, reach in ((5, 1), (200, 5)):  # what rises or falls evenly comes no later
         assert smooth(range(length))[:-reach] == list(range(length - reach))
+
+
+@pytest.mark.parametrize(("own_limit", "flag"), [(20_000, "--max-epochs"), (391, "--max-steps")])
+def test_a_finished_run_names_the_limit_that_ended_it(capsys, own_limit, flag):
+    settings, data = SimpleNamespace(max_steps=own_limit), SimpleNamespace(outdated="")
+    run = make_run(settings=settings, recipe=Recipe(max_steps=391, max_epochs=8.0), data=data)
+    print_finished(run, 391, {})
+    assert f"a larger {flag} extends this run" in capsys.readouterr().out
 
 
 def test_the_time_left_in_a_unit_that_suits_it():
