@@ -104,9 +104,7 @@ class Recipe:
     batch_tokens: int = 65_536  # per optimizer step, over all processes
     max_steps: int | None = 20_000  # the run ends at the first of this limit and the next two
     max_minutes: float | None = None  # of training steps
-    max_epochs: float | None = (
-        8.0  # passes over the training stories; in a Run's recipe, max_steps is no more
-    )
+    max_epochs: float | None = 8.0  # passes over the training stories; a run's max_steps is no more
     optimizer: str = "muon"
     learning_rate: float = 6e-3  # at its peak
     weight_decay: float = 0.1  # in new Muon runs on few stories, more: see weight_decay_for()
