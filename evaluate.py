@@ -27,8 +27,15 @@ from model.script import run_script  # before torch: see there
 
 # isort: split
 from data.story_files import find_files, read_file, story_per, tidy
-from model.candidates import MAX_TOKENS, Candidate, files_of, find_candidate, load_candidate
-from model.errors import UserError, needs, note, require
+from model.candidates import (
+    MAX_TOKENS,
+    Candidate,
+    files_of,
+    find_candidate,
+    import_transformers,
+    load_candidate,
+)
+from model.errors import UserError, note, require
 from model.files import count_text, file_to_write, shown, size_text, write_json, write_text
 from model.packed_data import Data, data_files, fingerprints, load_data, real_stories, spread
 from model.report import print_scores, print_table, quality_table, render
@@ -88,9 +95,6 @@ def main() -> None:
     needed = not files or settings.text or settings.given & of_models
     names = settings.checkpoint or ([None] if needed else [])
     found = [find_candidate(settings.checkpoint_dir, name) for name in names]
-    # now, not after scoring the models before it
-    if foreign := next((name for name in found if isinstance(name, str)), None):
-        needs("transformers", f"{foreign}, a Hugging Face model,")
     texts = find_texts(settings)
     read = [
         *texts,
@@ -109,6 +113,10 @@ def main() -> None:
         notes.add(data.outdated)
     runtime = choose_runtime(choose_device(settings.device), settings.dtype, "off")
 
+    for name in found:
+        if isinstance(name, str):  # if transformers is missing, say it before other models are scored
+            import_transformers(name)
+
     results, scores, written = [], [], {}
     for name in found:
         candidate = load_candidate(name, runtime.device)
@@ -121,10 +129,10 @@ def main() -> None:
             written[candidate.name] = write(candidate, settings, notes)
             result["stories_written_in"] = candidate.written_in
         del candidate  # free its memory for the next one
-    if results:
+    if results and len(stories) > 1:
         compare(results, bootstrap(scores, settings.seed))
-        if len(stories) == 1:
-            notes.add("one story alone gives no interval, and no verdict")
+    elif results:
+        notes.add("one story alone gives no interval, and no verdict")
     report = {
         **describe_run(settings, runtime, stories, source, data),
         "notes": notes,

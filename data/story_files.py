@@ -211,6 +211,11 @@ def note_blank_lines() -> None:
     )
 
 
+def not_json(where: str, error: ValueError | RecursionError) -> UserError:
+    """What to raise for an error of the JSON reader, whose own words may end in "at" before its place."""
+    return UserError(f"{where} is not JSON: {str(getattr(error, 'msg', error)).removesuffix(' at')}")
+
+
 def json_lines(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[str, object]]:
     with open_text(path, bar) as file:
         for number, line in enumerate(file, 1):
@@ -218,8 +223,7 @@ def json_lines(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    reason = str(getattr(error, "msg", error)).removesuffix(" at")
-                    raise UserError(f"{shown(path)} line {number} is not JSON: {reason}") from None
+                    raise not_json(f"{shown(path)} line {number}", error) from None
                 yield f"line {number}", row
 
 
@@ -242,10 +246,9 @@ def json_rows(path: Path, column: str, bar: Progress | None) -> Iterator[tuple[s
         text = file.read()
     try:
         table = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{shown(path)} line {error.lineno} is not JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{shown(path)} is not JSON: {error}") from None
+        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise not_json(f"{shown(path)}{line}", error) from None
     rows = [table]
     if isinstance(table, dict) and isinstance(table.get(column), dict):  # as pandas writes a column
         rows = list(table[column].values())
@@ -272,8 +275,7 @@ def json_array(path: Path, file: TextIO, line: int) -> Iterator[tuple[str, objec
         except (ValueError, RecursionError) as error:  # the element may continue past what was read
             if not (block := file.read(max(BLOCK, len(text)))):
                 line += text.count("\n", position, getattr(error, "pos", position))
-                reason = str(getattr(error, "msg", error)).removesuffix(" at")
-                raise UserError(f"{shown(path)} line {line} is not JSON: {reason}") from None
+                raise not_json(f"{shown(path)} line {line}", error) from None
             text, position = text[position:] + block, 0
             continue
         line += text.count("\n", position, start)

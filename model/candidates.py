@@ -6,6 +6,7 @@ Both become a Candidate, so that one protocol scores them on the same stories an
 import functools
 import os
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -214,10 +215,15 @@ class TransformersModel(Candidate):
         return stories
 
 
+def import_transformers(name: str) -> tuple[ModuleType, str]:
+    """The transformers package, and why the hub is unreachable if that matters; "" if not."""
+    offline = "" if Path(name).is_dir() else why_offline()  # transformers reads whether it is to stay so
+    return needs("transformers", f"{name}, a Hugging Face model,"), offline
+
+
 def load_transformers(name: str) -> tuple[nn.Module, object]:
     """Load model and tokenizer from a folder or hub name. Raises UserError if they do not load."""
-    offline = "" if Path(name).is_dir() else why_offline()  # transformers reads whether it is to stay so
-    transformers = needs("transformers", f"{name}, a Hugging Face model,")
+    transformers, offline = import_transformers(name)
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     where = "" if Path(name).is_dir() else "there is no such checkpoint here; as a Hugging Face model, "

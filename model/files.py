@@ -146,20 +146,19 @@ def require_space(folder: Path, needed: float) -> None:
     )
 
 
-def flush(file: Path) -> None:
-    """Wait until the disk has the file's content."""
-    with open(file, "rb") as opened:
-        os.fsync(opened.fileno())
+def flush(path: Path) -> None:
+    """Wait until the disk has a file's content, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
     """Make a rename in the folder survive a power cut, if the system can."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush(folder)
 
 
 def write_text(path: Path, text: str) -> None:

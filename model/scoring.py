@@ -249,9 +249,8 @@ def interval(samples: np.ndarray) -> list[float]:
 
 
 def compare(results: list[dict], resampled: np.ndarray) -> None:
-    """Add to each result the interval of its bits per byte, and of the difference from the first result."""
-    if results[0]["stories"] < 2:  # a single story gives no interval
-        return
+    """Add to each result, of two or more stories, the interval of its bits per byte, and of the difference from the
+    first result."""
     for k, (result, samples) in enumerate(zip(results, resampled, strict=True)):
         result["bits_per_byte_interval"] = interval(samples)
         if k:
